@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: MIT
+// A pack of SIMD lanes that stands for C in the formulas of csrc/math. Compiler vector extensions, so that one source
+// serves every instruction set; intrinsics only where the extensions have no word for it (fused multiply-add, rounding).
+#pragma once
+#include <cstring>
+
+#include "math/portable.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace camk {
+
+#if defined(__AVX512F__)
+inline constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+inline constexpr int kLanes = 8;
+#else
+inline constexpr int kLanes = 4;  // SSE2, NEON
+#endif
+
+// Written out per type: the compiler drops the attribute where the element type is a template parameter.
+template <class T>
+struct raw_lanes;
+template <>
+struct raw_lanes<float> {
+  typedef float type __attribute__((vector_size(4 * kLanes)));
+};
+template <>
+struct raw_lanes<uint32_t> {
+  typedef uint32_t type __attribute__((vector_size(4 * kLanes)));
+};
+template <>
+struct raw_lanes<int32_t> {
+  typedef int32_t type __attribute__((vector_size(4 * kLanes)));
+};
+
+template <class T>
+struct Lanes {
+  using Raw = typename raw_lanes<T>::type;
+  Raw v;
+  Lanes() = default;
+  CAMK_HD Lanes(Raw raw) : v(raw) {}
+  CAMK_HD explicit Lanes(T scalar) : v(scalar - Raw{}) {}
+  CAMK_HD static Lanes load(const T* p) {
+    Lanes r;
+    memcpy(&r.v, p, sizeof(r.v));
+    return r;
+  }
+  CAMK_HD void store(T* p) const { memcpy(p, &v, sizeof(v)); }
+  CAMK_HD friend Lanes operator+(Lanes a, Lanes b) { return a.v + b.v; }
+  CAMK_HD friend Lanes operator-(Lanes a, Lanes b) { return a.v - b.v; }
+  CAMK_HD friend Lanes operator*(Lanes a, Lanes b) { return a.v * b.v; }
+  CAMK_HD friend Lanes operator&(Lanes a, Lanes b) { return a.v & b.v; }
+  CAMK_HD friend Lanes operator^(Lanes a, Lanes b) { return a.v ^ b.v; }
+};
+
+using Floats = Lanes<float>;
+using Words = Lanes<uint32_t>;
+
+template <>
+struct index_of<Floats> {
+  using type = Words;
+};
+template <>
+struct scalar_of<Floats> {
+  using type = float;
+};
+
+CAMK_HD Floats multiply_add(Floats x, Floats y, Floats z) {
+#if defined(__AVX512F__)
+  return Floats(_mm512_fmadd_ps(x.v, y.v, z.v));
+#elif defined(__FMA__)
+  return Floats(_mm256_fmadd_ps(x.v, y.v, z.v));
+#else
+  for (int i = 0; i < kLanes; ++i) x.v[i] = multiply_add(x.v[i], y.v[i], z.v[i]);
+  return x;
+#endif
+}
+
+CAMK_HD Floats round_down(Floats x) {
+#if defined(__AVX512F__)
+  return Floats(_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
+#elif defined(__AVX2__)
+  return Floats(_mm256_floor_ps(x.v));
+#else
+  for (int i = 0; i < kLanes; ++i) x.v[i] = floorf(x.v[i]);
+  return x;
+#endif
+}
+
+CAMK_HD Words to_cell(Floats whole) {
+  const Floats::Raw low = Floats(kCellMin).v, high = Floats(kCellMax).v;
+  Floats::Raw w = whole.v < low ? low : whole.v;
+  w = w > high ? high : w;
+  return Words((Words::Raw)__builtin_convertvector(w, Lanes<int32_t>::Raw));
+}
+
+CAMK_HD Words one_if_positive(Floats x) { return Words((Words::Raw)(x.v > Floats(0.f).v) & Words(1u).v); }
+
+// Dense indices of points inside the grid are below 2 size, so that one subtraction is enough and the loop rarely runs.
+CAMK_HD Words remainder_of(Words i, uint32_t size) {
+  const Words::Raw s = Words(size).v;
+  Words::Raw r = i.v - ((Words::Raw)(i.v >= s) & s);
+  const Words::Raw beyond = (Words::Raw)(r >= s);
+  uint32_t any = 0;
+  for (int k = 0; k < kLanes; ++k) any |= beyond[k];
+  if (any) {
+    for (int k = 0; k < kLanes; ++k) r[k] = i.v[k] % size;
+  }
+  return Words(r);
+}
+
+// Number of points that a value of type C stands for.
+template <class C>
+inline constexpr int lanes_of = sizeof(C) / sizeof(typename scalar_of<C>::type);
+
+template <class C>
+CAMK_HD C load_lanes(const typename scalar_of<C>::type* p) {
+  if constexpr (lanes_of<C> == 1) {
+    return *p;
+  } else {
+    return C::load(p);
+  }
+}
+
+template <class C>
+CAMK_HD void store_lanes(typename scalar_of<C>::type* p, C value) {
+  if constexpr (lanes_of<C> == 1) {
+    *p = value;
+  } else {
+    value.store(p);
+  }
+}
+
+}  // namespace camk

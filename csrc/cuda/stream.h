@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: MIT
+// What the CUDA operators need of PyTorch beyond tensors: the current stream, the device, and errors as sentences.
+#pragma once
+#include <cuda_runtime_api.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <string>
+
+#include "torch/seam.h"
+
+#ifndef CAMK_SIMULATE
+// Lives in libtorch_cuda; weak, so that the library also loads into a PyTorch without CUDA.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
+#endif
+
+namespace camk::cuda {
+
+// Makes the tensor's device current and finds its stream. The simulator has neither.
+class CurrentStream {
+ public:
+#ifdef CAMK_SIMULATE
+  explicit CurrentStream(const Tensor&) {}
+#else
+  explicit CurrentStream(const Tensor& t) : guard_(checked_device(t)) {
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+#endif
+  cudaStream_t get() const { return stream_; }
+
+ private:
+#ifndef CAMK_SIMULATE
+  static int32_t checked_device(const Tensor& t) {
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr && t.is_cuda(),
+                    "camkernels: the CUDA kernels need a PyTorch built with CUDA, and tensors on a GPU");
+    return t.get_device_index();
+  }
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
+  cudaStream_t stream_ = nullptr;
+};
+
+inline void check_same_device(const Tensor& t, const Tensor& like, const char* op, const char* name) {
+  STD_TORCH_CHECK(t.is_cuda() == like.is_cuda() && t.get_device_index() == like.get_device_index(), op, ": ", name,
+                  " is on another device than x; move it with .to(x.device)");
+}
+
+inline std::string explain(cudaError_t error) {
+  const std::string said = cudaGetErrorString(error);
+  switch (error) {
+    case cudaErrorInsufficientDriver:
+      return said + "; the driver is older than the CUDA release camkernels was built with: update the driver, or build "
+                    "camkernels with the CUDA release that the driver knows";
+    case cudaErrorNoDevice:
+      return said + "; no GPU or no driver is visible to this process";
+    case cudaErrorNoKernelImageForDevice:
+      return said + "; camkernels was built for other GPU architectures: build it with TORCH_CUDA_ARCH_LIST set to this one";
+    default:
+      return said;
+  }
+}
+
+}  // namespace camk::cuda

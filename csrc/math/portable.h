@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: MIT
+// What host and device code share. A formula is a template over its arithmetic type C: a scalar (float, double; one
+// point) or a pack of SIMD lanes (several points), so that the CPU kernels, the CUDA kernels and the scalar probes of the
+// tests all run the same lines. A type other than float and double specialises index_of and overloads the functions
+// below (found by argument-dependent lookup).
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#if defined(__CUDACC__)
+#define CAMK_HD __host__ __device__ __forceinline__
+#define CAMK_INLINED
+#else
+#define CAMK_HD inline __attribute__((always_inline))
+#define CAMK_INLINED __attribute__((always_inline))  // after a lambda's parameter list
+#endif
+
+namespace camk {
+
+template <class T, int N>
+struct Vec {
+  T v[N];
+  CAMK_HD T& operator[](int i) { return v[i]; }
+  CAMK_HD const T& operator[](int i) const { return v[i]; }
+};
+
+template <class Body, int... I>
+CAMK_HD void unroll_over(Body&& body, std::integer_sequence<int, I...>) {
+  (body(std::integral_constant<int, I>{}), ...);
+}
+
+// body(0), ..., body(N - 1). Up to 16 the front end writes them out, so that every index is a constant and small arrays
+// live in registers whatever the optimiser thinks of the loop; beyond that it is a loop.
+template <int N, class Body>
+CAMK_HD void unroll(Body&& body) {
+  if constexpr (N <= 16) {
+    unroll_over(body, std::make_integer_sequence<int, N>{});
+  } else {
+    for (int i = 0; i < N; ++i) body(i);
+  }
+}
+
+// The unsigned 32-bit type that has as many lanes as C.
+template <class C>
+struct index_of {
+  using type = uint32_t;
+};
+
+// The plain number behind C.
+template <class C>
+struct scalar_of {
+  using type = C;
+};
+
+// A cell coordinate saturates here: the largest float below 2^31, and -2^31.
+inline constexpr float kCellMax = 2147483520.0f;
+inline constexpr float kCellMin = -2147483648.0f;
+
+CAMK_HD float round_down(float x) { return floorf(x); }
+CAMK_HD double round_down(double x) { return floor(x); }
+
+// x * y + z with one rounding in float32; in float64 two roundings, as the PyTorch definition has.
+CAMK_HD float multiply_add(float x, float y, float z) {
+#if defined(__CUDA_ARCH__) || defined(__FMA__)
+  return fmaf(x, y, z);
+#else  // without the instruction: the product is exact in double
+  return float(double(x) * double(y) + double(z));
+#endif
+}
+CAMK_HD double multiply_add(double x, double y, double z) { return x * y + z; }
+
+// Whole number -> two's complement modulo 2^32.
+template <class C>
+CAMK_HD uint32_t to_cell(C whole) {
+  const C low = C(kCellMin), high = C(kCellMax);
+  return uint32_t(int32_t(whole < low ? low : (whole > high ? high : whole)));
+}
+
+// i mod size for any size.
+CAMK_HD uint32_t remainder_of(uint32_t i, uint32_t size) { return i < size ? i : i % size; }
+
+// 1 where x is above zero, else 0.
+template <class C>
+CAMK_HD uint32_t one_if_positive(C x) {
+  return x > C(0) ? 1u : 0u;
+}
+
+}  // namespace camk

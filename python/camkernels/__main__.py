@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: MIT
+"""`python -m camkernels`: info, check, bench, fit, render. Exit status 2 with one sentence for what a user can mend."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from .fit.command import add_fit, add_render
+from .fit.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m camkernels", description="Kernels for neural fields in PyTorch.")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    info = subparsers.add_parser("info", help="what this installation can run, and why not the rest")
+    info.add_argument("--json", action="store_true", help="the same as JSON")
+    info.set_defaults(run=_info)
+    check = subparsers.add_parser("check", help="compare every backend with the reference on this machine")
+    check.set_defaults(run=_check)
+    subparsers.add_parser("bench", help="a short table of speeds on this machine", add_help=False)
+    add_fit(subparsers)
+    add_render(subparsers)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["bench"]:  # has options of its own
+        return _bench(arguments[1:])
+    args = parser.parse_args(arguments)
+    try:
+        return args.run(args)
+    except UserError as error:
+        print(f"camkernels: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("camkernels: stopped by Ctrl-C", file=sys.stderr)
+        return 130
+
+
+def _info(args: argparse.Namespace) -> int:
+    from ._info import print_info
+
+    return print_info(as_json=args.json)
+
+
+def _check(args: argparse.Namespace) -> int:
+    from ._check import check_backends
+
+    return check_backends()
+
+
+def _bench(arguments: list[str]) -> int:
+    from . import _bench as bench
+
+    return bench.main(arguments) or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: MIT
+"""Which backend computes a call. One predicate, `can_run`, serves the choice, the errors, the tests and `info`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from . import _ops
+
+BACKENDS = ("cpu", "cuda", "triton", "reference")
+PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a choice depends on: the operator and where its tensors are."""
+
+    op: str
+    device_type: str
+
+
+def can_run(backend: str, call: Call) -> str | None:
+    """None if the backend can compute the call, else the reason why not."""
+    if backend == "reference":
+        return None
+    if backend == "triton":
+        return f"{call.op} has no Triton kernels yet"
+    if backend != call.device_type:
+        return f"the tensors are on {call.device_type}, backend {backend!r} computes on {backend}"
+    if not _ops.has_kernel(call.op, backend):
+        missing = _ops.cpu_missing if backend == "cpu" else _ops.cuda_missing
+        return missing or f"{call.op} has no {backend} kernels yet"
+    return None
+
+
+def choose(call: Call, backend: str | None) -> str:
+    """The backend to use: the one asked for, else CAMKERNELS_BACKEND, else the first that can run. RuntimeError if none."""
+    asked = backend or os.environ.get("CAMKERNELS_BACKEND") or None
+    if asked is None:
+        return next(b for b in PREFERENCE.get(call.device_type, ("reference",)) if can_run(b, call) is None)
+    if asked not in BACKENDS:
+        source = "backend" if backend else "CAMKERNELS_BACKEND"
+        raise ValueError(f"{call.op}: {source} must be one of {', '.join(BACKENDS)}, got {asked!r}")
+    reason = can_run(asked, call)
+    if reason is not None:
+        able = [b for b in BACKENDS if can_run(b, call) is None]
+        raise RuntimeError(f"{call.op}: backend {asked!r} cannot run: {reason}; available: {', '.join(able)}")
+    return asked
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype of autocast where it is on for this device, else None."""
+    if device_type == "meta":  # has no autocast, and asking raises
+        return None
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None

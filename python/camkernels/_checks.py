@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: MIT
+"""Argument checks that every op shares. A message names the op, the argument, what was expected and given, the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_floating(op: str, name: str, tensor: Tensor) -> None:
+    """TypeError unless the tensor is float64, float32, bfloat16 or float16."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}; use torch.as_tensor")
+    if tensor.dtype not in FLOATING:
+        raise TypeError(
+            f"{op}: {name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}; convert with .float()"
+        )
+
+
+def check_dtype(op: str, name: str, dtype: torch.dtype) -> None:
+    """TypeError unless dtype is one of the four floating-point types."""
+    if dtype not in FLOATING:
+        raise TypeError(f"{op}: {name} must be torch.float32, float64, bfloat16 or float16, got {dtype}")
+
+
+def check_shape(op: str, name: str, tensor: Tensor, expected: Sequence[int | str], remedy: str) -> None:
+    """ValueError unless the shape fits; a string stands for any size, a leading "..." for any number of axes."""
+    wanted = list(expected)
+    given = list(tensor.shape)
+    if wanted and wanted[0] == "...":
+        wanted = wanted[1:]
+        given = given[len(given) - len(wanted) :] if len(given) >= len(wanted) else []
+    fits = len(given) == len(wanted) and all(isinstance(w, str) or w == g for w, g in zip(wanted, given, strict=True))
+    if not fits:
+        shape = ", ".join(str(w) for w in expected)
+        raise ValueError(f"{op}: {name} must have shape [{shape}], got {list(tensor.shape)}; {remedy}")
+
+
+def check_same_device(op: str, **tensors: Tensor | None) -> None:
+    """ValueError unless all tensors are on one device; nothing is moved silently."""
+    given = {name: t.device for name, t in tensors.items() if t is not None}
+    if len(set(given.values())) > 1:
+        places = ", ".join(f"{name} on {device}" for name, device in given.items())
+        raise ValueError(f"{op}: all tensors must be on one device, got {places}; move them with .to(device)")
+
+
+def check_choice(op: str, name: str, value: object, choices: Iterable[str | None]) -> None:
+    """ValueError unless value is one of the choices."""
+    choices = list(choices)
+    if value not in choices:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: MIT
+"""What this installation can run on this machine, and why not the rest: `python -m camkernels info [--json]`."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import __version__, _ops
+from ._backends import BACKENDS, Call, can_run
+from ._geometry import geometry_table
+from .testing import CASES
+
+KNOWN_VARIABLES = ("CAMKERNELS_BACKEND", "CAMKERNELS_CPU_ISA")
+
+
+def home_of(backend: str) -> str:
+    """The kind of device a backend computes on; the reference can on any."""
+    return "cuda" if backend in ("cuda", "triton") else "cpu"
+
+
+def reason_against(backend: str, op: str) -> str | None:
+    """Why a backend cannot compute an op on this machine; None if it can."""
+    home = home_of(backend)
+    reason = can_run(backend, Call(op, home))
+    if reason is None and home == "cuda" and not torch.cuda.is_available():
+        return "PyTorch finds no CUDA device"
+    return reason
+
+
+def collect() -> dict[str, Any]:
+    """Everything that `info` prints, as plain numbers, strings and lists."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    variables = {name: value for name, value in os.environ.items() if name.startswith("CAMKERNELS_")}
+    return {
+        "camkernels": __version__,
+        "folder": str(_ops.FOLDER),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+        "gpus": gpus,
+        "threads": torch.get_num_threads(),
+        "cpu": {"library": _ops.cpu_isa, "reason": _ops.cpu_missing, "machine": list(_ops.usable_isas())},
+        "cuda": {"library": _ops.cuda_missing is None, "reason": _ops.cuda_missing},
+        "build": build_facts(_ops.FOLDER),
+        "environment": {name: variables.get(name) for name in sorted({*KNOWN_VARIABLES, *variables})},
+        "ops": {op: {backend: reason_against(backend, op) for backend in BACKENDS} for op in CASES},
+        "hash_grid_geometries": geometry_table(),
+    }
+
+
+def build_facts(folder: Path) -> dict[str, Any] | None:
+    """What setup.py noted about the build; None if nothing was built or the note cannot be read."""
+    try:
+        return json.loads((folder / "build.json").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def print_info(as_json: bool) -> int:
+    facts = collect()
+    print(json.dumps(facts, indent=2) if as_json else describe(facts))
+    return 0
+
+
+def describe(facts: dict[str, Any]) -> str:
+    """The facts as text for a terminal."""
+    cpu, cuda, build = facts["cpu"], facts["cuda"], facts["build"]
+    isas = ", ".join(cpu["machine"])
+    lines = [
+        f"camkernels {facts['camkernels']} in {facts['folder']}",
+        f"Python {facts['python']}, PyTorch {facts['torch']}, CUDA of PyTorch: {facts['torch_cuda'] or 'none'}",
+        f"machine: {facts['platform']}, {facts['threads']} threads, GPUs: {', '.join(facts['gpus']) or 'none'}",
+        f"CPU kernels: {cpu['library'] or 'none: ' + str(cpu['reason'])} (this machine runs {isas})",
+        f"CUDA kernels: {'loaded' if cuda['library'] else 'none: ' + str(cuda['reason'])}",
+    ]
+    if build is None:
+        lines.append("build: no note of one; the package runs as pure Python")
+    else:
+        lines.append(f"build: {build.get('date')}, {build.get('compiler')}, PyTorch {build.get('torch')}")
+        lines += [f"  {name}: {', '.join(flags)}" for name, flags in build.get("libraries", {}).items()]
+    lines.append("environment:")
+    lines += [f"  {name}={value if value is not None else '(not set)'}" for name, value in facts["environment"].items()]
+    lines += ["", "what can run here:"]
+    for op, backends in facts["ops"].items():
+        for backend, reason in backends.items():
+            lines.append(f"  {op:24} {backend:10} {'yes' if reason is None else 'no: ' + reason}")
+    return "\n".join([*lines, "", *_geometry_lines(facts["hash_grid_geometries"])])
+
+
+def _geometry_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """The legal table of hash grids: dims built here, and those that the convention's own code offers."""
+    lines = ["hash grids:", f"  {'convention':12} {'kind':6} {'corners':8} {'dims here':10} dims of its public code"]
+    for row in rows:
+        corners = "aligned" if row["align_corners"] else "-"
+        head = f"  {row['convention']:12} {row['kind']:6} {corners:8}"
+        if row["dims"]:
+            lines.append(f"{head} {_span(row['dims']):10} {_span(row['published_dims']) or 'none, extended'}")
+        else:
+            lines.append(f"{head} no: {row['reason']}")
+    return lines
+
+
+def _span(dims: list[int]) -> str:
+    return "" if not dims else f"{dims[0]}" if len(dims) == 1 else f"{dims[0]}..{dims[-1]}"

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: MIT
+"""Fields of the plane: coordinates in [0, 1]^2 -> channels of a picture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..hash_grid import HashGrid
+
+BASE_RESOLUTION = 16
+
+
+class HashImageField(nn.Module):
+    """A picture as a hash grid and a small perceptron: x [..., 2] in [0, 1] -> [..., channels], trained to be in [0, 1].
+
+    The grid has `n_levels` resolutions from 16 (or `finest_resolution` if that is less) to `finest_resolution`, at most
+    2^log2_hashmap_size rows each; the perceptron `hidden_layers` ReLU layers of `width`. The arguments are kept in
+    `config`: `HashImageField(**field.config)` has the same parameters.
+
+    Source: Mueller et al., "Instant Neural Graphics Primitives with a Multiresolution Hash Encoding", 2022, section 5.1.
+
+    >>> import torch
+    >>> field = HashImageField(channels=3, finest_resolution=256)
+    >>> field(torch.rand(100, 2)).shape
+    torch.Size([100, 3])
+    """
+
+    def __init__(
+        self,
+        channels: int = 3,
+        n_levels: int = 16,
+        n_features_per_level: int = 2,
+        log2_hashmap_size: int = 19,
+        finest_resolution: int = 512,
+        width: int = 64,
+        hidden_layers: int = 2,
+        *,
+        backend: str | None = None,
+    ):
+        super().__init__()
+        for name, value in (("channels", channels), ("width", width), ("hidden_layers", hidden_layers)):
+            least = 0 if name == "hidden_layers" else 1
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"HashImageField: {name} must be an int of at least {least}, got {value!r}")
+        self.config: dict[str, Any] = {
+            "channels": channels,
+            "n_levels": n_levels,
+            "n_features_per_level": n_features_per_level,
+            "log2_hashmap_size": log2_hashmap_size,
+            "finest_resolution": finest_resolution,
+            "width": width,
+            "hidden_layers": hidden_layers,
+        }
+        self.grid = HashGrid(
+            2,
+            n_levels,
+            n_features_per_level,
+            log2_hashmap_size,
+            min(BASE_RESOLUTION, finest_resolution),
+            finest_resolution=finest_resolution,
+            backend=backend,
+        )
+        widths = [self.grid.output_dim] + [width] * hidden_layers
+        layers: list[nn.Module] = []
+        for before, after in zip(widths, widths[1:], strict=False):
+            layers += [nn.Linear(before, after), nn.ReLU()]
+        self.perceptron = nn.Sequential(*layers, nn.Linear(widths[-1], channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., 2] -> [..., channels], not clamped."""
+        return self.perceptron(self.grid(x))

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: MIT
+"""What a user can put right: one sentence, no traceback, exit status 2."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+PACKAGES = {"PIL": "Pillow"}
+
+
+class UserError(Exception):
+    """The message says what is wrong and what to do about it."""
+
+
+def require(module: str) -> ModuleType:
+    """Imports a module of the extra `fit`; UserError with the install command if it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = PACKAGES.get(module.split(".")[0], module.split(".")[0])
+        raise UserError(f'{package} is needed here ({error}); install it with: pip install "camkernels[fit]"') from error

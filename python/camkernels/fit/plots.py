@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: MIT
+"""The two pictures that explain a fit: where the error is, and how the loss fell."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import UserError, require
+
+LONGEST = 1600  # pixels of the longer side of the error picture, beyond which it is reduced
+DPI = 100
+
+
+def write_error_picture(original: np.ndarray, fitted: np.ndarray, peak: float, path: Path) -> None:
+    """|original - fitted|, the mean over channels, in percent of white, with a colour bar up to its 99.9th percentile."""
+    error = np.abs(original.astype(np.float32) - fitted).mean(-1) * (100 / peak)
+    top = max(float(np.percentile(error, 99.9)), 100 / peak)
+    height, width = error.shape
+    reduce = max(1, -(-max(height, width) // LONGEST))
+    enlarge = max(1.0, 400 / max(height, width))
+    across, down = (max(200.0, side / reduce * enlarge) for side in (width, height))
+    margins = {"left": 20, "right": 110, "top": 40, "bottom": 15}  # pixels
+    total = (across + margins["left"] + margins["right"], down + margins["top"] + margins["bottom"])
+    figure = require("matplotlib.figure").Figure(figsize=(total[0] / DPI, total[1] / DPI), dpi=DPI)
+    place = (margins["left"] / total[0], margins["bottom"] / total[1], across / total[0], down / total[1])
+    axes = figure.add_axes(place)
+    shown = axes.imshow(error[::reduce, ::reduce], cmap="inferno", vmin=0, vmax=top, interpolation="nearest")
+    axes.set_axis_off()
+    axes.set_title(f"absolute error in % of white, mean {error.mean():.2f}, largest {error.max():.1f}", fontsize=10)
+    bar = figure.add_axes((place[0] + place[2] + 15 / total[0], place[1], 15 / total[0], place[3]))
+    figure.colorbar(shown, cax=bar, extend="max", format="%.3g")
+    _save(figure, path)
+
+
+def write_loss_curve(losses: list[float], path: Path) -> None:
+    """The loss of every step, its running mean, and the PSNR that it stands for."""
+    figure = require("matplotlib.figure").Figure(figsize=(8, 4.5), dpi=DPI, layout="constrained")
+    axes = figure.add_subplot()
+    values = np.maximum(np.asarray(losses, dtype=np.float64), 1e-12)
+    steps = np.arange(1, len(values) + 1)
+    axes.plot(steps, values, color="tab:blue", alpha=0.35, linewidth=0.8, label="each step")
+    window = max(1, len(values) // 100)
+    if window > 1:
+        smooth = np.convolve(values, np.full(window, 1 / window), mode="valid")
+        axes.plot(steps[window - 1 :], smooth, color="tab:blue", label=f"mean of {window} steps")
+    axes.set(xlabel="step", ylabel="mean squared error", yscale="log", title="loss on random pixels")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    decibels = axes.secondary_yaxis(
+        "right", functions=(lambda mse: -10 * np.log10(np.maximum(mse, 1e-12)), lambda db: 10 ** (-db / 10))
+    )
+    decibels.set_ylabel("PSNR in dB")
+    decibels.set_yscale("linear")
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error}; free some space or choose another folder") from error

@@ -1,0 +1,377 @@
+# SPDX-License-Identifier: MIT
+"""Cases, tolerances and comparisons for checking an implementation of an op against its definition.
+
+>>> import torch
+>>> from camkernels import reference, testing
+>>> for case in testing.cases("hash_grid")[:3]:
+...     testing.check(case, reference.hash_grid, reference.hash_grid, dtype=torch.float32)
+
+A new op adds a file to `_cases/` and its cases to CASES; tests run over the registry and need no change.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ._cases import hash_grid as _hash_grid
+from ._cases.golden import Golden, golden_names, load_golden, load_json
+from ._cases.hash_grid import face_distance, safe_points
+from ._cases.pairwise import pairwise
+from ._geometry import GridGeometry
+from .reference.hash_grid import count_levels
+
+__all__ = [
+    "CASES",
+    "TOLERANCES",
+    "Call",
+    "Case",
+    "Golden",
+    "assert_close",
+    "assert_close_golden",
+    "cases",
+    "check",
+    "compare",
+    "evaluate",
+    "face_distance",
+    "golden_call",
+    "golden_names",
+    "load_golden",
+    "load_json",
+    "pairwise",
+    "safe_points",
+    "spread",
+    "tolerance",
+]
+
+Function = Callable[..., Any]
+
+# ---- tolerances: (rtol, atol) of |a - b| <= atol + rtol * (|b| + spread(b)), by the table's or weights' dtype --------
+
+TOLERANCES: dict[torch.dtype, dict[str, tuple[float, float]]] = {
+    # Different order of summation only: 2^7 corners times an ulp of 1.1e-16 leaves two digits to spare.
+    torch.float64: {
+        "value": (1e-12, 1e-12),
+        "jacobian": (1e-12, 1e-12),
+        "grad.points": (1e-12, 1e-12),
+        "grad.parameters": (1e-12, 1e-12),
+        "second": (1e-12, 1e-12),
+    },
+    # Positions agree to the bit (fused multiply-add), so an ulp (6e-8) counts once per factor and per term: up to 7
+    # factors and 2^7 terms for a value; derivatives cancel and are scaled by the resolution, which spread() carries;
+    # sums over points come in any order (atomics, threads), the same entry up to some hundred times.
+    torch.float32: {
+        "value": (2e-6, 2e-6),
+        "jacobian": (5e-6, 5e-6),
+        "grad.points": (1e-5, 1e-5),
+        "grad.parameters": (1e-5, 1e-5),
+        "second": (2e-5, 2e-5),
+    },
+    # Sums are float32 on both sides; results stored in the parameters' dtype may differ by one ulp of storage, 2^-10
+    # and 2^-7 relative. The gradient of the points is float32 and sees the same stored rows: float32's tolerance.
+    # Second order is fed by a first-order cotangent and stored again: two ulps.
+    torch.float16: {
+        "value": (1e-3, 1e-5),
+        "jacobian": (5e-6, 5e-6),
+        "grad.points": (1e-5, 1e-5),
+        "grad.parameters": (1e-3, 1e-5),
+        "second": (2e-3, 1e-4),
+    },
+    torch.bfloat16: {
+        "value": (8e-3, 1e-5),
+        "jacobian": (5e-6, 5e-6),
+        "grad.points": (1e-5, 1e-5),
+        "grad.parameters": (8e-3, 1e-5),
+        "second": (1.6e-2, 1e-4),
+    },
+}
+
+
+def tolerance(dtype: torch.dtype, quantity: str) -> tuple[float, float]:
+    """(rtol, atol) of a quantity: "value" | "jacobian" | "grad.points" | "grad.parameters" | "second"."""
+    return TOLERANCES[dtype][quantity]
+
+
+# ---- registry --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Call:
+    """Arguments of one call of an op: tensors that may be differentiated, and the rest."""
+
+    inputs: dict[str, Tensor]
+    options: dict[str, Any]
+    points: str = "x"  # the input that holds coordinates; the others are parameters
+
+    def run(self, function: Function, **extra: Any) -> Any:
+        return function(**self.inputs, **self.options, **extra)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A named, reproducible call of an op. make(dtype, device, seed, points) -> Call; points: "mixed" | "safe".
+
+    dtype is that of the parameters. "mixed" points lie anywhere, also on cell faces, outside and at NaN; "safe" points
+    stay clear of everything at which a derivative jumps, for finite differences.
+    """
+
+    op: str
+    name: str
+    maker: Callable[..., tuple[dict[str, Tensor], dict[str, Any]]] = field(repr=False, compare=False)
+    options: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def make(
+        self,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        points: str = "mixed",
+    ) -> Call:
+        inputs, options = self.maker(dict(self.options), dtype, device, seed, points)
+        return Call(inputs, options)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _hash_grid_cases() -> tuple[Case, ...]:
+    named = _hash_grid.case_options()
+    return tuple(Case("hash_grid", name, _hash_grid.make, options) for name, options in named.items())
+
+
+CASES: dict[str, tuple[Case, ...]] = {"hash_grid": _hash_grid_cases()}
+
+
+def cases(op: str, **options: Any) -> list[Case]:
+    """Cases of an op, optionally only those with the given option values: cases("hash_grid", dims=3, kind="hash")."""
+    return [case for case in CASES[op] if all(case.options.get(name) == value for name, value in options.items())]
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    function: Function,
+    call: Call,
+    *,
+    order: int = 1,
+    jacobian: bool = False,
+    seed: int = 0,
+    quiet: Tensor | None = None,
+    **extra: Any,
+) -> dict[str, Tensor]:
+    """Results of a call by name, with cotangents drawn from `seed`:
+
+    "value"; "jacobian" on demand; order >= 1: "grad.NAME" of <ct, value> for every input; order 2: with random v_NAME,
+    the gradients "second.ct" and "second.NAME" of sum_NAME <v_NAME, grad.NAME>. Rows where quiet [...] is True get
+    cotangents 0, so that they add nothing to sums over points.
+    """
+    inputs = {name: tensor.detach().requires_grad_(order > 0) for name, tensor in call.inputs.items()}
+    result = function(**inputs, **call.options, **({"return_jacobian": True} if jacobian else {}), **extra)
+    value, found = result if jacobian else (result, None)
+    out = {"value": value.detach()}
+    if found is not None:
+        out["jacobian"] = found.detach()
+    if order == 0:
+        return out
+    generator = torch.Generator().manual_seed(seed + 1)
+    ct = _cotangent(value, generator, quiet).requires_grad_(order > 1)
+    grads = torch.autograd.grad(value, list(inputs.values()), ct, create_graph=order > 1, materialize_grads=True)
+    out |= {f"grad.{name}": grad.detach() for name, grad in zip(inputs, grads, strict=True)}
+    if order == 1:
+        return out
+    leading = call.inputs[call.points].shape[:-1]
+    along = [_cotangent(g, generator, quiet if g.shape[:-1] == leading else None) for g in grads]
+    total = sum((v * g).sum() for v, g in zip(along, grads, strict=True))
+    second = torch.autograd.grad(total, [ct, *inputs.values()], allow_unused=True, materialize_grads=True)
+    return out | {f"second.{name}": grad.detach() for name, grad in zip(["ct", *inputs], second, strict=True)}
+
+
+def _cotangent(like: Tensor, generator: torch.Generator, quiet: Tensor | None) -> Tensor:
+    drawn = torch.rand(like.shape, generator=generator, dtype=torch.float64) * 2 - 1
+    drawn = drawn.to(like.dtype).to(like.device)
+    return (
+        drawn if quiet is None else torch.where(quiet.reshape(*quiet.shape, *[1] * (like.ndim - quiet.ndim)), 0, drawn)
+    )
+
+
+def check(
+    case: Case,
+    function: Function,
+    reference: Function,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    order: int = 1,
+    jacobian: bool = False,
+    seed: int = 0,
+    max_flips: float = 0.02,
+) -> None:
+    """Compare `function` with `reference` on a case: value, Jacobian, gradients up to `order`; see `compare`."""
+    call = case.make(dtype, device, seed)
+    actual = evaluate(function, call, order=order, jacobian=jacobian, seed=seed)
+    expected = evaluate(reference, call, order=order, jacobian=jacobian, seed=seed)
+    compare(case, call, actual, expected, seed=seed, max_flips=max_flips)
+
+
+def compare(
+    case: Case,
+    call: Call,
+    actual: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+    max_flips: float = 0.02,
+) -> None:
+    """Compare results of `evaluate` at the tolerances of the parameters' dtype (or of `dtype`).
+
+    Second derivatives at points that are not finite are undefined and not compared.
+    hash_grid: at points within rounding of a cell face, a derivative in x (or a nearest value) may be that of the other
+    side; at most max(1, max_flips * points) points may differ so.
+    """
+    dtype = dtype or next(t.dtype for name, t in call.inputs.items() if name != call.points)
+    for name, wanted in expected.items():
+        quantity = "second" if name.startswith("second") else name
+        if name.startswith("grad"):
+            quantity = "grad.points" if name == f"grad.{call.points}" else "grad.parameters"
+        rtol, atol = tolerance(dtype, quantity)
+        got, label = actual[name], f"{case.op} {case.name} {dtype} {name}"
+        if name == f"second.{call.points}":
+            # autograd of the definition gives NaN there or, where the first derivative is constant, 0
+            finite = call.inputs[call.points].isfinite().all(-1, keepdim=True)
+            got, wanted = (torch.where(finite, t, 0.0) for t in (got, wanted))
+        if case.op == "hash_grid" and quantity in ("value", "jacobian", "grad.points"):
+            _assert_close_sided(call, quantity, got, wanted, rtol, atol, label, seed, max_flips)
+        else:
+            least = _hash_grid.term_sizes(call.options) if name == "second.table" else 0.0
+            assert_close(got, wanted, rtol=rtol, atol=atol, name=label, least=least)
+
+
+# ---- closeness -------------------------------------------------------------------------------------------------------
+
+
+def spread(expected: Tensor) -> float:
+    """s = min(max|b|, 20 * median of the non-zero |b|) over the finite items: what "small" means in this tensor."""
+    size = expected.detach().double().abs()
+    size = size[size.isfinite() & (size > 0)]
+    return float(min(size.max(), 20 * size.median())) if len(size) else 0.0
+
+
+def _share(actual: Tensor, expected: Tensor, rtol: float, atol: float, s: float | Tensor | None = None) -> Tensor:
+    """|a - b| as a share of what is allowed; infinite where one is NaN, or infinite, and the other is not the same."""
+    a, b = actual.detach().double(), expected.detach().double()
+    allowed = atol + rtol * (b.abs() + (spread(b) if s is None else s))
+    share = (a - b).abs() / allowed
+    same = (a == b) | (a.isnan() & b.isnan())
+    return torch.where(same, 0.0, torch.where(a.isfinite() & b.isfinite(), share, torch.inf))
+
+
+def assert_close(
+    actual: Tensor, expected: Tensor, *, rtol: float, atol: float, name: str = "result", least: float | Tensor = 0.0
+) -> None:
+    """|a - b| <= atol + rtol * (|b| + max(spread(b), least)); NaN where b is NaN, the same infinity; equal shape, dtype
+    and device. least [like b]: size of the terms of a sum, whose rounding remains where they cancel.
+    """
+    for what in ("shape", "dtype", "device"):
+        a, b = getattr(actual, what), getattr(expected, what)
+        assert a == b, f"{name}: {what} is {a}, expected {b}"
+    share = _share(
+        actual, expected, rtol, atol, torch.as_tensor(least, device=expected.device).clamp(min=spread(expected))
+    )
+    if (share > 1).any():
+        raise AssertionError(_describe(name, actual, expected, share))
+
+
+def _describe(name: str, actual: Tensor, expected: Tensor, share: Tensor) -> str:
+    worst = int(share.argmax())
+    where = tuple(int(i) for i in np.unravel_index(worst, share.shape))
+    a, b = actual.detach().reshape(-1)[worst].item(), expected.detach().reshape(-1)[worst].item()
+    return (
+        f"{name}: {int((share > 1).sum())} of {share.numel()} items differ; worst at {where}: "
+        f"got {a!r}, expected {b!r}, {share.max().item():.3g} times the tolerance"
+    )
+
+
+def _assert_close_sided(call, quantity, actual, expected, rtol, atol, label, seed, max_flips) -> None:
+    """assert_close, except that points within rounding of a cell face may show the other side of it."""
+    assert actual.shape == expected.shape, f"{label}: shape is {actual.shape}, expected {expected.shape}"
+    assert actual.dtype == expected.dtype, f"{label}: dtype is {actual.dtype}, expected {expected.dtype}"
+    geometry: GridGeometry = call.options["geometry"]
+    x = call.inputs["x"].reshape(-1, geometry.dims)
+    got, wanted = actual.reshape(len(x), -1), expected.reshape(len(x), -1)
+    share = _share(got, wanted, rtol, atol)
+    bad = (share > 1).any(-1)
+    if not bad.any():
+        return
+    distance, width = face_distance(x, geometry), _hash_grid.face_width(x, geometry).amax(-1)
+    near = (distance <= width).any(-1)
+    limit = max(1, math.floor(max_flips * len(x)))
+    if (bad & ~near).any():
+        raise AssertionError(_describe(label, got, wanted, torch.where(near.unsqueeze(-1), 0.0, share)))
+    if int(bad.sum()) > limit:
+        raise AssertionError(
+            f"{label}: {int(bad.sum())} of {len(x)} points show the other side of a cell face, {limit} may"
+        )
+    at = bad.nonzero().squeeze(-1)
+    slack = rtol + 4 * float(width[at].max())
+    sides = _sides(call, quantity, at, expected, seed)
+    s = spread(wanted)
+    fits = torch.stack([_share(got[at], side, slack, atol, s) <= 1 for side in sides]).any(0)
+    if not fits.all():
+        share = torch.where(fits, 0.0, share[at])
+        raise AssertionError(_describe(f"{label} (neither side of a cell face)", got[at], wanted[at], share))
+
+
+def _sides(call: Call, quantity: str, at: Tensor, expected: Tensor, seed: int) -> list[Tensor]:
+    """What each side of the faces would give at the points `at`: tensors [len(at), ...] in float64."""
+    geometry: GridGeometry = call.options["geometry"]
+    x = call.inputs["x"].reshape(-1, geometry.dims)[at]
+    inputs = {"x": x, "table": call.inputs["table"]}
+    levels = [_hash_grid.one_sided(inputs, call.options, level) for level in range(geometry.n_levels)]
+    shape = call.inputs["x"].shape[:-1]
+    count = count_levels(call.options["max_level"], geometry.n_levels, shape, x.dtype)
+    count = count.reshape(-1, 1)[at] if torch.is_tensor(count) else torch.full((len(at), 1), count, device=x.device)
+    active = [level < count for level in range(geometry.n_levels)]
+    values = [[y * active[level] for y in values] for level, (values, _) in enumerate(levels)]
+    jacobians = [[j * active[level].unsqueeze(-1) for j in found] for level, (_, found) in enumerate(levels)]
+    if quantity == "value":
+        return [torch.cat(side, -1) for side in zip(*values, strict=True)]
+    if quantity == "jacobian":
+        return [torch.cat(side, -2).flatten(1) for side in zip(*jacobians, strict=True)]
+    value = call.inputs["table"].new_empty(*call.inputs["x"].shape[:-1], geometry.output_dim)
+    ct = _cotangent(value, torch.Generator().manual_seed(seed + 1), None).double()
+    ct = ct.reshape(-1, geometry.n_levels, geometry.n_features_per_level)[at]
+    sums = [torch.zeros_like(x, dtype=torch.float64)]
+    for level, found in enumerate(jacobians):  # any side at each level
+        sums = [total + (ct[:, level, :, None] * j).sum(1) for total in sums for j in found]
+    return sums
+
+
+# ---- goldens ---------------------------------------------------------------------------------------------------------
+
+
+def golden_call(golden: Golden, dtype: torch.dtype, device: torch.device | str = "cpu") -> Call:
+    """The call which a fixture records, with inputs in `dtype`."""
+    family = golden.name.split("_")[0]
+    if family != "hashgrid":
+        raise ValueError(f"golden_call: {golden.name} belongs to no family known here; known: hashgrid")
+    inputs = {name: golden.tensor(key, dtype, device) for name, key in (("x", "in.x"), ("table", "p.table"))}
+    return Call(inputs, _hash_grid.golden_options(golden))
+
+
+def assert_close_golden(actual: Tensor, golden: Golden, key: str, dtype: torch.dtype) -> None:
+    """`actual`, computed in `dtype`, against an array of a fixture at the tolerance the fixture states."""
+    rtol, atol = golden.tolerance(dtype)
+    expected = golden.tensor(key, torch.float64)
+    assert actual.shape == expected.shape, f"{golden.name} {key}: shape is {actual.shape}, expected {expected.shape}"
+    counted = torch.from_numpy(golden.counted(key))
+    share = torch.where(counted, _share(actual.cpu(), expected, rtol, atol), 0.0)
+    if (share > 1).any():
+        raise AssertionError(_describe(f"{golden.name} {key}", actual, expected, share))

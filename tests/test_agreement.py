@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: MIT
+"""Every backend computes what the definition says: values, gradients, second order and Jacobians, in every dtype."""
+
+import pytest
+import torch
+
+from camkernels import _backends, testing
+from conftest import CASES, DTYPES, OPS, backends, definition_of, each, function_of, make, reason_against
+
+GOLDENS = testing.golden_names("hashgrid_")
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("backend", _backends.BACKENDS)
+def test_backends_that_are_compared_here(backend, op):
+    reason = reason_against(backend, op)
+    if reason is not None:
+        pytest.skip(reason)
+    assert backend in backends(op)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("case", "backend"), each(CASES, reference=False))
+def test_value_gradients_and_second_order(case, backend, dtype):
+    call = make(case, backend, dtype)
+    actual = testing.evaluate(function_of(case.op, backend), call, order=2)
+    expected = testing.evaluate(definition_of(case.op), call, order=2)
+    testing.compare(case, call, actual, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES[::5], ids=str)
+def test_the_reference_backend_is_the_definition(case, dtype):
+    call = case.make(dtype)
+    for options in ({"order": 2}, {"order": 0, "jacobian": True}):
+        actual = testing.evaluate(function_of(case.op, "reference"), call, **options)
+        expected = testing.evaluate(definition_of(case.op), call, **options)
+        for name, wanted in expected.items():
+            torch.testing.assert_close(actual[name], wanted, rtol=0, atol=0, equal_nan=True)
+
+
+def jacobian_results(function, call):
+    """The Jacobian and, as parts of the second order, the gradients of <ct, Jacobian>."""
+
+    def jacobian_alone(**arguments):
+        return function(**arguments, return_jacobian=True)[1].flatten(-2)
+
+    found = testing.evaluate(jacobian_alone, call)
+    dims = call.inputs[call.points].shape[-1]
+    named = {"jacobian": found["value"].unflatten(-1, (-1, dims))}
+    return named | {name.replace("grad.", "second."): t for name, t in found.items() if name.startswith("grad.")}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("case", "backend"), each(CASES, reference=False))
+def test_jacobian_and_its_gradients(case, backend, dtype):
+    call = make(case, backend, dtype)
+    function, definition = function_of(case.op, backend), definition_of(case.op)
+    testing.compare(case, call, jacobian_results(function, call), jacobian_results(definition, call))
+    results = [testing.evaluate(f, call, jacobian=True) for f in (function, definition)]
+    testing.compare(case, call, *results)
+
+
+@pytest.mark.parametrize(("x_dtype", "dtype"), [(torch.float64, torch.float32), (torch.float64, torch.bfloat16)])
+@pytest.mark.parametrize(("case", "backend"), each(CASES[::4], reference=False))
+def test_coordinates_wider_than_the_table(case, backend, x_dtype, dtype):
+    call = make(case, backend, dtype)
+    call.inputs[call.points] = make(case, backend, torch.float64).inputs[call.points].to(x_dtype)
+    results = [testing.evaluate(f, call, order=2) for f in (function_of(case.op, backend), definition_of(case.op))]
+    assert results[0][f"grad.{call.points}"].dtype == x_dtype
+    testing.compare(case, call, *results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("case", "backend"), each(CASES[::4], reference=False))
+def test_coordinates_in_half_precision_are_computed_in_float32(case, backend, dtype):
+    call = make(case, backend, torch.float32)
+    call.inputs[call.points] = call.inputs[call.points].to(dtype)
+    actual = testing.evaluate(function_of(case.op, backend), call)
+    assert actual[f"grad.{call.points}"].dtype == dtype and actual["value"].dtype == torch.float32
+    call.inputs[call.points] = call.inputs[call.points].float()
+    expected = testing.evaluate(definition_of(case.op), call)
+    expected[f"grad.{call.points}"] = expected[f"grad.{call.points}"].to(dtype)
+    for name, wanted in expected.items():
+        rtol, atol = testing.tolerance(dtype if name == f"grad.{call.points}" else torch.float32, "grad.parameters")
+        testing.assert_close(actual[name], wanted, rtol=rtol, atol=atol, name=name)
+
+
+# ---- recorded results of public code ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("backend", backends("hash_grid"))
+@pytest.mark.parametrize("name", GOLDENS)
+def test_goldens_of_hash_grid(name, backend, dtype):
+    golden = testing.load_golden(name)
+    call = testing.golden_call(golden, dtype)
+    x, table = (call.inputs[key].requires_grad_() for key in ("x", "table"))
+    function, ct = function_of("hash_grid", backend), golden.tensor("ct.y", dtype).requires_grad_()
+    y = call.run(function)
+    dx, dtable = torch.autograd.grad(y, (x, table), ct, create_graph=True)
+    value, jacobian = call.run(function, return_jacobian=True)
+    by_jacobian = torch.einsum("nod,no->nd", jacobian, ct)
+    found = {"out.y": y, "g.in.x": dx, "g.p.table": dtable, "out.y ": value, "g.in.x ": by_jacobian}
+    if "gg.in.x" in golden:
+        for label, gradient in (("", dx), (" ", by_jacobian)):
+            h = (golden.tensor("v.in.x", dtype) * gradient).sum()
+            second = torch.autograd.grad(h, (table, x, ct), retain_graph=True)
+            found |= {f"gg.{key}{label}": g for key, g in zip(("p.table", "in.x", "ct.y"), second, strict=True)}
+    for key, result in found.items():
+        testing.assert_close_golden(result, golden, key.strip(), dtype)
+
+
+# ---- what the comparison forgives ------------------------------------------------------------------------------------
+
+
+def test_only_second_derivatives_at_points_that_are_not_finite_are_left_out():
+    case = next(c for c in testing.cases("hash_grid") if c.options.get("layout") == "flat")
+    call = case.make(torch.float64)
+    expected = testing.evaluate(definition_of("hash_grid"), call, order=2)
+    broken = ~call.inputs["x"].isfinite().all(-1)
+    assert broken.any() and not broken.all()
+    for name, rows, forgiven in (("second.x", broken, True), ("second.x", ~broken, False), ("grad.x", broken, False)):
+        actual = dict(expected)
+        actual[name] = torch.where(rows.unsqueeze(-1), 3.0, expected[name])
+        if forgiven:
+            testing.compare(case, call, actual, expected)
+        else:
+            with pytest.raises(AssertionError, match=f"{name}: "):
+                testing.compare(case, call, actual, expected)
+
+
+def test_terms_that_cancel_leave_their_rounding_and_no_more():
+    case = next(c for c in testing.cases("hash_grid") if c.name == "tcnn-tiled-fine-one-entry")
+    call = case.make(torch.float32)
+    expected = testing.evaluate(definition_of("hash_grid"), call, order=2)
+    geometry = call.options["geometry"]
+    shared = geometry.offsets[-2]  # the row that every corner of the finest level reads
+    assert geometry.strides[-1] == (0, 0, 0) and geometry.scales[-1][0] > 2000
+    rounding = 2000 * torch.finfo(torch.float32).eps
+    for row, error, forgiven in (
+        (shared, rounding, True),
+        (shared, 1000 * rounding, False),
+        (0, 100 * rounding, False),
+    ):
+        actual = dict(expected)
+        actual["second.table"] = expected["second.table"].clone()
+        actual["second.table"][row] += error
+        if forgiven:
+            testing.compare(case, call, actual, expected)
+        else:
+            with pytest.raises(AssertionError, match=r"second\.table: 2 of "):
+                testing.compare(case, call, actual, expected)

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: MIT
+"""The operators are what PyTorch's dispatcher expects: opcheck, exact fakes, stable schemas, any size on meta."""
+
+import itertools
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import camkernels
+from camkernels import _ops, testing
+from conftest import DTYPES, OPS, backends, function_of, make, require
+
+GRID = (
+    "float[] scales, float shift, int[] layout, bool ceil_corner, int outside, int interpolation, int active_levels, "
+    "bool deterministic"
+)
+SCHEMAS = {
+    "hash_grid": f"(Tensor x, Tensor table, Tensor? level_counts, {GRID}) -> Tensor",
+    "hash_grid_backward": f"(Tensor grad_y, Tensor x, Tensor table, Tensor? level_counts, {GRID}, bool[] mask)"
+    " -> (Tensor, Tensor)",
+    "hash_grid_backward_backward": "(Tensor? grad_x, Tensor? grad_table, Tensor grad_y, Tensor x, Tensor table, "
+    f"Tensor? level_counts, {GRID}, bool[] mask) -> (Tensor, Tensor, Tensor)",
+    "hash_grid_jacobian": f"(Tensor x, Tensor table, Tensor? level_counts, {GRID}) -> (Tensor, Tensor)",
+    "hash_grid_jacobian_backward": "(Tensor? grad_y, Tensor? grad_jacobian, Tensor x, Tensor table, "
+    f"Tensor? level_counts, {GRID}, bool[] mask) -> (Tensor, Tensor)",
+}
+
+
+class Recorder(TorchDispatchMode):
+    """Notes every call of an operator of this package: {operator: [arguments]}."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == _ops.NAMESPACE:
+            self.calls.setdefault(func, []).append([detached(a) for a in args])
+        return func(*args, **(kwargs or {}))
+
+
+def detached(value):
+    if isinstance(value, (list, tuple)):
+        return [detached(v) for v in value]
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value
+
+
+def recorded(case, dtype):
+    """Calls of every operator of an op: value, first and second order, Jacobian and its gradient."""
+    call = make(case, "cpu", dtype, points="safe")
+    function = function_of(case.op, "cpu")
+    with Recorder() as recorder:
+        testing.evaluate(function, call, order=2)
+        inputs = require(call, "both")
+        value, jacobian = function(**inputs, **call.options, return_jacobian=True)
+        torch.autograd.grad(value.double().sum() + jacobian.sum(), list(inputs.values()))
+    return recorder.calls
+
+
+def samples():
+    """One case for every dtype, of different dims, interpolations and kinds of max_level."""
+    chosen = [
+        (testing.cases(op)[i * 13 % len(testing.cases(op))], dtype)
+        for op in OPS
+        if "cpu" in backends(op)
+        for i, dtype in enumerate(DTYPES)
+    ]
+    return [pytest.param(case, dtype, id=f"{case.op}-{case}-{dtype}") for case, dtype in chosen]
+
+
+def last(operator):
+    return not any(name == f"{operator._schema.name}_backward" for name in registered())
+
+
+def masked(operator):
+    return operator._schema.arguments[-1].name == "mask"
+
+
+def registered():
+    return [str(s.name) for s in torch._C._jit_get_all_schemas() if s.name.startswith(f"{_ops.NAMESPACE}::")]
+
+
+@pytest.mark.parametrize(("case", "dtype"), samples())
+def test_opcheck(case, dtype):
+    calls = recorded(case, dtype)
+    assert len(calls) == len([name for name in SCHEMAS if name.startswith(case.op)])
+    for operator, arguments in calls.items():
+        floating = [i for i, a in enumerate(arguments[0]) if isinstance(a, torch.Tensor) and a.is_floating_point()]
+        masks = [()] if last(operator) else [(), floating[-2:-1], floating[-1:], floating]
+        for wanted in masks:
+            inputs = [a.clone().requires_grad_() if i in wanted else a for i, a in enumerate(arguments[0])]
+            torch.library.opcheck(operator, inputs)
+
+
+def wishes(operator, arguments):
+    """The arguments under every mask that the operator could be given."""
+    if not masked(operator):
+        return [arguments]
+    masks = itertools.product((True, False), repeat=len(arguments[-1]))
+    return [[*arguments[:-1], list(mask)] for mask in masks if any(mask)]
+
+
+@pytest.mark.parametrize(("case", "dtype"), samples())
+def test_fakes_are_exact(case, dtype):
+    for operator, calls in recorded(case, dtype).items():
+        for arguments in wishes(operator, calls[0]):
+            real = operator(*arguments)
+            with FakeTensorMode() as mode:
+                fake = operator(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments))
+            pairs = zip(real, fake, strict=True) if isinstance(real, tuple) else [(real, fake)]
+            for a, b in pairs:
+                assert (a.shape, a.dtype, a.device, a.stride()) == (b.shape, b.dtype, b.device, b.stride())
+
+
+@pytest.mark.parametrize(("case", "dtype"), samples())
+def test_unwanted_gradients_are_empty_and_change_nothing(case, dtype):
+    for operator, calls in recorded(case, dtype).items():
+        if not masked(operator):
+            continue
+        full = operator(*calls[0][:-1], [True] * len(calls[0][-1]))
+        for arguments in wishes(operator, calls[0]):
+            for wish, some, every in zip(arguments[-1], operator(*arguments), full, strict=True):
+                assert torch.equal(some, every) if wish else some.shape == (0,)
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_schemas_stay(name):  # exported programs hold them
+    assert str(getattr(_ops.operators, name).default._schema) == f"{_ops.NAMESPACE}::{name}{SCHEMAS[name]}"
+
+
+def test_every_operator_is_listed():
+    ours = {name.removeprefix(f"{_ops.NAMESPACE}::") for name in registered()}
+    public = {name for name in ours if any(name.startswith(op) for op in OPS)}
+    assert public == set(SCHEMAS)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_no_operator_writes_to_its_arguments(op):
+    for name in registered():
+        schema = getattr(_ops.operators, name.split("::")[1]).default._schema
+        assert not schema.is_mutable
+
+
+@pytest.mark.parametrize("argument", [0, 1])
+def test_an_operator_itself_refuses_strided_tensors(argument):
+    if "cpu" not in backends("hash_grid"):
+        pytest.skip("there are no CPU kernels that could read a tensor")
+    calls = recorded(testing.cases("hash_grid")[0], torch.float32)
+    arguments = calls[_ops.operators.hash_grid.default][0]
+    strided = arguments[argument].t().contiguous().t()
+    assert not strided.is_contiguous()
+    arguments[argument] = strided
+    with pytest.raises(RuntimeError, match=rf"hash_grid: {('x', 'table')[argument]} must be contiguous"):
+        _ops.operators.hash_grid(*arguments)
+
+
+# ---- tensors without memory ------------------------------------------------------------------------------------------
+
+
+def huge():
+    """(x, table, geometry) on the meta device: 2^28 points, 2^35 numbers of output."""
+    geometry = camkernels.GridGeometry.build(3, 16, 8, 19)
+    return torch.empty(1 << 28, 3, device="meta"), torch.empty(geometry.n_entries, 8, device="meta"), geometry
+
+
+def test_meta_tensors_of_any_size():
+    x, table, geometry = huge()
+    x.requires_grad_(), table.requires_grad_()
+    y = camkernels.hash_grid(x, table, geometry)
+    assert y.device.type == "meta" and y.shape == (1 << 28, 128) and y.numel() > 1 << 31
+    gradients = torch.autograd.grad(y.sum(), (x, table))
+    assert [g.shape for g in gradients] == [x.shape, table.shape]
+    _, jacobian = camkernels.hash_grid(x, table, geometry, return_jacobian=True)
+    assert jacobian.shape == (1 << 28, 128, 3)
+
+
+def test_meta_tensors_through_the_operators():
+    x, table, geometry = huge()
+    settings = camkernels.hash_grid.__globals__["_settings"](geometry, "linear", 16)
+    y = _ops.operators.hash_grid(x, table, None, *settings)
+    assert y.shape == (1 << 28, 128) and y.stride() == (128, 1)
+    gx, gtable = _ops.operators.hash_grid_backward(y, x, table, None, *settings, [True, True])
+    assert gx.shape == x.shape and gtable.shape == table.shape
+    jacobian = _ops.operators.hash_grid_jacobian(x, table, None, *settings)[1]
+    assert jacobian.numel() == 3 << 35 and jacobian.stride() == (384, 3, 1)
+
+
+def test_fake_tensors_of_any_size():
+    with FakeTensorMode():
+        layer = camkernels.HashGrid(dims=3, n_features_per_level=8)
+        x = torch.rand(1 << 28, 3, requires_grad=True)
+        y = layer(x)
+        assert y.shape == (1 << 28, 128) and y.device.type == "cpu" and y.dtype == torch.float32
+        (gx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        gx.sum().backward()
+        assert layer.table.grad.shape == layer.table.shape and x.grad.shape == x.shape
+
+
+def test_a_layer_on_meta_becomes_real():
+    layer = camkernels.HashGrid(dims=2, n_levels=2, log2_hashmap_size=8, device="meta")
+    assert layer.table.is_meta and layer(torch.empty(5, 2, device="meta")).shape == (5, 4)
+    layer = layer.to_empty(device="cpu")
+    layer.reset_parameters()
+    assert layer(torch.rand(5, 2)).isfinite().all()

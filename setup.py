@@ -65,6 +65,7 @@ ISAS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
 }
+ISAS["avx512"] += ["-Wno-maybe-uninitialized"]  # g++ 12 warns of its own headers
 
 
 def stop(sentence: str) -> NoReturn:

@@ -5,10 +5,13 @@ With the convention "nerfstudio" it follows, operation by operation, the PyTorch
 (`nerfstudio/field_components/encodings.py`): int32 corners by ceil and floor, a product with the primes in int64, xor,
 remainder, offset, `table[index]`, and one linear blend per axis. "tcnn" is written in the same manner with that
 convention's rules: the upper corner is floor + 1, and levels that fit are indexed without hashing.
+
+The other form in use, a sum over corners of a product of weights, holds more for the backward pass: `form="sum"`.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,8 +23,11 @@ from camkernels import GridGeometry
 PRIMES = (1, 2654435761, 805459861)
 
 
-def make(options: dict[str, Any], device: str, fair: bool) -> Callable[..., Tensor]:
-    """function(x [n, D], table [entries, F]) -> [n, L*F]; fair: rows by index_select, which is faster than table[]."""
+def make(options: dict[str, Any], device: str, form: str = "blend") -> Callable[..., Tensor]:
+    """function(x [n, D], table [entries, F]) -> [n, L*F].
+
+    form: "blend" as above; "sum" over the corners; "fair" blends rows taken by index_select, faster than table[index].
+    """
     geometry: GridGeometry = options["geometry"]
     dims, shift, ceil_corner = geometry.dims, geometry.shift, geometry.ceil_corner
     scales = torch.tensor(geometry.scales, device=device)  # [L, D]
@@ -51,7 +57,7 @@ def make(options: dict[str, Any], device: str, fair: bool) -> Callable[..., Tens
         return index
 
     def rows(table: Tensor, index: Tensor) -> Tensor:
-        return table.index_select(0, index.reshape(-1)).unflatten(0, index.shape) if fair else table[index]
+        return table.index_select(0, index.reshape(-1)).unflatten(0, index.shape) if form == "fair" else table[index]
 
     def function(x: Tensor, table: Tensor) -> Tensor:
         scaled = x[..., None, :] * scales + shift if shift else x[..., None, :] * scales
@@ -68,6 +74,16 @@ def make(options: dict[str, Any], device: str, fair: bool) -> Callable[..., Tens
             one = slice(axis, axis + 1)
             return blend(upper[..., one], *chosen) * t + blend(lower[..., one], *chosen) * (1 - t)
 
-        return torch.flatten(blend(), -2, -1).to(table.dtype)
+        def corner_sum() -> Tensor:
+            total: Tensor | int = 0
+            for high in itertools.product((False, True), repeat=dims):
+                weight: Tensor | int = 1
+                for d in range(dims):
+                    weight = weight * (offset[..., d] if high[d] else 1 - offset[..., d])
+                corner = torch.stack([(upper if high[d] else lower)[..., d] for d in range(dims)], -1)
+                total = total + weight[..., None] * rows(table, level_index(corner))
+            return total
+
+        return torch.flatten(corner_sum() if form == "sum" else blend(), -2, -1).to(table.dtype)
 
     return function

@@ -3,9 +3,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +21,7 @@ import torch
 from torch import Tensor
 
 import camkernels
-from camkernels import _backends, testing
+from camkernels import _backends, _ops, testing
 
 OPS = tuple(testing.CASES)
 CASES = [case for op in OPS for case in testing.cases(op)]
@@ -93,3 +101,51 @@ def _hash_grid_layer(**options: Any) -> torch.nn.Module:
 
 
 LAYERS = (Layer("HashGrid", _hash_grid_layer, 3, ("table",)),)
+
+
+# ---- the probe module: csrc/math without a tensor --------------------------------------------------------------------
+
+ROOT = Path(__file__).resolve().parents[1]
+PROBE_FLAGS = {  # as setup.py compiles the kernels
+    "baseline": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c", "-DCAMK_PROBE_LANES_ONLY"],
+}
+
+
+def build_probe(isa: str) -> Any:
+    """csrc/probe.cpp compiled for an instruction set, imported; kept under build/ as long as no source changes."""
+    if isa not in _ops.usable_isas():
+        pytest.skip(f"this machine does not run {isa}")
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("there is no C++ compiler on the PATH")
+    pybind11 = pytest.importorskip("pybind11", reason="pybind11 is not installed (extra: test)")
+    sources = sorted([*(ROOT / "csrc/math").glob("*.h"), *(ROOT / "csrc/cpu").glob("*.h"), ROOT / "csrc/probe.cpp"])
+    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+    flags += ["-Wall", "-Wextra", "-Werror", f"-DCAMK_PROBE=probe_{isa}", *PROBE_FLAGS[isa]]
+    content = "".join(path.read_text() for path in sources) + repr((compiler, flags, sys.version, pybind11.__version__))
+    folder = ROOT / "build/probe" / hashlib.sha256(content.encode()).hexdigest()[:16]
+    target = folder / f"probe_{isa}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        partial_file = target.with_suffix(f".{os.getpid()}")
+        includes = [f"-I{ROOT / 'csrc'}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+        command = [compiler, *flags, *includes, str(ROOT / "csrc/probe.cpp"), "-o", str(partial_file)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        partial_file.replace(target)  # two runs at once each get a whole file
+    spec = importlib.util.spec_from_file_location(f"probe_{isa}", target)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def probe() -> Any:
+    return build_probe("baseline")
+
+
+@pytest.fixture(scope="session", params=PROBE_FLAGS)
+def lanes_probe(request: pytest.FixtureRequest) -> Any:
+    """The probe of the lanes and number types, for each instruction set."""
+    return build_probe(request.param)

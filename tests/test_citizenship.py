@@ -83,13 +83,13 @@ def test_autocast_and_the_jacobian():
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
-@pytest.mark.parametrize("case", [c for op in OPS for c in testing.cases(op)[::9]], ids=str)
+@pytest.mark.parametrize("case", [c for op in OPS for c in testing.cases(op)[::14]], ids=str)
 def test_the_same_bits_for_any_number_of_threads(case, deterministic, threads):
     if "cpu" not in backends(case.op):
         pytest.skip("there are no CPU kernels")
     call = case.make(torch.float32)
     x = call.inputs[call.points].reshape(-1, call.inputs[call.points].shape[-1])
-    call.inputs[call.points] = x.repeat(60, 1)  # enough for several threads
+    call.inputs[call.points] = x.repeat(1 + 1600 // len(x), 1)  # enough for three threads
     options = {name: None if torch.is_tensor(o) else o for name, o in call.options.items()}
     call = testing.Call(call.inputs, options, call.points)
     results = []
@@ -276,7 +276,7 @@ def test_strided_tensors(backend, layout):
         map(change, (x, table, ct)),
     ):
         for found, wanted in zip([run(a, b), *gradients(run, a, b, c)], expected, strict=True):
-            assert torch.equal(found, wanted)
+            torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", GRID_BACKENDS)

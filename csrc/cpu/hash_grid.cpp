@@ -58,7 +58,7 @@ Tensor forward(Tensor x, Tensor table, OptionalTensor counts, Doubles scales, do
                int64_t outside, int64_t interpolation, int64_t active_levels, bool) {
   const Grid grid =
       checked_grid(x, table, counts, {scales, shift, layout, ceil_corner, outside, interpolation, active_levels});
-  const Tensor y = empty(table, {x.size(0), grid.channels()});
+  const Tensor y = in_large_pages(empty(table, {x.size(0), grid.channels()}));
   dispatch(x, table, [&]<class S, class T>(Tag<S>, Tag<T>) {
     const Pass<S, T> pass(grid, x, counts, grid.channels());
     pass.each_chunk([&](const Chunk<S>& chunk) {
@@ -80,7 +80,8 @@ std::tuple<Tensor, Tensor> jacobian(Tensor x, Tensor table, OptionalTensor count
   const Grid grid =
       checked_grid(x, table, counts, {scales, shift, layout, ceil_corner, outside, interpolation, active_levels});
   const int64_t width = grid.channels(), dims = grid.dims;
-  const Tensor y = empty(table, {x.size(0), width}), j = empty(x, {x.size(0), width, dims});
+  const Tensor y = in_large_pages(empty(table, {x.size(0), width}));
+  const Tensor j = in_large_pages(empty(x, {x.size(0), width, dims}));
   dispatch(x, table, [&]<class S, class T>(Tag<S>, Tag<T>) {
     const Pass<S, T> pass(grid, x, counts, width * (1 + dims));
     pass.each_chunk([&](const Chunk<S>& chunk) {
@@ -169,7 +170,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_backward(OptionalTensor ggx, Optiona
   check_like(grad, table, x.size(0) * width, "grad");
   if (ggx) check_like(*ggx, x, x.numel(), "ggx");
   if (ggtable) check_like(*ggtable, table, table.numel(), "ggtable");
-  const Tensor ggrad = mask[0] ? torch::stable::empty_like(grad) : empty(grad, {0});
+  const Tensor ggrad = mask[0] ? in_large_pages(torch::stable::empty_like(grad)) : empty(grad, {0});
   const Tensor gx = mask[1] ? torch::stable::empty_like(x) : empty(x, {0});
   Tensor gtable;
   dispatch(x, table, [&]<class S, class T>(Tag<S>, Tag<T>) {

@@ -4,6 +4,7 @@
 // rows, levels where threads write the table gradient.
 #pragma once
 #include "cpu/hash_grid_chunk.h"
+#include "cpu/memory.h"
 
 namespace camk::cpu {
 
@@ -22,7 +23,7 @@ class Pass {
       : grid_(grid), x_(read<S>(x)), counts_(counts ? read<int32_t>(*counts) : nullptr), points_(x.size(0)) {
     const int64_t numbers = grid.dims + channels, bytes = numbers * int64_t(sizeof(S)) + int64_t(sizeof(uint16_t));
     pitch_ = round_up(std::min(points_, std::max<int64_t>(kScratchBytes / bytes, 1024)), kPointBlock);
-    memory_ = scratch_bytes(x, pitch_ * bytes + 64);
+    memory_ = in_large_pages(scratch_bytes(x, pitch_ * bytes + 64));
     numbers_ = reinterpret_cast<S*>(round_up(reinterpret_cast<intptr_t>(write<uint8_t>(memory_)), 64));
     status_ = reinterpret_cast<uint16_t*>(numbers_ + pitch_ * numbers);
     for (int f = 0; f < grid.features; f += loops_.back().features) {
@@ -111,10 +112,10 @@ class TableGradient {
  public:
   using A = accumulator_of<T>;
   TableGradient(const Tensor& table, bool wanted, bool untouched) {
-    out_ = wanted ? torch::stable::empty_like(table) : empty(table, {0});
+    out_ = wanted ? in_large_pages(torch::stable::empty_like(table)) : empty(table, {0});
     if (!wanted) return;
     constexpr bool direct = std::is_same_v<A, T>;
-    sums_ = direct ? out_ : torch::stable::new_empty(table, table.sizes(), ScalarType::Float);
+    sums_ = direct ? out_ : in_large_pages(torch::stable::new_empty(table, table.sizes(), ScalarType::Float));
     if (untouched) torch::stable::zero_(sums_);
   }
   A* sums() const { return write<A>(sums_); }

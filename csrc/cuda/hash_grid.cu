@@ -15,12 +15,13 @@ template <class T, int F>
 struct Staged {
   Row<T, F>* stage;
   T* out;
+  Storage kind;
 
   CAMK_DEVICE void put(int k, const Vec<float, F>& row) const {
     if (stage != nullptr) {
-      stage[k * kThreads + threadIdx.x] = pack_row<T, F>(row);
+      stage[k * kThreads + threadIdx.x] = pack_row<T, F>(row, kind);
     } else {
-      store_row<T, F>(out + k * F, row);
+      store_row<T, F>(out + k * F, row, kind);
     }
   }
   CAMK_DEVICE void flush(int count) const {
@@ -70,12 +71,12 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) value(const __grid_const
   const auto point = settle_point<D>(job, i);
   const int first = int(blockIdx.y) * job.levels_per_thread, last = min(first + job.levels_per_thread, job.n_levels);
   const int64_t channel = int64_t(job.first_level + first) * job.features;
-  const Staged<T, F> out{staged ? stage : nullptr, static_cast<T*>(job.y) + i * job.channels + channel};
+  const Staged<T, F> out{staged ? stage : nullptr, static_cast<T*>(job.y) + i * job.channels + channel, job.storage};
   int k = 0;
 #pragma unroll 1
   for (int l = first; l < last; ++l) {
     const auto& record = job.level[l];
-    const math::Stencil<D, float> s(level_of<D>(record, D), D, point.x, job.interpolation);
+    const Corners<D> s(level_of<D>(record, D), D, point.x, job.interpolation);
     const Outcome what = outcome(point, s, l, job.outside);
 #pragma unroll 1
     for (int f = 0; f < job.features; f += F, ++k) {
@@ -83,7 +84,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) value(const __grid_const
       if (what == Outcome::kNan) fill(y, NAN);
       if (what == Outcome::kFormula) {
         const T* rows = static_cast<const T*>(job.values) + record.first_row * job.features + f;
-        math::grid_value(s, Fetch<T, F>{rows, job.features}, y);
+        math::grid_value(s, Fetch<T, F>{rows, job.features, job.storage}, y);
       }
       out.put(k, y);
     }
@@ -113,7 +114,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) jacobian(const __grid_co
 #pragma unroll 1
   for (int l = first; l < last; ++l) {
     const auto& record = job.level[l];
-    const math::Stencil<D, float> s(level_of<D>(record, D), D, point.x, job.interpolation);
+    const Corners<D> s(level_of<D>(record, D), D, point.x, job.interpolation);
     const Outcome what = outcome(point, s, l, job.outside);
 #pragma unroll 1
     for (int f = 0; f < job.features; f += F) {
@@ -125,10 +126,10 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) jacobian(const __grid_co
       }
       if (what == Outcome::kFormula) {
         const T* rows = static_cast<const T*>(job.values) + record.first_row * job.features + f;
-        math::grid_jacobian(s, Fetch<T, F>{rows, job.features}, y, slopes);
+        math::grid_jacobian(s, Fetch<T, F>{rows, job.features, job.storage}, y, slopes);
       }
       const int64_t at = i * job.channels + int64_t(job.first_level + l) * job.features + f;
-      store_row<T, F>(static_cast<T*>(job.y) + at, y);
+      store_row<T, F>(static_cast<T*>(job.y) + at, y, job.storage);
       Vec<float, F * D> flat;  // [F][D]
 #pragma unroll
       for (int k = 0; k < F * D; ++k) {

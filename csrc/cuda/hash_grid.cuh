@@ -61,6 +61,10 @@ CAMK_DEVICE Point<S, D> settle_point(const Job<S>& job, int64_t i) {
   return point;
 }
 
+// Corners are written out up to three axes, so that the loads of a point are under way together; 16 corners are a loop.
+template <int D>
+using Corners = math::Stencil<D, float, false, (D < 4)>;
+
 // A record of this launch as the formulas take it.
 template <int D, class S>
 CAMK_DEVICE math::Level level_of(const JobLevel<S>& record, int dims) {
@@ -86,20 +90,22 @@ CAMK_DEVICE bool overflowed(const Stencil& s) {
 
 // ---- Rows -------------------------------------------------------------------------------------------------
 
-CAMK_DEVICE float to_number(__half v) { return __half2float(v); }
-CAMK_DEVICE float to_number(__nv_bfloat16 v) { return __bfloat162float(v); }
-CAMK_DEVICE float to_number(float v) { return v; }
-CAMK_DEVICE double to_number(double v) { return v; }
-CAMK_DEVICE void from_number(__half& v, float x) { v = __float2half_rn(x); }
-CAMK_DEVICE void from_number(__nv_bfloat16& v, float x) { v = __float2bfloat16_rn(x); }
-template <class C>
-CAMK_DEVICE void from_number(float& v, C x) {
-  v = float(x);
+// float16 or bfloat16: which of them is asked for at run time, an instruction more per number and half as many kernels.
+struct Short {
+  uint16_t bits;
+};
+CAMK_DEVICE float to_number(Short v, Storage kind) {
+  return kind == Storage::kHalf ? __half2float(__ushort_as_half(v.bits))
+                                : __bfloat162float(__ushort_as_bfloat16(v.bits));
 }
-template <class C>
-CAMK_DEVICE void from_number(double& v, C x) {
-  v = double(x);
+CAMK_DEVICE float to_number(float v, Storage) { return v; }
+CAMK_DEVICE double to_number(double v, Storage) { return v; }
+CAMK_DEVICE void from_number(Short& v, double x, Storage kind) {
+  v.bits = kind == Storage::kHalf ? __half_as_ushort(__float2half_rn(float(x)))
+                                  : __bfloat16_as_ushort(__float2bfloat16_rn(float(x)));
 }
+CAMK_DEVICE void from_number(float& v, double x, Storage) { v = float(x); }
+CAMK_DEVICE void from_number(double& v, double x, Storage) { v = x; }
 
 // F stored numbers as one word, or as words of 16 bytes.
 template <class T, int F>
@@ -110,30 +116,30 @@ template <class T, int F>
 inline constexpr int kWord = F * sizeof(T) <= 16 ? F : 16 / int(sizeof(T));
 
 template <int F, class C, class T>
-CAMK_DEVICE Vec<C, F> load_row(const T* from) {
+CAMK_DEVICE Vec<C, F> load_row(const T* from, Storage kind) {
   constexpr int W = kWord<T, F>;
   Vec<C, F> row;
 #pragma unroll
   for (int k = 0; k < F; k += W) {
     const auto word = load_readonly(reinterpret_cast<const Row<T, W>*>(from + k));
 #pragma unroll
-    for (int f = 0; f < W; ++f) row[k + f] = C(to_number(word.v[f]));
+    for (int f = 0; f < W; ++f) row[k + f] = C(to_number(word.v[f], kind));
   }
   return row;
 }
 
 template <class T, int F, class C>
-CAMK_DEVICE Row<T, F> pack_row(const Vec<C, F>& row) {
+CAMK_DEVICE Row<T, F> pack_row(const Vec<C, F>& row, Storage kind) {
   Row<T, F> packed;
 #pragma unroll
-  for (int f = 0; f < F; ++f) from_number(packed.v[f], row[f]);
+  for (int f = 0; f < F; ++f) from_number(packed.v[f], row[f], kind);
   return packed;
 }
 
 template <class T, int F, class C>
-CAMK_DEVICE void store_row(T* to, const Vec<C, F>& row) {
+CAMK_DEVICE void store_row(T* to, const Vec<C, F>& row, Storage kind) {
   constexpr int W = kWord<T, F>;
-  const Row<T, F> packed = pack_row<T, F>(row);
+  const Row<T, F> packed = pack_row<T, F>(row, kind);
 #pragma unroll
   for (int k = 0; k < F; k += W) {
     Row<T, W> word;
@@ -146,10 +152,13 @@ CAMK_DEVICE void store_row(T* to, const Vec<C, F>& row) {
 template <class Body>
 CAMK_DEVICE void with_storage(Storage kind, Body body) {
   switch (kind) {
-    case Storage::kHalf: return body(static_cast<__half*>(nullptr));
-    case Storage::kBFloat16: return body(static_cast<__nv_bfloat16*>(nullptr));
-    case Storage::kFloat: return body(static_cast<float*>(nullptr));
-    case Storage::kDouble: return body(static_cast<double*>(nullptr));
+    case Storage::kHalf:
+    case Storage::kBFloat16:
+      return body(static_cast<Short*>(nullptr));
+    case Storage::kFloat:
+      return body(static_cast<float*>(nullptr));
+    case Storage::kDouble:
+      return body(static_cast<double*>(nullptr));
   }
 }
 
@@ -160,7 +169,7 @@ CAMK_DEVICE Vec<C, F> load_any(const void* base, Storage kind, int64_t offset) {
   with_storage(kind, [&]<class T>(T*) {
     const T* from = static_cast<const T*>(base) + offset;
 #pragma unroll
-    for (int f = 0; f < F; ++f) row[f] = C(to_number(load_readonly(from + f)));
+    for (int f = 0; f < F; ++f) row[f] = C(to_number(load_readonly(from + f), kind));
   });
   return row;
 }
@@ -172,18 +181,17 @@ CAMK_DEVICE void store_any(void* base, Storage kind, int64_t offset, const Vec<C
 #pragma unroll
     for (int f = 0; f < F; ++f) {
       T number;
-      from_number(number, row[f]);
+      from_number(number, row[f], kind);
       store_streaming(to + f, number);
     }
   });
 }
 
-// Whole aligned words; the storage is asked for once per row, not per corner.
+// Whole aligned words of float32 or less; the storage is asked for once per row, not per corner.
 template <int F, class C>
 CAMK_DEVICE Vec<C, F> load_aligned(const void* base, Storage kind, int64_t offset) {
-  Vec<C, F> row;
-  with_storage(kind, [&]<class T>(T*) { row = load_row<F, C>(static_cast<const T*>(base) + offset); });
-  return row;
+  if (kind == Storage::kFloat) return load_row<F, C>(static_cast<const float*>(base) + offset, kind);
+  return load_row<F, C>(static_cast<const Short*>(base) + offset, kind);
 }
 
 // ---- Reading a level --------------------------------------------------------------------------------------
@@ -193,16 +201,20 @@ template <class T, int F>
 struct FetchRows {
   const T* rows;
   int64_t stride;
-  CAMK_DEVICE Vec<float, F> operator()(uint32_t i) const { return load_row<F, float>(rows + int64_t(i) * stride); }
+  Storage kind;
+  CAMK_DEVICE Vec<float, F> operator()(uint32_t i) const {
+    return load_row<F, float>(rows + int64_t(i) * stride, kind);
+  }
 };
 
-// The same where two rows make a word of at most 16 bytes and F is all of them. Corners come in pairs that differ along
+// The same for one or two features and no more, where two rows make a word of at most 16 bytes. Corners come in pairs that differ along
 // the first axis; where those are the two rows of an aligned pair, which is half of the time, one load brings both. The
 // second load depends on addresses alone, so that all loads of a point are under way before the first is used.
 template <class T, int F>
 struct FetchPairs {
   const T* rows;
   int64_t stride;
+  Storage kind;
   int calls = 0;
   uint32_t first = 0;
   Vec<float, 2 * F> pair{};
@@ -216,12 +228,12 @@ struct FetchPairs {
   CAMK_DEVICE Vec<float, F> operator()(uint32_t i) {
     if (calls++ % 2 == 0) {
       first = i;
-      pair = load_row<2 * F, float>(rows + int64_t(i & ~1u) * F);
+      pair = load_row<2 * F, float>(rows + int64_t(i & ~1u) * F, kind);
       return half_of_pair(i);
     }
     const bool beside = (i ^ first) == 1;
     Vec<float, F> alone{};
-    if (!beside) alone = load_row<F, float>(rows + int64_t(i) * F);
+    if (!beside) alone = load_row<F, float>(rows + int64_t(i) * F, kind);
     const Vec<float, F> paired = half_of_pair(i);
     Vec<float, F> row;
 #pragma unroll
@@ -231,7 +243,7 @@ struct FetchPairs {
 };
 
 template <class T, int F>
-using Fetch = std::conditional_t<2 * F * sizeof(T) <= 16, FetchPairs<T, F>, FetchRows<T, F>>;
+using Fetch = std::conditional_t<F <= 2, FetchPairs<T, F>, FetchRows<T, F>>;
 
 // Any storage, any stride.
 template <int F, class C>

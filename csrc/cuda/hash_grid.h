@@ -72,7 +72,7 @@ cudaError_t launch_finish_fixed(const int64_t* fixed, const uint64_t* largest, v
 // float32 -> float16 or bfloat16.
 cudaError_t launch_round(const float* from, void* to, Storage kind, int64_t count, cudaStream_t stream);
 
-// Whether the kernels for 2 to 4 axes and 1, 2, 4 or a multiple of 8 features apply: whole 16-byte words, pairs of rows.
+// Whether the kernels for 2 to 4 axes and 1, 2 or a multiple of 4 features apply: whole 16-byte words, pairs of rows.
 bool is_regular(const Job<float>& job);
 // The general kernels, which take everything else and the second order.
 template <class S>

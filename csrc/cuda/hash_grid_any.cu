@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 
 // ---- Choice of the kernel ----------------------------------------------------------------------------------
 
-// body.operator()<D, F>(): axes known at compile time where that pays, two features at a time where they are even.
+// body.operator()<D, F>(): two or three axes are known at compile time, and two features at a time go where they are even.
 template <class S, class Body>
 cudaError_t with_any(const Job<S>& job, Body body) {
   const auto with_features = [&]<int D>() {
@@ -238,7 +238,7 @@ cudaError_t with_any(const Job<S>& job, Body body) {
       if (job.dims == 3) return with_features.template operator()<3>();
     }
   }
-  return with_features.template operator()<0>();
+  return body.template operator()<0, 1>();
 }
 
 template <class S>
@@ -268,8 +268,8 @@ cudaError_t launch_any_table(const Job<S>& job, Sums sums, cudaStream_t stream) 
   const LaunchShape shape{tiles(job, true), kThreads, 0, stream};
   return with_any(job, [&]<int D, int F>() {
     switch (sums) {
-      case Sums::kLargest: return launch(any_table<S, 0, F, FindLargest>, shape, job);
-      case Sums::kFixed: return launch(any_table<S, 0, F, AddFixed>, shape, job);
+      case Sums::kLargest: return launch(any_table<S, 0, 1, FindLargest>, shape, job);
+      case Sums::kFixed: return launch(any_table<S, 0, 1, AddFixed>, shape, job);
       default: return launch(any_table<S, D, F, AddFast>, shape, job);
     }
   });

@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) coordinates(const __grid
 #pragma unroll 1
   for (int l = 0; l < point.levels && !point.dead(); ++l) {
     const auto& record = job.level[l];
-    const math::Stencil<D, float> s(level_of<D>(record, D), D, point.x, job.interpolation);
+    const Corners<D> s(level_of<D>(record, D), D, point.x, job.interpolation);
     if (job.outside == math::Outside::kWrap && overflowed(s)) {
       for (int a = 0; a < D; ++a) gx[a] = NAN;
       break;
@@ -34,8 +34,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) coordinates(const __grid
     for (int f = 0; f < job.features; f += F) {
       const int64_t at = i * job.channels + int64_t(job.first_level + l) * job.features + f;
       const T* rows = static_cast<const T*>(job.values) + record.first_row * job.features + f;
-      const Vec<float, F> g = load_row<F, float>(static_cast<const T*>(job.g) + at);
-      math::grid_backward_x(s, g, Fetch<T, F>{rows, job.features}, gx);
+      const Vec<float, F> g = load_row<F, float>(static_cast<const T*>(job.g) + at, job.storage);
+      math::grid_backward_x(s, g, Fetch<T, F>{rows, job.features, job.storage}, gx);
     }
   }
 #pragma unroll
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) coordinates(const __grid
 template <int D, int F, class MakeAdder>
 CAMK_DEVICE void add_point(const Job<float>& job, const Point<float, D>& point, int64_t i, int l, MakeAdder adder) {
   if (l >= point.levels || point.dead()) return;
-  const math::Stencil<D, float> s(level_of<D>(job.level[l], D), D, point.x, job.interpolation);
+  const Corners<D> s(level_of<D>(job.level[l], D), D, point.x, job.interpolation);
   if (job.outside == math::Outside::kWrap && overflowed(s)) return;
 #pragma unroll 1
   for (int f = 0; f < job.features; f += F) {
@@ -144,17 +144,17 @@ cudaError_t add_to_table(Job<S> job, Sums sums, cudaStream_t stream) {
   return launch_any_table(job, sums, stream);
 }
 
-template <class T>
-__global__ void __launch_bounds__(kThreads, kMinBlocks) round_to(const float* from, T* to, int64_t count) {
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+    round_to_short(const float* from, Short* to, Storage kind, int64_t count) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (i < count) from_number(to[i], from[i]);
+  if (i < count) from_number(to[i], from[i], kind);
 }
 
 }  // namespace
 
 bool is_regular(const Job<float>& job) {
   const bool axes = job.dims >= 2 && job.dims <= 4, nearest = job.interpolation == math::Interpolation::kNearest;
-  const bool features = job.features == 1 || job.features == 2 || job.features == 4 || job.features % 8 == 0;
+  const bool features = job.features == 1 || job.features == 2 || job.features % 4 == 0;
   if (!axes || nearest || !features || job.storage == Storage::kDouble) return false;
   for (int l = 0; l < job.n_levels; ++l) {
     if (job.level[l].first_row % 2 != 0 || job.level[l].size % 2 != 0) return false;
@@ -177,8 +177,7 @@ cudaError_t launch_table(Job<double> job, Sums sums, cudaStream_t stream) { retu
 
 cudaError_t launch_round(const float* from, void* to, Storage kind, int64_t count, cudaStream_t stream) {
   const LaunchShape shape{dim3(unsigned(divide_up(count, kThreads))), kThreads, 0, stream};
-  if (kind == Storage::kHalf) return launch(round_to<__half>, shape, from, static_cast<__half*>(to), count);
-  return launch(round_to<__nv_bfloat16>, shape, from, static_cast<__nv_bfloat16*>(to), count);
+  return launch(round_to_short, shape, from, static_cast<Short*>(to), kind, count);
 }
 
 }  // namespace camk::cuda

@@ -3,7 +3,7 @@
 #pragma once
 #include <algorithm>
 
-#include "cuda/hash_grid.h"
+#include "cuda/hash_grid.cuh"
 
 namespace camk::cuda {
 
@@ -33,8 +33,7 @@ cudaError_t with_regular(const Job<float>& job, Body body) {
     switch (job.features) {
       case 1: return body.template operator()<T, D, 1>();
       case 2: return body.template operator()<T, D, 2>();
-      case 4: return body.template operator()<T, D, 4>();
-      default: return body.template operator()<T, D, 8>();
+      default: return body.template operator()<T, D, 4>();
     }
   };
   const auto with_axes = [&]<class T>() {
@@ -45,8 +44,7 @@ cudaError_t with_regular(const Job<float>& job, Body body) {
     }
   };
   if constexpr (Typed) {
-    if (job.storage == Storage::kHalf) return with_axes.template operator()<__half>();
-    if (job.storage == Storage::kBFloat16) return with_axes.template operator()<__nv_bfloat16>();
+    if (job.storage != Storage::kFloat) return with_axes.template operator()<Short>();
   }
   return with_axes.template operator()<float>();
 }

@@ -7,6 +7,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from . import _bench
 from .fit.command import add_fit, add_render
 from .fit.errors import UserError
 
@@ -20,13 +21,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     info.set_defaults(run=_info)
     check = subparsers.add_parser("check", help="compare every backend with the reference on this machine")
     check.set_defaults(run=_check)
-    subparsers.add_parser("bench", help="a short table of speeds on this machine", add_help=False)
+    bench = subparsers.add_parser("bench", help="a short table of speeds on this machine")
+    _bench.add_arguments(bench)
+    bench.set_defaults(run=_bench.run)
     add_fit(subparsers)
     add_render(subparsers)
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["bench"]:  # has options of its own
-        return _bench(arguments[1:])
-    args = parser.parse_args(arguments)
+    args = parser.parse_args(argv)
     try:
         return args.run(args)
     except UserError as error:
@@ -47,12 +47,6 @@ def _check(args: argparse.Namespace) -> int:
     from ._check import check_backends
 
     return check_backends()
-
-
-def _bench(arguments: list[str]) -> int:
-    from . import _bench as bench
-
-    return bench.main(arguments) or 0
 
 
 if __name__ == "__main__":

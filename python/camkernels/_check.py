@@ -35,7 +35,9 @@ def check_backends(ops: dict[str, tuple[Case, ...]] = CASES) -> int:
                 failures, seconds = _compare(op, backend, dtype, cases)
                 compared, failed = compared + len(cases), failed + len(failures)
                 verdict = f"{len(failures)} of {len(cases)} cases DIFFER" if failures else f"{len(cases)} cases agree"
-                print(f"{op:20} {backend:8} {str(dtype).removeprefix('torch.'):9} {verdict}, {seconds:.1f} s", flush=True)
+                print(
+                    f"{op:20} {backend:8} {str(dtype).removeprefix('torch.'):9} {verdict}, {seconds:.1f} s", flush=True
+                )
                 for failure in failures[:SHOWN]:
                     print(f"    {failure}")
     print(_verdict(compared, failed))

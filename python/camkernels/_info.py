@@ -84,7 +84,7 @@ def describe(facts: dict[str, Any]) -> str:
         lines.append("build: no note of one; the package runs as pure Python")
     else:
         lines.append(f"build: {build.get('date')}, {build.get('compiler')}, PyTorch {build.get('torch')}")
-        lines += [f"  {name}: {', '.join(flags)}" for name, flags in build.get("libraries", {}).items()]
+        lines.append(f"  libraries: {', '.join(build.get('libraries', {})) or 'none'}")
     lines.append("environment:")
     lines += [f"  {name}={value if value is not None else '(not set)'}" for name, value in facts["environment"].items()]
     lines += ["", "what can run here:"]

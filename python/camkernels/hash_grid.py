@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -132,8 +133,7 @@ def _autocast(y: Tensor) -> Tensor:
 
 def _check(x: Tensor, table: Tensor, geometry: GridGeometry, interpolation: str, max_level: Any) -> None:
     op = "hash_grid"
-    if not isinstance(geometry, GridGeometry):
-        raise TypeError(f"{op}: geometry must be a GridGeometry, got {type(geometry).__name__}; see GridGeometry.build")
+    _check_geometry(op, geometry)
     check_floating(op, "x", x)
     check_floating(op, "table", table)
     check_shape(op, "x", x, ["...", geometry.dims], f"the geometry has dims={geometry.dims}")
@@ -141,6 +141,21 @@ def _check(x: Tensor, table: Tensor, geometry: GridGeometry, interpolation: str,
     check_shape(op, "table", table, rows, "the geometry asks for [n_entries, n_features_per_level]")
     check_same_device(op, x=x, table=table, max_level=max_level if isinstance(max_level, Tensor) else None)
     check_choice(op, "interpolation", interpolation, INTERPOLATIONS)
+
+
+def _check_geometry(op: str, geometry: Any) -> None:
+    if not isinstance(geometry, GridGeometry):
+        raise TypeError(f"{op}: geometry must be a GridGeometry, got {type(geometry).__name__}; see GridGeometry.build")
+
+
+def _check_replacement(geometry: Any, sizes: dict[str, Any]) -> GridGeometry:
+    """The geometry given to HashGrid in place of sizes, which must then be at their defaults."""
+    _check_geometry("HashGrid", geometry)
+    defaults = inspect.signature(HashGrid.__init__).parameters
+    given = [f"{name}={value!r}" for name, value in sizes.items() if value != defaults[name].default]
+    if given:
+        raise ValueError(f"HashGrid: geometry replaces the size arguments; got {', '.join(given)} too, leave one out")
+    return geometry
 
 
 # ---- layer -----------------------------------------------------------------------------------------------------------
@@ -187,19 +202,20 @@ class HashGrid(nn.Module):
         check_choice("HashGrid", "interpolation", interpolation, INTERPOLATIONS)
         check_choice("HashGrid", "backend", backend, (None, *BACKENDS))
         check_dtype("HashGrid", "dtype", dtype)
-        self.geometry = geometry or GridGeometry.build(
-            dims,
-            n_levels,
-            n_features_per_level,
-            log2_hashmap_size,
-            base_resolution,
-            per_level_scale,
-            finest_resolution,
-            convention=convention,
-            kind=kind,
-            align_corners=align_corners,
-            outside=outside,
-        )
+        sizes = {
+            "dims": dims,
+            "n_levels": n_levels,
+            "n_features_per_level": n_features_per_level,
+            "log2_hashmap_size": log2_hashmap_size,
+            "base_resolution": base_resolution,
+            "per_level_scale": per_level_scale,
+            "finest_resolution": finest_resolution,
+            "convention": convention,
+            "kind": kind,
+            "align_corners": align_corners,
+            "outside": outside,
+        }
+        self.geometry = GridGeometry.build(**sizes) if geometry is None else _check_replacement(geometry, sizes)
         self.interpolation = interpolation
         self.init_scale = init_scale
         self.backend = backend

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,13 +14,13 @@ BASE_RESOLUTION = 16
 
 
 class HashImageField(nn.Module):
-    """A picture as a hash grid and a small perceptron: x [..., 2] in [0, 1] -> [..., channels], trained to be in [0, 1].
+    """A picture as a hash grid and a small perceptron: x [..., 2] in [0, 1] -> [..., channels], about in [0, 1].
 
     The grid has `n_levels` resolutions from 16 (or `finest_resolution` if that is less) to `finest_resolution`, at most
     2^log2_hashmap_size rows each; the perceptron `hidden_layers` ReLU layers of `width`. The arguments are kept in
     `config`: `HashImageField(**field.config)` has the same parameters.
 
-    Source: Mueller et al., "Instant Neural Graphics Primitives with a Multiresolution Hash Encoding", 2022, section 5.1.
+    Source: Mueller et al., "Instant Neural Graphics Primitives with a Multiresolution Hash Encoding", 2022.
 
     >>> import torch
     >>> field = HashImageField(channels=3, finest_resolution=256)
@@ -64,7 +65,7 @@ class HashImageField(nn.Module):
         )
         widths = [self.grid.output_dim] + [width] * hidden_layers
         layers: list[nn.Module] = []
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in pairwise(widths):
             layers += [nn.Linear(before, after), nn.ReLU()]
         self.perceptron = nn.Sequential(*layers, nn.Linear(widths[-1], channels))
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""The main job: fit a field to data, with progress, metrics, checkpoints and pictures. Used by `python -m camkernels`."""
+"""The main job: fit a field to data, with progress, metrics, checkpoints and pictures."""

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Checkpoints: one dict of tensors, numbers and strings, written whole or not at all, loaded without running code.
 
-    format     "camkernels.fit"            version    1
-    model      name in `fields.MODELS`     config     its arguments
-    state      its state_dict              optimizer  the optimizer's state_dict
-    step       steps done                  rng        state of the generator that draws batches
-    training   settings, elapsed seconds, losses
-    task       what was fitted: kind, and for an image its size, channels and bits
+format     "camkernels.fit"            version    1
+model      name in `fields.MODELS`     config     its arguments
+state      its state_dict              optimizer  the optimizer's state_dict
+step       steps done                  rng        state of the generator that draws batches
+training   settings, elapsed seconds, losses
+task       what was fitted: kind, and for an image its size, channels and bits
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path} is not a camkernels checkpoint; give the checkpoint.pt that a fit wrote")
     if content.get("version") != VERSION:
         given = content.get("version")
-        raise UserError(f"{path} has format version {given!r}, this camkernels reads {VERSION}; use the one that wrote it")
+        raise UserError(
+            f"{path} has format version {given!r}, this camkernels reads {VERSION}; use the one that wrote it"
+        )
     odd = [key for key, kind in KEYS.items() if not isinstance(content.get(key), kind)]
     if odd:
         raise UserError(f"{path} is damaged: {', '.join(odd)} missing or of the wrong type; fit again")
@@ -71,7 +73,9 @@ def build_model(path: str | Path, content: dict[str, Any], backend: str | None) 
     """The model of a checkpoint with its parameters. UserError if this version has no such model or they do not fit."""
     name = content["model"]
     if name not in MODELS:
-        raise UserError(f"{path} is of model {name!r}, this camkernels has {', '.join(MODELS)}; use the one that wrote it")
+        raise UserError(
+            f"{path} is of model {name!r}, this camkernels has {', '.join(MODELS)}; use the one that wrote it"
+        )
     try:
         model = MODELS[name](**content["config"], backend=backend)
         model.load_state_dict(content["state"])

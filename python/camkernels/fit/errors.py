@@ -19,4 +19,6 @@ def require(module: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         package = PACKAGES.get(module.split(".")[0], module.split(".")[0])
-        raise UserError(f'{package} is needed here ({error}); install it with: pip install "camkernels[fit]"') from error
+        raise UserError(
+            f'{package} is needed here ({error}); install it with: pip install "camkernels[fit]"'
+        ) from error

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Fit a picture: the field sees pixel centres ((column + 0.5) / width, (row + 0.5) / height) and learns their values."""
+"""Fit a picture: pixel centres ((column + 0.5) / width, (row + 0.5) / height) -> channels in [0, 1]."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def pixel_centres(index: Tensor, width: int, height: int) -> Tensor:
 
 @torch.no_grad()
 def draw(model: nn.Module, width: int, height: int, bits: int, device: torch.device) -> np.ndarray:
-    """The field at every pixel of a picture of that size, evaluated in chunks: [height, width, channels], 8 or 16 bit."""
+    """The field at every pixel of a picture of that size, in chunks: [height, width, channels], 8 or 16 bit."""
     parts = []
     for start in range(0, width * height, CHUNK):
         index = torch.arange(start, min(start + CHUNK, width * height), device=device)
@@ -138,7 +138,9 @@ class _Job:
             return 130
         target = self.trainer.settings.stop.target_psnr
         if target is not None and ended != "reached":
-            self.say(f"the target of {target:g} dB was not reached; try a larger --log2-size or --finest, or more --steps")
+            self.say(
+                f"the target of {target:g} dB was not reached; try a larger --log2-size or --finest, or more --steps"
+            )
             return 1
         return 0
 
@@ -218,8 +220,8 @@ class _Job:
         self.say(f"{quality} after {report['steps']} steps, {report['seconds']:.1f} s, {speed}")
         if comparison is not None:
             self.say(comparison.describe())
-        files = "reconstruction.png error.png loss.png checkpoint.pt report.json".split()
-        self.say(f"written to {self.options.out}: {', '.join(files)}")
+        files = "reconstruction.png, error.png, loss.png, checkpoint.pt, report.json"
+        self.say(f"written to {self.options.out}: {files}")
 
 
 def _psnr_or_nan(loss: float) -> float:
@@ -238,7 +240,9 @@ def check_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {name} is not supported; use cpu or cuda")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: PyTorch finds {torch.cuda.device_count()} CUDA devices here; use --device cpu")
+        raise UserError(
+            f"--device {name}: PyTorch finds {torch.cuda.device_count()} CUDA devices here; use --device cpu"
+        )
     return device
 
 
@@ -293,9 +297,13 @@ def _settings(options: Options, saved: dict[str, Any] | None) -> Settings:
         return Settings(**{"stop": Stop(DEFAULT_STEPS), "batch": DEFAULT_BATCH, "lr": DEFAULT_LR, "seed": 0} | given)
     try:
         kept = {name: saved["training"][name] for name in ("stop", "batch", "lr", "seed")}
-        return Settings.from_dict(kept | {name: value for name, value in given.items() if name != "stop"} | _stop(given))
+        return Settings.from_dict(
+            kept | {name: value for name, value in given.items() if name != "stop"} | _stop(given)
+        )
     except (KeyError, TypeError) as error:
-        raise UserError(f"{options.resume} is damaged: its training settings are incomplete ({error}); fit again") from error
+        raise UserError(
+            f"{options.resume} is damaged: its training settings are incomplete ({error}); fit again"
+        ) from error
 
 
 def _stop(given: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from .errors import require
 
-SIGMA, TRUNCATE = 1.5, 3.5  # an 11 x 11 window
+SIGMA, RADIUS = 1.5, 5  # an 11 x 11 window
 K1, K2 = 0.01, 0.03
 
 
@@ -26,12 +26,13 @@ def psnr(a: np.ndarray, b: np.ndarray, peak: float) -> float:
 
 
 def ssim(a: np.ndarray, b: np.ndarray, peak: float) -> float:
-    """Structural similarity of [height, width, channels], the mean over pixels and channels, 1 for equal pictures.
+    """Structural similarity of [height, width, channels], averaged over pixels and channels; 1 for equal pictures:
 
         (2 ma mb + c1) (2 sab + c2) / ((ma^2 + mb^2 + c1) (sa^2 + sb^2 + c2))
 
-    with means m, variances s^2 and covariance sab under a Gaussian window of sigma 1.5 (11 x 11, borders mirrored),
-    c1 = (0.01 peak)^2, c2 = (0.03 peak)^2.
+    with means m, variances s^2 and covariance sab under a Gaussian window of sigma 1.5, 11 x 11 pixels, c1 = (0.01
+    peak)^2, c2 = (0.03 peak)^2. The average is over the windows that lie inside; on an axis of less than 11 pixels
+    there are none, and the picture is continued by its mirror image.
 
     Source: Wang et al., "Image Quality Assessment: From Error Visibility to Structural Similarity", 2004.
     """
@@ -39,8 +40,9 @@ def ssim(a: np.ndarray, b: np.ndarray, peak: float) -> float:
     ndimage = require("scipy.ndimage")
 
     def blur(values: np.ndarray) -> np.ndarray:
-        return ndimage.gaussian_filter(values, SIGMA, truncate=TRUNCATE, mode="reflect")
+        return ndimage.gaussian_filter(values, SIGMA, radius=RADIUS, mode="reflect")
 
+    inside = tuple(slice(RADIUS, -RADIUS) if n > 2 * RADIUS else slice(None) for n in a.shape[:2])
     c1, c2 = (K1 * peak) ** 2, (K2 * peak) ** 2
     means = []
     for channel in range(a.shape[2]):
@@ -49,7 +51,7 @@ def ssim(a: np.ndarray, b: np.ndarray, peak: float) -> float:
         variances = blur(u * u) - mu * mu + blur(v * v) - mv * mv
         covariance = blur(u * v) - mu * mv
         score = (2 * mu * mv + c1) * (2 * covariance + c2) / ((mu * mu + mv * mv + c1) * (variances + c2))
-        means.append(float(score.mean()))
+        means.append(float(score[inside].mean()))
     return sum(means) / len(means)
 
 

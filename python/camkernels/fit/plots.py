@@ -15,7 +15,7 @@ DPI = 100
 
 
 def write_error_picture(original: np.ndarray, fitted: np.ndarray, peak: float, path: Path) -> None:
-    """|original - fitted|, the mean over channels, in percent of white, with a colour bar up to its 99.9th percentile."""
+    """|original - fitted|, mean over channels, in percent of white; the colours end at its 99.9th percentile."""
     error = np.abs(original.astype(np.float32) - fitted).mean(-1) * (100 / peak)
     top = max(float(np.percentile(error, 99.9)), 100 / peak)
     height, width = error.shape

@@ -11,7 +11,9 @@ from .image import check_backend, check_device, draw
 from .picture import write_picture
 
 
-def render(checkpoint: Path, size: tuple[int, int], out: Path | None, device: str, backend: str | None, say=print) -> int:
+def render(
+    checkpoint: Path, size: tuple[int, int], out: Path | None, device: str, backend: str | None, say=print
+) -> int:
     """Draws the picture of a checkpoint with `size` (width, height) pixels; the exit status."""
     require("PIL.Image")
     saved = load_checkpoint(checkpoint)

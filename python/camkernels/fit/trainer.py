@@ -26,7 +26,7 @@ WINDOW = 20  # steps over which a loss shown is averaged
 
 @dataclass(frozen=True)
 class Stop:
-    """When a run ends: after `steps`, `seconds` of training, or on reaching `target_psnr`, at the latest after `steps`."""
+    """When a run ends: after `steps`, after `seconds` of training, or at `target_psnr`, then at most after `steps`."""
 
     steps: int | None = None
     seconds: float | None = None
@@ -153,7 +153,9 @@ class Trainer:
             self.losses += torch.stack(pending).tolist()
             pending.clear()
         if self.losses and not math.isfinite(self.losses[-1]):
-            raise UserError(f"the loss is no longer finite at step {self.step}; lower --lr (it is {self.settings.lr:g})")
+            raise UserError(
+                f"the loss is no longer finite at step {self.step}; lower --lr (it is {self.settings.lr:g})"
+            )
 
     def state(self) -> dict[str, Any]:
         """Everything a run continues from: state, optimizer, step, rng, training."""
@@ -188,7 +190,7 @@ class ProgressBar:
         self._bar = tqdm(
             total=stop.seconds if self._timed else stop.steps,
             initial=min(done, stop.seconds) if self._timed else done,
-            bar_format="{desc}{percentage:3.0f}%|{bar:24}| " + counter + unit + "{postfix}",
+            bar_format="{desc}: {percentage:3.0f}%|{bar:24}| " + counter + unit + "{postfix}",
             desc="fitting",
             disable=quiet,
             mininterval=0 if sys.stderr.isatty() else 5,  # a log gets a line now and then
@@ -199,9 +201,7 @@ class ProgressBar:
         done = min(trainer.seconds, self._bar.total or 0) if self._timed else trainer.step
         since = max(trainer.seconds - self._began, 1e-9)
         rate = (trainer.step * trainer.settings.batch - self._points) / since
-        self._bar.set_postfix_str(
-            f"{self._quality(trainer.recent_loss())}, {rate / 1e6:.2f} M points/s", refresh=False
-        )
+        self._bar.set_postfix_str(f"{self._quality(trainer.recent_loss())}, {rate / 1e6:.2f} M points/s", refresh=False)
         self._bar.update(done - self._bar.n)
 
     def close(self) -> None:

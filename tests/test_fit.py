@@ -1,0 +1,467 @@
+# SPDX-License-Identifier: MIT
+"""The main job: `fit image` and `render` on every kind of picture, resuming, Ctrl-C, metrics, and bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from camkernels.__main__ import main
+from camkernels.fields import MODELS, HashImageField
+from camkernels.fit import image as image_module
+from camkernels.fit.checkpoint import load_checkpoint, save_checkpoint
+from camkernels.fit.errors import UserError
+from camkernels.fit.metrics import psnr, ssim
+from camkernels.fit.picture import quantize, read_picture
+from camkernels.fit.trainer import Stop, Trainer
+
+Image = pytest.importorskip("PIL.Image")
+for extra in ("tqdm", "matplotlib", "scipy"):
+    pytest.importorskip(extra)
+
+SMALL = ["--levels", "4", "--finest", "24", "--width", "16", "--hidden", "1", "--batch", "256"]
+FILES = {"reconstruction.png", "error.png", "loss.png", "checkpoint.pt", "report.json"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread_for_small_steps():
+    """Steps of a few hundred points gain nothing from threads, and lose much to them on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def smooth(width: int = 20, height: int = 14, channels: int = 3, peak: int = 255) -> np.ndarray:
+    """A picture of slow waves, [height, width, channels]."""
+    y, x = np.mgrid[:height, :width]
+    waves = [0.5 + 0.4 * np.sin(x / width * (3 + c) + y / height * (4 - c) + c) for c in range(channels)]
+    return np.round(np.stack(waves, -1) * peak).astype(np.uint8 if peak == 255 else np.uint16)
+
+
+def save(values: np.ndarray, path: Path, **options) -> Path:
+    Image.fromarray(values[..., 0] if values.shape[-1] == 1 else values).save(path, **options)
+    return path
+
+
+def fit(path: Path, out: Path, *arguments: str) -> int:
+    stop = ["--steps", "12"] if not {"--steps", "--seconds", "--target-psnr"} & set(arguments) else []
+    small = [] if "--resume" in arguments else SMALL
+    return main(["fit", "image", str(path), "--out", str(out), *small, *stop, *map(str, arguments)])
+
+
+def report(out: Path) -> dict:
+    return json.loads((out / "report.json").read_text())
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    return save(smooth(), tmp_path / "photo.png")
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory) -> Path:
+    """The folder of a finished fit, made once; not to be written to."""
+    folder = tmp_path_factory.mktemp("fitted")
+    assert fit(save(smooth(), folder / "photo.png"), folder / "out") == 0
+    return folder / "out"
+
+
+# ---- reading pictures ------------------------------------------------------------------------------------------------
+
+
+def deep_png(values: np.ndarray, path: Path) -> Path:
+    """A PNG of 16-bit RGB, which Pillow cannot write."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width, _ = values.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    head = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+    return path
+
+
+@pytest.mark.parametrize("channels, peak", [(1, 255), (2, 255), (3, 255), (4, 255), (1, 65535)])
+def test_plain_pictures_are_read_exactly(tmp_path, channels, peak):
+    values = smooth(channels=channels, peak=peak)
+    for suffix in (".png", ".tif"):
+        picture = read_picture(save(values, tmp_path / f"p{suffix}"))
+        assert np.array_equal(picture.values, values) and picture.values.dtype == values.dtype
+        assert picture.size == (20, 14) and picture.notes == ()
+    tensor = picture.to_tensor()
+    assert tensor.shape == (14 * 20, channels) and tensor.dtype == torch.float32
+    assert np.array_equal(quantize(tensor, picture.bits).reshape(values.shape), values)
+
+
+def test_other_modes(tmp_path):
+    rgb = Image.fromarray(smooth())
+    rgb.quantize(16).save(tmp_path / "palette.png")
+    assert read_picture(tmp_path / "palette.png").channels == 3
+    rgb.quantize(16).save(tmp_path / "clear.gif", transparency=0)
+    assert read_picture(tmp_path / "clear.gif").channels == 4
+    Image.fromarray(smooth(channels=1)[..., 0]).convert("1").save(tmp_path / "bits.png")
+    bits = read_picture(tmp_path / "bits.png")
+    assert bits.channels == 1 and set(np.unique(bits.values)) <= {0, 255}
+    rgb.convert("CMYK").save(tmp_path / "ink.jpg")
+    assert read_picture(tmp_path / "ink.jpg").channels == 3
+    Image.fromarray(smooth(channels=1)[..., 0]).save(tmp_path / "key.png", transparency=128)
+    assert read_picture(tmp_path / "key.png").channels == 2
+    rgb.save(tmp_path / "film.gif", save_all=True, append_images=[rgb.rotate(180)])
+    assert "2 frames" in read_picture(tmp_path / "film.gif").notes[0]
+
+
+def test_16_bit_colour_says_what_is_lost(tmp_path):
+    values = smooth(peak=65535)
+    picture = read_picture(deep_png(values, tmp_path / "deep.png"))
+    assert picture.bits == 8 and np.array_equal(picture.values, values >> 8)
+    assert "16-bit colour is read as 8 bits" in picture.notes[0]
+
+
+def test_exif_orientation(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its side
+    path = save(smooth(), tmp_path / "turned.jpg", exif=exif, quality=100, subsampling=0)
+    picture = read_picture(path)
+    assert picture.size == (14, 20)
+    assert psnr(picture.values, np.rot90(smooth(), -1), 255) > 35
+
+
+# ---- fitting ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "channels, peak, mode", [(1, 255, "L"), (2, 255, "LA"), (3, 255, "RGB"), (4, 255, "RGBA"), (1, 65535, "I;16")]
+)
+def test_reconstruction_has_the_format_of_the_picture(tmp_path, channels, peak, mode):
+    path = save(smooth(channels=channels, peak=peak), tmp_path / "p.png")
+    assert fit(path, tmp_path / "out") == 0
+    with Image.open(tmp_path / "out" / "reconstruction.png") as image:
+        assert image.mode == mode and image.size == (20, 14)
+    found = report(tmp_path / "out")
+    written = read_picture(tmp_path / "out" / "reconstruction.png").values
+    assert found["psnr"] == pytest.approx(psnr(written, smooth(channels=channels, peak=peak), peak))
+    assert (found["channels"], found["bits"]) == (channels, 8 if peak == 255 else 16)
+    assert peak == 255 or len(np.unique(written % 257)) > 50  # not 8 bits spread out
+
+
+def test_files_and_report(fitted):
+    assert {path.name for path in fitted.iterdir()} == FILES
+    found = report(fitted)
+    field = HashImageField(**found["config"])
+    count = sum(p.numel() for p in field.parameters())
+    assert (found["parameters"], found["bytes"]) == (count, 4 * count)
+    assert (found["steps"], found["batch"], found["seed"], found["ended"]) == (12, 256, 0, "finished")
+    assert found["points_per_second"] == pytest.approx(12 * 256 / found["seconds"])
+    assert found["torch"] == torch.__version__ and found["backend"] in ("cpu", "cuda", "triton", "reference")
+    assert 5 < found["psnr"] < 60 and -1 <= found["ssim"] <= 1
+    for name in ("error.png", "loss.png"):
+        with Image.open(fitted / name) as image:
+            assert min(image.size) >= 200
+
+
+def test_quality_on_a_smooth_picture(tmp_path):
+    path = save(smooth(48, 40), tmp_path / "p.png")
+    options = ["--steps", "150", "--levels", "6", "--finest", "24", "--batch", "1024"]
+    assert main(["fit", "image", str(path), "--out", str(tmp_path / "out"), *options]) == 0
+    found = report(tmp_path / "out")
+    assert found["psnr"] > 38 and found["ssim"] > 0.98
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 30), (300, 2)])
+def test_odd_sizes(tmp_path, size):
+    path = save(smooth(*size), tmp_path / "p.png")
+    assert main(["fit", "image", str(path), "--out", str(tmp_path / "out"), "--steps", "60", "--batch", "256"]) == 0
+    assert report(tmp_path / "out")["size"] == list(size)
+    assert read_picture(tmp_path / "out" / "reconstruction.png").size == size
+    if size == (1, 1):
+        assert np.array_equal(read_picture(tmp_path / "out" / "reconstruction.png").values, smooth(1, 1))
+        assert report(tmp_path / "out")["psnr"] is None  # identical
+
+
+def test_same_seed_same_result(tmp_path, photo):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        torch.manual_seed(hash(name) % 1000)  # the caller's generator has no say, and keeps its state
+        before = torch.get_rng_state()
+        assert fit(photo, tmp_path / name, "--seed", seed, "--device", "cpu") == 0
+        assert torch.equal(before, torch.get_rng_state())
+    a, b, c = (load_checkpoint(tmp_path / name / "checkpoint.pt") for name in "abc")
+    assert torch.equal(a["training"]["losses"], b["training"]["losses"])
+    assert all(torch.equal(value, b["state"][name]) for name, value in a["state"].items() if torch.is_tensor(value))
+    assert not torch.equal(a["training"]["losses"], c["training"]["losses"])
+
+
+def test_stop_rules(tmp_path, photo, capsys):
+    assert fit(photo, tmp_path / "s", "--seconds", "0.3") == 0
+    assert report(tmp_path / "s")["seconds"] >= 0.3
+    assert fit(photo, tmp_path / "t", "--target-psnr", "12") == 0
+    assert report(tmp_path / "t")["ended"] == "reached" and report(tmp_path / "t")["psnr"] >= 12
+    assert Stop(steps=10).progress(5, 99) == 0.5 and Stop(seconds=10).progress(5, 99) == 1
+
+
+def test_a_missed_target_is_said(tmp_path, photo, capsys, monkeypatch):
+    monkeypatch.setattr(image_module, "MOST_STEPS", 5)
+    assert fit(photo, tmp_path / "out", "--target-psnr", "70") == 1
+    assert "target of 70 dB was not reached" in capsys.readouterr().out
+    assert (tmp_path / "out" / "checkpoint.pt").exists()
+
+
+def test_compare(tmp_path, photo, capsys):
+    assert fit(photo, tmp_path / "out", "--compare", "--device", "cpu", "--backend", "reference") == 0
+    assert report(tmp_path / "out")["compare"] is None
+    if image_module.check_backend(None, torch.device("cpu")) == "reference":
+        pytest.skip("only the reference runs here")
+    capsys.readouterr()
+    assert fit(photo, tmp_path / "out", "--compare", "--device", "cpu") == 0
+    found = report(tmp_path / "out")["compare"]
+    assert found["ratio"] == pytest.approx(found["plain_pytorch_step_seconds"] / found["step_seconds"])
+    assert "in plain PyTorch" in capsys.readouterr().out
+
+
+def test_quiet(tmp_path, photo, capfd):
+    assert fit(photo, tmp_path / "out", "--quiet") == 0
+    assert capfd.readouterr() == ("", "")
+
+
+# ---- Ctrl-C and resuming ---------------------------------------------------------------------------------------------
+
+
+def test_resume_continues_as_if_nothing_had_happened(tmp_path, photo, monkeypatch, capsys):
+    assert fit(photo, tmp_path / "whole", "--steps", "30") == 0
+    advance = Trainer.advance
+
+    def interrupted(self):
+        loss = advance(self)
+        if self.step == 11:
+            os.kill(os.getpid(), signal.SIGINT)
+        return loss
+
+    monkeypatch.setattr(Trainer, "advance", interrupted)
+    assert fit(photo, tmp_path / "part", "--steps", "30") == 130
+    assert "stopped by Ctrl-C at step 11" in capsys.readouterr().out
+    assert (
+        report(tmp_path / "part")["ended"] == "interrupted" and {p.name for p in (tmp_path / "part").iterdir()} == FILES
+    )
+    monkeypatch.setattr(Trainer, "advance", advance)
+    path = tmp_path / "part" / "checkpoint.pt"
+    assert main(["fit", "image", str(photo), "--out", str(tmp_path / "part"), "--resume", str(path)]) == 0
+    whole, part = (load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("whole", "part"))
+    assert part["step"] == whole["step"] == 30
+    assert torch.equal(part["training"]["losses"], whole["training"]["losses"])
+    assert all(torch.equal(value, part["state"][k]) for k, value in whole["state"].items() if torch.is_tensor(value))
+
+
+def test_resume_with_more_steps(tmp_path, fitted):
+    path = fitted / "checkpoint.pt"
+    assert fit(fitted.parent / "photo.png", tmp_path / "out", "--resume", path, "--steps", "20", "--lr", "0.001") == 0
+    found = report(tmp_path / "out")
+    assert (found["steps"], found["batch"], found["lr"], found["config"]["n_levels"]) == (20, 256, 0.001, 4)
+
+
+def test_ctrl_c_of_a_process(tmp_path, photo):
+    command = [sys.executable, "-u", "-m", "camkernels", "fit", "image", photo, "--out", tmp_path / "out", *SMALL]
+    folders = [str(Path(image_module.__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
+    process = subprocess.Popen(
+        [*map(str, command), "--steps", "1000000"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+    for line in process.stdout:
+        if line.startswith("model hash"):
+            break
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1.0)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "stopped by Ctrl-C" in out and "Traceback" not in err
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
+
+
+# ---- checkpoints and render ------------------------------------------------------------------------------------------
+
+
+def test_checkpoint_is_plain(fitted):
+    content = torch.load(fitted / "checkpoint.pt", weights_only=True)
+    assert set(content) >= {"format", "version", "model", "config", "state", "optimizer", "step", "rng"}
+    model = MODELS[content["model"]](**content["config"])
+    model.load_state_dict(content["state"])
+    assert content["step"] == 12 == len(content["training"]["losses"])
+
+
+def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, fitted, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes((fitted / "checkpoint.pt").read_bytes())
+    before = path.read_bytes()
+
+    def full(content, target):
+        Path(target).write_bytes(b"half")
+        raise RuntimeError("no space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match="no space left"):
+        save_checkpoint(path, {})
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("size", ["20x14", "1x1", "37x11", "900X200"])
+def test_render(tmp_path, fitted, size, monkeypatch):
+    monkeypatch.setattr(image_module, "CHUNK", 50_000)
+    out = tmp_path / "drawn.png"
+    assert main(["render", str(fitted / "checkpoint.pt"), "--size", size, "--out", str(out)]) == 0
+    values = read_picture(out).values
+    width, height = map(int, size.lower().split("x"))
+    assert values.shape == (height, width, 3)
+    if size == "20x14":
+        assert np.array_equal(values, read_picture(fitted / "reconstruction.png").values)
+
+
+def test_render_beside_the_checkpoint(tmp_path, fitted):
+    (tmp_path / "c.pt").write_bytes((fitted / "checkpoint.pt").read_bytes())
+    assert main(["render", str(tmp_path / "c.pt"), "--size", "6x5"]) == 0
+    assert read_picture(tmp_path / "render_6x5.png").size == (6, 5)
+
+
+# ---- metrics ---------------------------------------------------------------------------------------------------------
+
+
+def test_psnr():
+    a = smooth()
+    assert psnr(a, a, 255) == float("inf")
+    b = a.astype(int)
+    b[::2] += 2
+    assert psnr(a, b, 255) == pytest.approx(10 * np.log10(255**2 / 2))
+    with pytest.raises(ValueError, match="of one shape"):
+        psnr(a, a[:-1], 255)
+
+
+def test_ssim():
+    i, j = np.mgrid[:48, :64]
+    a = np.stack([(i * 5 + j * 3) % 256, (i * j) % 251, (i * i + 7 * j) % 241], -1).astype(np.uint8)
+    b = np.clip(a.astype(int) + ((i * 13 + j * 29) % 41 - 20)[..., None], 0, 255).astype(np.uint8)
+    # structural_similarity(gaussian_weights=True, use_sample_covariance=False) of scikit-image 0.26
+    assert ssim(a, b, 255) == pytest.approx(0.8783496307455915, abs=1e-12)
+    assert ssim(a, a, 255) == pytest.approx(1) and ssim(b, a, 255) == pytest.approx(ssim(a, b, 255))
+    deep = [x.astype(np.uint16) * 257 for x in (a, b)]
+    assert ssim(*deep, 65535) == pytest.approx(ssim(a, b, 255))
+    assert ssim(a, 255 - a, 255) < 0
+    assert ssim(a[:3, :1], a[:3, :1], 255) == pytest.approx(1)  # smaller than the window
+    flat = np.full((32, 32, 1), 100, np.uint8)
+    c1 = (0.01 * 255) ** 2
+    assert ssim(flat, flat + 50, 255) == pytest.approx((2 * 100 * 150 + c1) / (100**2 + 150**2 + c1))
+
+
+# ---- bad input: exit status 2 and a sentence -------------------------------------------------------------------------
+
+
+def expect_error(capsys, arguments: list, *words: str) -> None:
+    capsys.readouterr()
+    try:
+        status = main([str(a) for a in arguments])
+    except SystemExit as leave:  # argparse's own
+        status = leave.code
+    message = capsys.readouterr().err
+    assert status == 2 and "Traceback" not in message
+    assert all(word in message for word in words), message
+
+
+def test_bad_pictures(tmp_path, capsys):
+    def expect(name, *words):
+        expect_error(capsys, ["fit", "image", tmp_path / name, "--out", tmp_path / "out"], name, *words)
+
+    expect("none.png", "does not exist")
+    expect("", "is a folder")
+    (tmp_path / "text.png").write_text("not a picture")
+    expect("text.png", "is not an image that Pillow can read")
+    save(smooth(200, 200), tmp_path / "cut.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:900])
+    expect("cut.jpg", "cannot be read", "damaged")
+    Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "float.tif")
+    expect("float.tif", "floating-point pixels")
+    Image.fromarray(np.full((4, 4), 70000, np.int32)).save(tmp_path / "long.tif")
+    expect("long.tif", "more than 16 bits")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_output(tmp_path, photo, capsys, monkeypatch):
+    expect_error(capsys, ["fit", "image", photo, "--out", photo], "output folder", "--out")
+    expect_error(capsys, ["fit", "image", photo, "--out", photo / "below"], "output folder", "--out")
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)  # root may write anywhere: chmod would not do
+    expect_error(capsys, ["fit", "image", photo, "--out", tmp_path / "o"], "cannot be written", "Permission denied")
+
+
+def test_bad_options(tmp_path, photo, capsys):
+    base = ["fit", "image", photo, "--out", tmp_path / "out"]
+    expect_error(capsys, [*base, "--steps", "3", "--seconds", "3"], "not allowed with")
+    expect_error(capsys, [*base, "--steps", "0"], "at least 1")
+    expect_error(capsys, [*base, "--seconds", "nan"], "positive number")
+    expect_error(capsys, [*base, "--model", "magic"], "hash")
+    expect_error(capsys, [*base, "--log2-size", "31"], "model cannot be built", "log2_hashmap_size")
+    expect_error(capsys, [*base, "--device", "tpu"], "--device tpu")
+    expect_error(capsys, [*base, "--device", "meta"], "use cpu or cuda")
+    expect_error(capsys, [*base, "--device", "cuda:99"], "use --device cpu")
+    expect_error(capsys, [*base, "--device", "cpu", "--backend", "cuda"], "'cuda' cannot run", "leave --backend out")
+    expect_error(capsys, [*base, *SMALL, "--steps", "40", "--lr", "1e30"], "no longer finite", "lower --lr")
+    expect_error(capsys, ["render", photo, "--size", "12"], "WIDTHxHEIGHT")
+    expect_error(capsys, ["render", photo, "--size", "0x3"], "WIDTHxHEIGHT")
+
+
+@pytest.mark.parametrize("module", ["PIL.Image", "tqdm", "matplotlib.figure", "scipy.ndimage"])
+def test_missing_extras(tmp_path, photo, capsys, monkeypatch, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    expect_error(capsys, ["fit", "image", photo, "--out", tmp_path / "out"], 'pip install "camkernels[fit]"')
+
+
+def test_bad_checkpoints(tmp_path, photo, fitted, capsys):
+    good = (fitted / "checkpoint.pt").read_bytes()
+    path = tmp_path / "c.pt"
+
+    def expect(*words, **changes):
+        if changes:
+            save_checkpoint(path, load_checkpoint(fitted / "checkpoint.pt") | changes)
+        for command in (
+            ["render", path, "--size", "4x4"],
+            ["fit", "image", photo, "--out", tmp_path / "o", "--resume", path],
+        ):
+            expect_error(capsys, command, "c.pt", *words)
+
+    expect("is not a file")
+    for content in (b"", b"PK nonsense", good[: len(good) // 2], good[:2000] + bytes(500) + good[2500:]):
+        path.write_bytes(content)
+        expect("is damaged")
+    torch.save({"weights": torch.ones(3)}, path)
+    expect("is not a camkernels checkpoint")
+    torch.save(torch.nn.Linear(2, 2), path)  # needs code to load
+    expect("is damaged or is no checkpoint")
+    torch.save(load_checkpoint(fitted / "checkpoint.pt") | {"version": 99}, path)
+    expect("format version 99")
+    expect("rng missing or of the wrong type", rng=None)
+    expect("is of model 'wave'", model="wave")
+    config = load_checkpoint(fitted / "checkpoint.pt")["config"]
+    expect("another architecture", config=config | {"width": 17})
+    expect("another architecture", config=config | {"n_levels": 3})
+    expect("another architecture", config=config | {"colour": 3})
+    expect("of kind 'sound'", task={"kind": "sound"})
+
+
+def test_resume_on_something_else(tmp_path, fitted, capsys):
+    base = ["fit", "image", fitted.parent / "photo.png", "--out", tmp_path / "o", "--resume", fitted / "checkpoint.pt"]
+    expect_error(capsys, [*base, "--levels", "5"], "another architecture", "n_levels is 4 there, 5 was asked for")
+    for name, values in (("size", smooth(21)), ("channels", smooth(channels=1))):
+        base[2] = save(values, tmp_path / "other.png")
+        expect_error(capsys, base, name, "give the same picture")

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: MIT
+"""`info` tells what can run and why not the rest; `check` finds a backend that differs; `bench` prints a table."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import camkernels
+from camkernels import _check, _info, _ops, testing
+from camkernels.__main__ import main
+from camkernels._backends import BACKENDS, Call, can_run
+from camkernels._geometry import geometry_table
+
+
+def info(capsys) -> dict:
+    capsys.readouterr()
+    assert main(["info", "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_json(capsys):
+    facts = info(capsys)
+    assert facts["camkernels"] == camkernels.__version__ and facts["torch"] == torch.__version__
+    assert facts["cpu"]["library"] == _ops.cpu_isa and facts["cpu"]["reason"] == _ops.cpu_missing
+    assert facts["cuda"]["library"] == (_ops.cuda_missing is None)
+    assert facts["hash_grid_geometries"] == geometry_table()
+    assert set(facts["ops"]) == set(testing.CASES)
+    for op, backends in facts["ops"].items():
+        assert set(backends) == set(BACKENDS) and backends["reference"] is None
+        assert backends["cpu"] == can_run("cpu", Call(op, "cpu"))
+        if not torch.cuda.is_available():
+            assert backends["cuda"] and backends["triton"]
+
+
+def test_text_says_the_same(capsys):
+    facts = info(capsys)
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert camkernels.__version__ in text and torch.__version__ in text
+    for op, backends in facts["ops"].items():
+        for backend, reason in backends.items():
+            line = next(line for line in text.splitlines() if line.split()[:2] == [op, backend])
+            assert line.endswith("yes" if reason is None else reason)
+    for row in facts["hash_grid_geometries"]:
+        assert row["convention"] in text and (row["dims"] or row["reason"] in text)
+
+
+def test_environment(capsys, monkeypatch):
+    monkeypatch.setenv("CAMKERNELS_BACKEND", "reference")
+    monkeypatch.setenv("CAMKERNELS_SOMETHING", "1")
+    monkeypatch.delenv("CAMKERNELS_CPU_ISA", raising=False)
+    assert info(capsys)["environment"] == {
+        "CAMKERNELS_BACKEND": "reference",
+        "CAMKERNELS_CPU_ISA": None,
+        "CAMKERNELS_SOMETHING": "1",
+    }
+    main(["info"])
+    text = capsys.readouterr().out
+    assert "CAMKERNELS_BACKEND=reference" in text and "CAMKERNELS_CPU_ISA=(not set)" in text
+
+
+def test_build_facts(tmp_path):
+    assert _info.build_facts(tmp_path) is None
+    (tmp_path / "build.json").write_text("{")
+    assert _info.build_facts(tmp_path) is None
+    (tmp_path / "build.json").write_text('{"date": "today"}')
+    assert _info.build_facts(tmp_path) == {"date": "today"}
+    facts = _info.collect()
+    for build in (None, {"date": "today", "libraries": {"_cpu_avx2": {}}}):
+        text = _info.describe(facts | {"build": build})
+        assert ("pure Python" in text) == (build is None) and ("_cpu_avx2" in text) == (build is not None)
+
+
+# ---- check -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Two cases, and a backend cpu that can run whatever was built."""
+    monkeypatch.setattr(_check, "reason_against", lambda backend, op: None if backend == "cpu" else "not in this test")
+    return {"hash_grid": testing.CASES["hash_grid"][:2]}
+
+
+def test_check_agrees(few, monkeypatch, capsys):
+    reference = camkernels.reference.hash_grid
+    monkeypatch.setattr(camkernels, "hash_grid", lambda *args, backend, **options: reference(*args, **options))
+    assert _check.check_backends(few) == 0
+    out = capsys.readouterr().out
+    assert "2 cases agree" in out and "all 8 comparisons agree" in out and "triton   not here: not in this test" in out
+
+
+def test_check_finds_a_difference(few, monkeypatch, capsys):
+    def wrong(*args, backend, **options):
+        result = camkernels.reference.hash_grid(*args, **options)
+        return (result[0] * 1.01, result[1]) if isinstance(result, tuple) else result * 1.01
+
+    monkeypatch.setattr(camkernels, "hash_grid", wrong)
+    assert _check.check_backends(few) == 1
+    out = capsys.readouterr().out
+    assert "2 of 2 cases DIFFER" in out and "8 of 8 comparisons failed" in out and "times the tolerance" in out
+
+
+def test_check_without_any_backend(monkeypatch, capsys):
+    monkeypatch.setattr(_check, "reason_against", lambda backend, op: "nothing was built")
+    assert main(["check"]) == 0
+    assert "nothing to compare" in capsys.readouterr().out
+
+
+# ---- the command line itself -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["info", "check", "bench", "fit", "render"])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as leave:
+        main([command, "--help"])
+    assert leave.value.code == 0 and command in capsys.readouterr().out
+
+
+def test_unknown_command(capsys):
+    with pytest.raises(SystemExit) as leave:
+        main(["dance"])
+    assert leave.value.code == 2 and "dance" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_not_a_traceback(monkeypatch, capsys):
+    def interrupted(**_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_info, "print_info", interrupted)
+    assert main(["info"]) == 130
+    assert capsys.readouterr().err == "camkernels: stopped by Ctrl-C\n"

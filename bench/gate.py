@@ -31,10 +31,10 @@ MEMORY = (Line(3, "fb-table", "eager", 6), Line(2, "fb-table", "eager", 6))
 GOAL_NS = {(3, "forward"): 150.0, (3, "fb-table"): 350.0}
 PASSES = ("forward", "fb-table")
 MEMORY_PASSES = ("fb-table",)
-MEMORY_PROVIDERS = ("cpu", "eager", "eager_fair", "compile")
+MEMORY_PROVIDERS = ("cpu", "eager", "eager_fair", "eager_sum", "compile")
 # compiling the reference, whose levels are unrolled, takes minutes, and no line needs it: name it to have it as well
-PROVIDERS = "cpu,reference,eager,eager_fair,compile,tinycudann,drjit"
-SECONDS = {3: 150.0, 2: 60.0}  # per case and regime: 15 rounds of the eager baseline
+PROVIDERS = "cpu,reference,eager,eager_fair,eager_sum,compile,tinycudann,drjit"
+SECONDS = {3: 125.0, 2: 50.0}  # per case and regime: about 15 rounds of the baselines
 
 
 def _find(records: list[dict], dims: int, task: str, provider: str, **wanted) -> dict | None:
@@ -65,6 +65,9 @@ def speed_line(records: list[dict], line: Line) -> str:
     if tuned is None:
         return f"{what} needs {line.times:g}x: {'; '.join(parts) or 'not measured'}"
     ratio, record = tuned
+    other = record["speedup"].get("eager_sum") if line.baseline == "eager" else None
+    if other is not None:
+        parts.append(f"tuned over eager_sum {other['median']:.1f}x")
     shared = f"; contended in {record['contended']:.0%} of the rounds" if record["contended"] > 0.2 else ""
     return f"{what} {', '.join(parts)}; needs {line.times:g}x ({REGIME}): {_mark(ratio['median'], line.times)}{shared}"
 
@@ -76,9 +79,12 @@ def memory_line(records: list[dict], line: Line) -> str:
     theirs = _find(records, line.dims, line.task, line.baseline, kind="memory", status="ok")
     if ours is None or theirs is None:
         return f"{what}: not measured"
-    a, b = ours["bytes_per_point"], theirs["bytes_per_point"]
-    verdict = _mark(b / a, line.times)
-    return f"{what} {a:.0f} B/point, {line.baseline} {b:.0f}: 1/{b / a:.1f}; needs 1/{line.times:g}: {verdict}"
+    a, b, result = ours["bytes_per_point"], theirs["bytes_per_point"], ours["result_bytes_per_point"]
+    other = _find(records, line.dims, line.task, "eager_sum", kind="memory", status="ok")
+    also = f", eager_sum {other['bytes_per_point']:.0f}: 1/{other['bytes_per_point'] / a:.1f}" if other else ""
+    floor = f"floor: the results alone are {result:.0f}, 1/{b / result:.1f} of {line.baseline}"
+    verdict = f"needs 1/{line.times:g}: {_mark(b / a, line.times)}"
+    return f"{what} {a:.0f} B/point, {line.baseline} {b:.0f}: 1/{b / a:.1f}{also}; {verdict}; {floor}"
 
 
 def floor_line(records: list[dict], dims: int, task: str) -> str | None:

@@ -60,8 +60,8 @@ def reset_peak() -> int:
     return status_bytes("VmRSS")
 
 
-def peak_of_call(case: Case, task: Pass, provider: Provider, seed: int = 0) -> int:
-    """Bytes beyond the inputs at the peak of one call, in this process."""
+def peak_of_call(case: Case, task: Pass, provider: Provider, seed: int = 0) -> tuple[int, int]:
+    """(bytes beyond the inputs at the peak of one call in this process, those of its results)."""
     inputs = case.inputs(seed)
     cotangent = make_cotangent(case, task, inputs)
     if provider.compiled:
@@ -80,8 +80,8 @@ def peak_of_call(case: Case, task: Pass, provider: Provider, seed: int = 0) -> i
     before = reset_peak()
     result = runner.run()
     peak = status_bytes("VmHWM")
-    del result
-    return max(0, peak - before)
+    results = sum(t.numel() * t.element_size() for t in runner.export(result).values())
+    return max(0, peak - before), results
 
 
 def record_of_call(job: Job, provider: Provider, task: Pass) -> dict:
@@ -94,8 +94,9 @@ def record_of_call(job: Job, provider: Provider, task: Pass) -> dict:
         reason = "peak memory is measured with CPU tensors"
     if reason is None:
         try:
-            peak = peak_of_call(case, task, provider)
-            return record | {"status": "ok", "bytes": peak, "bytes_per_point": peak / case.points}
+            peak, results = peak_of_call(case, task, provider)
+            found = {"bytes_per_point": peak / case.points, "result_bytes_per_point": results / case.points}
+            return record | {"status": "ok", "bytes": peak} | found
         except Exception as error:  # another library's reason, or NotSupportedError
             reason = str(error)
     return record | {"status": "skipped", "reason": reason}

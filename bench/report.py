@@ -25,6 +25,7 @@ COLOURS = {
     "reference": "#9aa0a6",
     "eager": "#c1440e",
     "eager_fair": "#e08e45",
+    "eager_sum": "#8f3b1b",
     "compile": "#2f5d8a",
     "compile_reference": "#86a8c9",
     "tinycudann": "#7b4b94",

@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import gc
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -166,9 +168,16 @@ def gather(case: Case, task: Pass, job: Job, inputs: Inputs, cotangent: Tensor |
     return found
 
 
-def measure(case: Case, task: Pass, variant: str, job: Job, candidates: list[Candidate], inputs: Inputs, cotangent):
-    """Interleaved rounds over the candidates that work: (Timed per provider name, calibrations, rounds)."""
-    budget = job.seconds / (len(job.passes) * len(job.variants))
+def measure(
+    case: Case,
+    variant: str,
+    job: Job,
+    budget: float,
+    candidates: list[Candidate],
+    inputs: Inputs,
+    cotangent: Tensor | None,
+) -> tuple[dict[str, timing.Timed], list[float]]:
+    """Interleaved rounds over the candidates that work: (Timed per provider name, calibrations)."""
     timed = []
     for candidate in candidates:
         if candidate.reason is None:
@@ -189,8 +198,8 @@ def measure(case: Case, task: Pass, variant: str, job: Job, candidates: list[Can
         calibrations.append(calibration())
 
     clock = timing.clock_for(job.threads, job.device)
-    rounds = timing.interleave(timed, job.rounds, budget, clock, before_round)
-    return {item.name: item for item in timed}, calibrations, rounds
+    timing.interleave(timed, job.rounds, budget, clock, before_round)
+    return {item.name: item for item in timed}, calibrations
 
 
 # ---- records ---------------------------------------------------------------------------------------------------------
@@ -215,7 +224,24 @@ def base_record(case: Case, task: Pass, provider: Provider, job: Job, facts: dic
     }
 
 
-def records_of_pass(case: Case, task: Pass, job: Job, facts: dict, limits: dict, inputs: Inputs) -> Iterator[dict]:
+class Allowance:
+    """The seconds of a job, shared by its passes and variants: what one leaves goes to those after it."""
+
+    def __init__(self, seconds: float, shares: int):
+        self.seconds, self.shares = seconds, shares
+
+    def spend(self, work: Callable[[float], Any]) -> Any:
+        """work(budget), whose time is taken off."""
+        start = time.perf_counter()
+        result = work(max(0.0, self.seconds) / max(1, self.shares))
+        self.seconds -= time.perf_counter() - start
+        self.shares -= 1
+        return result
+
+
+def records_of_pass(
+    case: Case, task: Pass, job: Job, allowance: Allowance, facts: dict, limits: dict, inputs: Inputs
+) -> Iterator[dict]:
     """Measures a pass and yields a record for each provider and variant."""
     print(f"  {case.name} {task.name} ({job.regime})", file=sys.stderr, flush=True)
     cotangent = make_cotangent(case, task, inputs)
@@ -223,7 +249,8 @@ def records_of_pass(case: Case, task: Pass, job: Job, facts: dict, limits: dict,
     floor = case.floor(task)
     floor_ns = ceilings.floor_ns(floor, limits)
     for variant in job.variants:
-        timed, calibrations, _ = measure(case, task, variant, job, candidates, inputs, cotangent)
+        rounds = functools.partial(measure, case, variant, job)
+        timed, calibrations = allowance.spend(lambda s, run=rounds: run(s, candidates, inputs, cotangent))
         for candidate in candidates:
             record = base_record(case, task, candidate.provider, job, facts) | {"variant": variant}
             if candidate.reason is not None:
@@ -233,7 +260,7 @@ def records_of_pass(case: Case, task: Pass, job: Job, facts: dict, limits: dict,
             nanoseconds = timing.quartiles(s / case.points * 1e9 for s in item.seconds.values())
             speedups = {
                 name: timing.speedup(item.seconds, timed[name].seconds)
-                for name in providers.BASELINES
+                for name in providers.COMPARED
                 if name in timed and name != item.name
             }
             yield record | {
@@ -259,10 +286,11 @@ def work(job: Job) -> Iterator[dict]:
     case = cases.find(job.case)
     facts, limits = machine.facts(job.device), ceilings.measure(job.threads)
     inputs = case.inputs(job.seed, job.device)
-    for name in job.passes:
-        if name in case.passes:
-            yield from records_of_pass(case, case.passes[name], job, facts, limits, inputs)
-            gc.collect()
+    passes = [case.passes[name] for name in job.passes if name in case.passes]
+    allowance = Allowance(job.seconds, len(passes) * len(job.variants))
+    for task in passes:
+        yield from records_of_pass(case, task, job, allowance, facts, limits, inputs)
+        gc.collect()
 
 
 def main() -> None:

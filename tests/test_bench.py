@@ -103,7 +103,7 @@ def test_floors_grow_with_the_work(name):
 # ---- providers -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("provider", ["cpu", "eager", "eager_fair"])
+@pytest.mark.parametrize("provider", ["cpu", "eager", "eager_fair", "eager_sum"])
 @pytest.mark.parametrize("convention", ["nerfstudio", "tcnn"])
 @pytest.mark.parametrize("dims", [2, 3])
 def test_providers_compute_what_the_reference_computes(small_grid, dims, convention, provider):
@@ -268,8 +268,9 @@ def test_gate_verdicts(records):
     assert backward.endswith("PASS") and "needs 30x" in backward
     assert sum("not measured" in line for line in told) == 4 + 2  # 3-D and memory
     held = [{**records[0], "kind": "memory", "threads": 1, "points": 1 << 17, "status": "ok", "pass": "fb-table"}]
+    held[0]["result_bytes_per_point"] = 50.0
     held = [held[0] | {"provider": name, "bytes_per_point": size} for name, size in (("cpu", 100.0), ("eager", 700.0))]
-    assert gate.memory_line(held, gate.MEMORY[1]).endswith("1/7.0; needs 1/6: PASS")
+    assert "100 B/point, eager 700: 1/7.0; needs 1/6: PASS; floor" in gate.memory_line(held, gate.MEMORY[1])
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
@@ -309,14 +310,17 @@ def test_memory_of_a_call_counts_what_it_allocates(small_grid, monkeypatch):
         def run(self):
             return torch.ones(self.size, dtype=torch.uint8)
 
+        def export(self, result):
+            return {"value": result}
+
     provider = providers.Provider("allocates", "", lambda *of: Allocates(), lambda *of: None)
     case = tiny("hash_grid/2d/tcnn/uniform/float32/n14")
     monkeypatch.setattr(memory, "FEW_POINTS", 8)
     try:
-        peak = memory.peak_of_call(case, case.passes["forward"], provider)
+        peak, results = memory.peak_of_call(case, case.passes["forward"], provider)
     except memory.NotSupportedError as error:
         pytest.skip(str(error))
-    assert 1 << 26 <= peak < (1 << 26) + (8 << 20)
+    assert results == 1 << 26 <= peak < (1 << 26) + (8 << 20)
 
 
 def test_short_table_of_the_package(monkeypatch):

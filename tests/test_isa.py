@@ -14,7 +14,8 @@ from camkernels import _ops
 ISAS = ("baseline", "avx2", "avx512")
 
 COMPARE = """
-import json, sys
+import json
+from functools import partial
 import torch
 import camkernels
 from camkernels import _ops, testing
@@ -23,10 +24,10 @@ torch.set_num_threads(1)
 compared = 0
 for dtype in testing.TOLERANCES:
     for op in testing.CASES:
-        function, definition = getattr(camkernels, op), getattr(camkernels.reference, op)
+        function, definition = partial(getattr(camkernels, op), backend="cpu"), getattr(camkernels.reference, op)
         for case in testing.cases(op)[::2]:
-            testing.check(case, lambda *a, **k: function(*a, backend="cpu", **k), definition, dtype=dtype, order=2)
-            testing.check(case, lambda *a, **k: function(*a, backend="cpu", **k), definition, dtype=dtype, jacobian=True)
+            for options in ({"order": 2}, {"jacobian": True}):
+                testing.check(case, function, definition, dtype=dtype, **options)
             compared += 1
 print(json.dumps({"isa": _ops.cpu_isa, "compared": compared}))
 """

@@ -6,6 +6,10 @@
 namespace camk::cpu {
 namespace {
 
+// How far ahead rows are prefetched. Without, the forward pass over levels larger than the second-level cache takes 1.2 to
+// 1.4 times as long; one, two and four blocks differ by less than the noise.
+constexpr int64_t kBlocksAhead = 2;
+
 // What all loops share. D axes (0: any number, and nearest lookups too), F features at a time.
 template <class C, class T, int D, int F>
 struct Loop {
@@ -60,19 +64,15 @@ struct Loop {
     }
   }
 
-  // The same with the rows of a block on their way to the cache while the block before is computed: 1.2 to 1.4 times
-  // faster where a level is larger than the second-level cache. One turn more than there are blocks, so that each part
-  // stands in the code once.
+  // The same with the rows of later blocks on their way to the cache.
   template <class Stencil, class Number, class Body>
   CAMK_HD static void each_ahead(const P& p, const Number* rows, Body body) {
-    Stencil next;
-    for (int64_t i = p.begin - lanes_of<C>; i < p.end; i += lanes_of<C>) {
-      const Stencil s = next;
-      if (const int64_t ahead = i + lanes_of<C>; ahead < p.end) {
-        next = Stencil(p.level, dims(p), load_point(p, p.x, ahead), p.interpolation);
-        next.each_corner([&](int c) CAMK_INLINED { prefetch_rows(rows, p.features, next.index(c)); });
+    for (int64_t i = p.begin; i < p.end; i += lanes_of<C>) {
+      if (const int64_t ahead = i + kBlocksAhead * lanes_of<C>; ahead < p.end) {
+        const Stencil s(p.level, dims(p), load_point(p, p.x, ahead), p.interpolation);
+        s.each_corner([&](int c) CAMK_INLINED { prefetch_rows(rows, p.features, s.index(c)); });
       }
-      if (i >= p.begin) body(i, s);
+      body(i, Stencil(p.level, dims(p), load_point(p, p.x, i), p.interpolation));
     }
   }
 };

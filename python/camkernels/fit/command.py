@@ -19,7 +19,7 @@ ARCHITECTURE = {  # option -> argument of the model, what it is
     "log2_size": ("log2_hashmap_size", "a level has at most 2^this entries (default: an entry per 4 to 8 pixels)"),
     "finest": ("finest_resolution", "cells of the finest level along each axis (default: pixels of the longer side)"),
     "width": ("width", "neurons per hidden layer of the perceptron (default 64)"),
-    "hidden": ("hidden_layers", "hidden layers of the perceptron (default 2)"),
+    "hidden": ("hidden_layers", "hidden layers of the perceptron (default 1)"),
 }
 
 
@@ -43,7 +43,9 @@ def add_fit(subparsers: argparse._SubParsersAction) -> None:
         least = _count if option == "hidden" else _positive_int
         image.add_argument(f"--{option.replace('_', '-')}", type=least, metavar="N", help=text)
     image.add_argument("--batch", type=_positive_int, metavar="N", help="pixels per step (default 16384)")
-    image.add_argument("--lr", type=_positive, help="learning rate at the start (default 0.01)")
+    image.add_argument(
+        "--lr", type=_positive, help="learning rate at the start (default 0.01); the grid has twice that"
+    )
     image.add_argument("--seed", type=_count, metavar="N", help="of initial values and batches (default 0)")
     _add_device(image)
     image.add_argument("--resume", type=Path, metavar="CHECKPOINT", help="go on from a checkpoint of the same picture")

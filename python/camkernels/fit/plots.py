@@ -49,11 +49,9 @@ def write_loss_curve(losses: list[float], path: Path) -> None:
     axes.set(xlabel="step", ylabel="mean squared error", yscale="log", title="loss on random pixels")
     axes.grid(alpha=0.3)
     axes.legend()
-    decibels = axes.secondary_yaxis(
-        "right", functions=(lambda mse: -10 * np.log10(np.maximum(mse, 1e-12)), lambda db: 10 ** (-db / 10))
-    )
+    decibels = axes.twinx()
+    decibels.set_ylim(*(-10 * np.log10(limit) for limit in axes.get_ylim()))  # linear where the loss is logarithmic
     decibels.set_ylabel("PSNR in dB")
-    decibels.set_yscale("linear")
     _save(figure, path)
 
 

@@ -87,6 +87,8 @@ class Interruption:
 class Trainer:
     """Minimises draw_loss(model, generator) with Adam under a stop rule; `state` and `load_state` make it resumable.
 
+    The model names its parameters and their rates in `parameter_groups(lr)`.
+
     Two runs with equal settings and steps see the same numbers, also if one was saved and loaded in between.
     """
 
@@ -94,7 +96,9 @@ class Trainer:
         self.model = model
         self.draw_loss = draw_loss
         self.settings = settings
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr, betas=BETAS, eps=EPS, fused=True)
+        groups = model.parameter_groups(settings.lr)
+        self.optimizer = torch.optim.Adam(groups, betas=BETAS, eps=EPS, fused=True)
+        self._rates = [group["lr"] for group in groups]
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.step = 0
         self.seconds = 0.0
@@ -113,8 +117,8 @@ class Trainer:
         """One training step; the loss, detached."""
         done = self.settings.stop.progress(self.step, self.seconds)
         decay = FINAL ** max(0.0, (done - HOLD) / (1 - HOLD))
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.lr * decay
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * decay
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.draw_loss(self.model, self.generator)
         loss.backward()

@@ -81,6 +81,9 @@ def _cell(xs, scales_ptr, row, D: tl.constexpr, SHIFT: tl.constexpr, CEIL: tl.co
         if KIND == SMOOTHSTEP:
             blend = blend + (f * f * (3 - 2 * f),)
             rise = rise + (scale * (6 * f * (1 - f)),)
+        elif KIND == NEAREST:  # of which only the lower corner is read
+            blend = blend + (tl.zeros_like(f),)
+            rise = rise + (tl.zeros_like(f),)
         else:
             blend = blend + (f,)
             rise = rise + (tl.broadcast_to(scale, f.shape),)
@@ -110,17 +113,30 @@ def _entry(c, lower, upper, extent, D: tl.constexpr):
 
 
 @triton.jit
-def _weight(c, blend, rise, axis: tl.constexpr, D: tl.constexpr, KIND: tl.constexpr):
-    """Weight of corner c or, where axis is one, the derivative of that weight along it."""
-    product = tl.full(blend[0].shape, 0.0 if KIND == NEAREST and axis >= 0 else 1.0, blend[0].dtype)
-    if KIND != NEAREST:
-        for d in tl.static_range(D):
-            if d == axis:
-                factor = tl.where(((c >> d) & 1) == 1, rise[d], -rise[d])
-            else:
-                factor = tl.where(((c >> d) & 1) == 1, blend[d], 1 - blend[d])
-            product = product * factor
+def _weight(c, blend, D: tl.constexpr):
+    """Weight of corner c."""
+    product = tl.where((c & 1) == 1, blend[0], 1 - blend[0])
+    for d in tl.static_range(1, D):
+        product = product * tl.where(((c >> d) & 1) == 1, blend[d], 1 - blend[d])
     return product
+
+
+@triton.jit
+def _slopes(c, blend, rise, D: tl.constexpr):
+    """Derivatives of the weight of corner c along the axes [D]: products of all factors but one, times that one's."""
+    factors, after, slopes = (), (), ()
+    for d in tl.static_range(D):
+        factors = factors + (tl.where(((c >> d) & 1) == 1, blend[d], 1 - blend[d]),)
+    suffix = tl.full(blend[0].shape, 1.0, blend[0].dtype)
+    for d in tl.static_range(D):
+        after = after + (suffix,)
+        suffix = suffix * factors[D - 1 - d]
+    prefix = tl.full(blend[0].shape, 1.0, blend[0].dtype)
+    for d in tl.static_range(D):
+        rest = prefix * after[D - 1 - d] * rise[d]
+        slopes = slopes + (tl.where(((c >> d) & 1) == 1, rest, -rest),)
+        prefix = prefix * factors[d]
+    return slopes
 
 
 @triton.jit
@@ -153,24 +169,26 @@ def rows_kernel(
     reads = (keep & finite)[:, None] & (f < F)[None, :]
 
     y = tl.zeros([BLOCK, TILE], blend[0].dtype)
-    slopes = ()
+    j = ()
     for a in tl.static_range(D if j_ptr is not None else 0):
-        slopes = slopes + (y,)
+        j = j + (y,)
     for c in tl.range(0, CORNERS, loop_unroll_factor=UNROLL):
         entry = _entry(c, lower, upper, extent, D)
         theta = tl.load(table_ptr + entry[:, None] * F + f[None, :], mask=reads, other=0.0).to(y.dtype)
-        y += _weight(c, blend, rise, -1, D, KIND)[:, None] * theta
-        added = ()
-        for a in tl.static_range(D if j_ptr is not None else 0):
-            added = added + (slopes[a] + _weight(c, blend, rise, a, D, KIND)[:, None] * theta,)
-        slopes = added
+        y += _weight(c, blend, D)[:, None] * theta
+        if j_ptr is not None:
+            slopes = _slopes(c, blend, rise, D)
+            added = ()
+            for a in tl.static_range(D):
+                added = added + (j[a] + slopes[a][:, None] * theta,)
+            j = added
 
     broken = (keep & ~finite)[:, None]
     at = r[:, None] * (n_levels * F) + level * F + f[None, :]
     stored = (r < n)[:, None] & (f < F)[None, :]
     tl.store(y_ptr + at, tl.where(broken, float("nan"), y).to(y_ptr.dtype.element_ty), mask=stored)
     for a in tl.static_range(D if j_ptr is not None else 0):
-        slope = tl.where(inside[a][:, None], tl.where(broken, float("nan"), slopes[a]), 0.0)
+        slope = tl.where(inside[a][:, None], tl.where(broken, float("nan"), j[a]), 0.0)
         tl.store(j_ptr + at * D + a, slope, mask=stored)
 
 
@@ -194,7 +212,7 @@ def table_kernel(
     grad = grad.to(blend[0].dtype)
     for c in tl.range(0, CORNERS, loop_unroll_factor=UNROLL):
         entry = _entry(c, lower, upper, extent, D)
-        part = (_weight(c, blend, rise, -1, D, KIND)[:, None] * grad).to(sums_ptr.dtype.element_ty)
+        part = (_weight(c, blend, D)[:, None] * grad).to(sums_ptr.dtype.element_ty)
         tl.atomic_add(sums_ptr + entry[:, None] * F + f[None, :], part, mask=adds, sem="relaxed")
 
 
@@ -226,9 +244,10 @@ def coordinates_kernel(
                 entry = _entry(c, lower, upper, extent, D)
                 theta = tl.load(table_ptr + entry[:, None] * F + f[None, :], mask=reads, other=0.0)
                 along = tl.sum(theta.to(xs[0].dtype) * grad, 1)
+                slopes = _slopes(c, blend, rise, D)
                 added = ()
                 for a in tl.static_range(D):
-                    added = added + (gx[a] + _weight(c, blend, rise, a, D, KIND) * along,)
+                    added = added + (gx[a] + slopes[a] * along,)
                 gx = added
     for a in tl.static_range(D):
         total = tl.where(inside[a], tl.where(broken, float("nan"), gx[a]), 0.0)

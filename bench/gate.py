@@ -31,9 +31,9 @@ MEMORY = (Line(3, "fb-table", "eager", 6), Line(2, "fb-table", "eager", 6))
 GOAL_NS = {(3, "forward"): 150.0, (3, "fb-table"): 350.0}
 PASSES = ("forward", "fb-table")
 MEMORY_PASSES = ("fb-table",)
-MEMORY_PROVIDERS = ("cpu", "eager", "eager_fair", "eager_sum", "compile")
+MEMORY_PROVIDERS = ("cpu", "eager", "compile")
 # compiling the reference, whose levels are unrolled, takes minutes, and no line needs it: name it to have it as well
-PROVIDERS = "cpu,reference,eager,eager_fair,eager_sum,compile,tinycudann,drjit"
+PROVIDERS = "cpu,reference,eager,eager_fair,compile,tinycudann,drjit"
 SECONDS = {3: 125.0, 2: 50.0}  # per case and regime: about 15 rounds of the baselines
 
 
@@ -73,18 +73,23 @@ def speed_line(records: list[dict], line: Line) -> str:
 
 
 def memory_line(records: list[dict], line: Line) -> str:
-    """One sentence about the peak extra memory."""
+    """One sentence about the peak extra memory: what the process takes decides, live memory is told beside it."""
+    parts, ratio = [], None
+    for regime in ("default", "live"):
+        ours, theirs = (
+            _find(records, line.dims, line.task, name, kind="memory", status="ok", regime=regime)
+            for name in (PROVIDER, line.baseline)
+        )
+        if ours is not None and theirs is not None:
+            a, b = ours["bytes_per_point"], theirs["bytes_per_point"]
+            result = ours["result_bytes_per_point"]
+            parts.append(f"{regime} {a:.0f} B/point, {line.baseline} {b:.0f}: 1/{b / a:.1f}")
+            ratio = b / a if regime == "default" else ratio
     what = f"{line.dims}-D {line.task:9s} memory"
-    ours = _find(records, line.dims, line.task, PROVIDER, kind="memory", status="ok")
-    theirs = _find(records, line.dims, line.task, line.baseline, kind="memory", status="ok")
-    if ours is None or theirs is None:
+    if ratio is None:
         return f"{what}: not measured"
-    a, b, result = ours["bytes_per_point"], theirs["bytes_per_point"], ours["result_bytes_per_point"]
-    other = _find(records, line.dims, line.task, "eager_sum", kind="memory", status="ok")
-    also = f", eager_sum {other['bytes_per_point']:.0f}: 1/{other['bytes_per_point'] / a:.1f}" if other else ""
-    floor = f"floor: the results alone are {result:.0f}, 1/{b / result:.1f} of {line.baseline}"
-    verdict = f"needs 1/{line.times:g}: {_mark(b / a, line.times)}"
-    return f"{what} {a:.0f} B/point, {line.baseline} {b:.0f}: 1/{b / a:.1f}{also}; {verdict}; {floor}"
+    verdict = f"needs 1/{line.times:g} (default): {_mark(ratio, line.times)}"
+    return f"{what} {', '.join(parts)}; {verdict}; floor: the results alone are {result:.0f} B/point"
 
 
 def floor_line(records: list[dict], dims: int, task: str) -> str | None:

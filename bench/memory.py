@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Peak extra memory of one provider at one pass: `python -m bench.memory CASE PROVIDER PASS`.
+"""Peak extra memory of one provider at one pass: `python -m bench.memory CASE PROVIDER PASS [--regime live]`.
 
 A fresh process makes the inputs, calls once with a handful of points (which loads code), gives freed memory back,
 resets the kernel's record of the peak, makes the call and reads the peak: what the call needs beyond its inputs, its
@@ -27,8 +27,11 @@ from .providers import Provider
 from .worker import Job, base_record, make_cotangent
 
 FEW_POINTS = 64
-# every block above 64 KB is mapped on its own and given back when freed, so that the peak is that of live memory
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+REGIMES: dict[str, dict[str, str]] = {
+    "default": {},  # what the process takes with malloc as it is: freed blocks stay with it, and leave gaps
+    # every block above 64 KB is mapped on its own and given back when freed: the peak is that of live memory
+    "live": {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
+}
 TIMEOUT_S = 900
 
 
@@ -102,16 +105,22 @@ def record_of_call(job: Job, provider: Provider, task: Pass) -> dict:
     return record | {"status": "skipped", "reason": reason}
 
 
-def measure(case: str, provider: str, task: str, threads: int = 1) -> dict:
+def run_here(job: Job) -> dict:
+    """The record of a job of one provider and pass, made in this process, whose environment is the regime's."""
+    return record_of_call(job, providers.find(job.providers[0]), cases.find(job.case).passes[job.passes[0]])
+
+
+def measure(case: str, provider: str, task: str, threads: int = 1, regime: str = "default") -> dict:
     """The record of one measurement, made in a fresh process."""
-    command = [sys.executable, "-m", "bench.memory", case, provider, task, "--threads", str(threads)]
-    environment = machine.environment(threads, MALLOC)
+    command = [sys.executable, "-m", "bench.memory", case, provider, task, "--threads", str(threads), "--here"]
+    command += ["--regime", regime]
+    environment = machine.environment(threads, REGIMES[regime])
     try:
         done = subprocess.run(
             command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True, timeout=TIMEOUT_S
         )
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-        job = Job(case, "returning", (provider,), (task,), threads=threads)
+        job = Job(case, regime, (provider,), (task,), threads=threads)
         found = cases.find(case)
         record = base_record(found, found.passes[task], providers.find(provider), job, machine.facts())
         return record | {"kind": "memory", "variant": "cold", "status": "skipped", "reason": f"{error}"}
@@ -123,10 +132,14 @@ def main() -> None:
     for name in ("case", "provider", "task"):
         parser.add_argument(name, metavar=name.replace("task", "pass").upper())
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--regime", choices=tuple(REGIMES), default="default")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # in the fresh process
     given = parser.parse_args()
-    job = Job(given.case, "returning", (given.provider,), (given.task,), threads=given.threads)
-    task = cases.find(given.case).passes[given.task]
-    print(json.dumps(record_of_call(job, providers.find(given.provider), task)))
+    if given.here:
+        job = Job(given.case, given.regime, (given.provider,), (given.task,), threads=given.threads)
+        print(json.dumps(run_here(job)))
+    else:
+        print(json.dumps(measure(given.case, given.provider, given.task, given.threads, given.regime)))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 A row is a provider at a pass of a case. Where both allocator regimes were measured, the row is the one with the smaller
 speed-up over eager PyTorch. "floor" is the largest of three times: the lookups at this machine's rate of random
 lookups, the bytes at its rate of copying, the arithmetic at its rate of multiply-adds; "of ceiling" is floor / median.
+"B/point" is peak extra memory of the process with malloc as it is.
 """
 
 from __future__ import annotations
@@ -117,9 +118,8 @@ def _markdown(rows: list[tuple[str, ...]]) -> list[str]:
 
 def table(records: list[dict]) -> str:
     """Markdown: a section per case and pass, then what was skipped and the machine."""
-    memory = {
-        (r["case"], r["pass"], r["provider"]): r for r in records if r["kind"] == "memory" and r["status"] == "ok"
-    }
+    held = [r for r in records if (r["kind"], r["status"], r["regime"]) == ("memory", "ok", "default")]
+    memory = {(r["case"], r["pass"], r["provider"]): r for r in held}
     groups: dict[Key, list[dict]] = {}
     for record in headline(records):
         group = (record["case"], record["pass"], record["variant"], str(record["threads"]))

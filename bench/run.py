@@ -132,7 +132,8 @@ def measure_memory(case: Case, options: argparse.Namespace) -> list[dict]:
             reason = provider.missing(case, case.passes[task], options.device) or worker.too_large(case, provider)
             if reason is None and not (options.gate and name not in gate.MEMORY_PROVIDERS):
                 print(f"  {case.name} {task} memory of {name}", file=sys.stderr, flush=True)
-                found.append(memory.measure(case.name, name, task, options.threads))
+                for regime in memory.REGIMES:
+                    found.append(memory.measure(case.name, name, task, options.threads, regime))
     return found
 
 

@@ -221,7 +221,8 @@ PYBIND11_MODULE(CAMK_PROBE, m) {
 
   using Floats1 = py::array_t<float>;
   using Words1 = py::array_t<uint32_t>;
-  m.def("to_cell", [](const py::array_t<double>& x) { return map_items<uint32_t>(x, [](double v) { return to_cell(v); }); });
+  m.def("to_cell",
+        [](const py::array_t<double>& x) { return map_items<uint32_t>(x, [](double v) { return to_cell(v); }); });
   m.def("to_cell_float", [](const Floats1& x) { return map_items<uint32_t>(x, [](float v) { return to_cell(v); }); });
   m.def("remainder_of", [](uint32_t i, uint32_t size) { return remainder_of(i, size); });
   m.def("multiply_add", [](const Floats1& x, float y, float z) {
@@ -229,7 +230,8 @@ PYBIND11_MODULE(CAMK_PROBE, m) {
   });
 
   m.def("lanes_to_cell", [](const Floats1& x) { return map_lanes<uint32_t>([](Floats v) { return to_cell(v); }, x); });
-  m.def("lanes_round_down", [](const Floats1& x) { return map_lanes<float>([](Floats v) { return round_down(v); }, x); });
+  m.def("lanes_round_down",
+        [](const Floats1& x) { return map_lanes<float>([](Floats v) { return round_down(v); }, x); });
   m.def("lanes_one_if_positive",
         [](const Floats1& x) { return map_lanes<uint32_t>([](Floats v) { return one_if_positive(v); }, x); });
   m.def("lanes_remainder_of", [](const Words1& i, uint32_t size) {
@@ -246,8 +248,9 @@ PYBIND11_MODULE(CAMK_PROBE, m) {
         [](const Bits& x) { return map_items<float>(x, [](uint16_t b) { return to_number(BFloat16{b}); }); });
   m.def("to_half",
         [](const Doubles& x) { return map_items<uint16_t>(x, [](double v) { return from_number<Half>(v).bits; }); });
-  m.def("to_bfloat16",
-        [](const Doubles& x) { return map_items<uint16_t>(x, [](double v) { return from_number<BFloat16>(v).bits; }); });
+  m.def("to_bfloat16", [](const Doubles& x) {
+    return map_items<uint16_t>(x, [](double v) { return from_number<BFloat16>(v).bits; });
+  });
 
   m.def("far_row", [](uint32_t row, const std::string& kind) {
     if (kind == "one float64") return far_row<double, double, 1>(row, 1);

@@ -268,9 +268,9 @@ def test_gate_verdicts(records):
     assert backward.endswith("PASS") and "needs 30x" in backward
     assert sum("not measured" in line for line in told) == 4 + 2  # 3-D and memory
     held = [{**records[0], "kind": "memory", "threads": 1, "points": 1 << 17, "status": "ok", "pass": "fb-table"}]
-    held[0]["result_bytes_per_point"] = 50.0
+    held[0] |= {"result_bytes_per_point": 50.0, "regime": "default"}
     held = [held[0] | {"provider": name, "bytes_per_point": size} for name, size in (("cpu", 100.0), ("eager", 700.0))]
-    assert "100 B/point, eager 700: 1/7.0; needs 1/6: PASS; floor" in gate.memory_line(held, gate.MEMORY[1])
+    assert "100 B/point, eager 700: 1/7.0; needs 1/6 (default): PASS; floor" in gate.memory_line(held, gate.MEMORY[1])
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+from triton.runtime.interpreter import InterpreterBuilder, InterpreterOptions, TensorHandle
 
 
 def is_bfloat16(handle: TensorHandle) -> bool:
@@ -41,6 +41,8 @@ def repair() -> None:
     InterpreterBuilder.repaired = True
     _repair_conversions()
     _repair_arithmetic()
+    # a third of the time: checks whose findings nobody reads; hashing overflows on purpose
+    interpreter.interpreter_builder.options = InterpreterOptions(sanitize_overflow=False)
 
 
 def _repair_conversions() -> None:

@@ -47,7 +47,8 @@ inline void transpose_tile(const float* from, int64_t from_pitch, float* to, int
 
 // to[c * to_pitch + r] = from[r * from_pitch + c] for r < rows, c < columns.
 template <class From, class To>
-[[gnu::noinline]] void transpose(const From* from, int64_t rows, int64_t columns, int64_t from_pitch, To* to, int64_t to_pitch) {
+[[gnu::noinline]] void transpose(const From* from, int64_t rows, int64_t columns, int64_t from_pitch, To* to,
+                                 int64_t to_pitch) {
   const int64_t whole_rows = rows / kTile * kTile, whole_columns = columns / kTile * kTile;
   for (int64_t r = 0; r < whole_rows; r += kTile) {
     for (int64_t c = 0; c < whole_columns; c += kTile) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The hash-grid operators on the CPU; schemas and shapes: python/camkernels/hash_grid.py. The setting `deterministic` changes
-// nothing here: sums have one order for any number of threads.
+// The hash-grid operators on the CPU; schemas and shapes: python/camkernels/hash_grid.py. The setting `deterministic`
+// changes nothing here: sums have one order for any number of threads.
 #include "cpu/hash_grid_pass.h"
 
 namespace camk::cpu {
@@ -44,7 +44,8 @@ Grid checked_grid(const Tensor& x, const Tensor& table, const OptionalTensor& co
   check_contiguous(table, "hash_grid", "table");
   if (counts) {
     check_contiguous(*counts, "hash_grid", "level_counts");
-    STD_TORCH_CHECK(counts->scalar_type() == ScalarType::Int && counts->numel() == x.size(0), "hash_grid: level_counts");
+    STD_TORCH_CHECK(counts->scalar_type() == ScalarType::Int && counts->numel() == x.size(0),
+                    "hash_grid: level_counts");
   }
   return grid;
 }
@@ -54,8 +55,8 @@ void check_like(const Tensor& t, const Tensor& like, int64_t numel, const char* 
   STD_TORCH_CHECK(t.scalar_type() == like.scalar_type() && t.numel() == numel, "hash_grid: dtype or size of ", name);
 }
 
-Tensor forward(Tensor x, Tensor table, OptionalTensor counts, Doubles scales, double shift, Ints layout, bool ceil_corner,
-               int64_t outside, int64_t interpolation, int64_t active_levels, bool) {
+Tensor forward(Tensor x, Tensor table, OptionalTensor counts, Doubles scales, double shift, Ints layout,
+               bool ceil_corner, int64_t outside, int64_t interpolation, int64_t active_levels, bool) {
   const Grid grid =
       checked_grid(x, table, counts, {scales, shift, layout, ceil_corner, outside, interpolation, active_levels});
   const Tensor y = in_large_pages(empty(table, {x.size(0), grid.channels()}));
@@ -64,10 +65,11 @@ Tensor forward(Tensor x, Tensor table, OptionalTensor counts, Doubles scales, do
     pass.each_chunk([&](const Chunk<S>& chunk) {
       parallel_points(chunk.n, [&](int64_t begin, int64_t end) {
         const bool special = chunk.settle(pass.x(), begin, end);
-        pass.each_piece(read<T>(table), begin, end, [&](const Kernels<S, T>& loops, Piece<S, T>& piece, int64_t channel) {
-          piece.y = pass.channel(channel);
-          loops.value(piece);
-        });
+        pass.each_piece(read<T>(table), begin, end,
+                        [&](const Kernels<S, T>& loops, Piece<S, T>& piece, int64_t channel) {
+                          piece.y = pass.channel(channel);
+                          loops.value(piece);
+                        });
         chunk.write_rows(pass.channel(0), 0, write<T>(y), begin, end, special);
       });
     });
@@ -75,8 +77,9 @@ Tensor forward(Tensor x, Tensor table, OptionalTensor counts, Doubles scales, do
   return y;
 }
 
-std::tuple<Tensor, Tensor> jacobian(Tensor x, Tensor table, OptionalTensor counts, Doubles scales, double shift, Ints layout,
-                                    bool ceil_corner, int64_t outside, int64_t interpolation, int64_t active_levels, bool) {
+std::tuple<Tensor, Tensor> jacobian(Tensor x, Tensor table, OptionalTensor counts, Doubles scales, double shift,
+                                    Ints layout, bool ceil_corner, int64_t outside, int64_t interpolation,
+                                    int64_t active_levels, bool) {
   const Grid grid =
       checked_grid(x, table, counts, {scales, shift, layout, ceil_corner, outside, interpolation, active_levels});
   const int64_t width = grid.channels(), dims = grid.dims;
@@ -87,11 +90,12 @@ std::tuple<Tensor, Tensor> jacobian(Tensor x, Tensor table, OptionalTensor count
     pass.each_chunk([&](const Chunk<S>& chunk) {
       parallel_points(chunk.n, [&](int64_t begin, int64_t end) {
         const bool special = chunk.settle(pass.x(), begin, end);
-        pass.each_piece(read<T>(table), begin, end, [&](const Kernels<S, T>& loops, Piece<S, T>& piece, int64_t channel) {
-          piece.y = pass.channel(channel);
-          piece.j = pass.channel(width + channel * dims);
-          loops.jacobian(piece);
-        });
+        pass.each_piece(read<T>(table), begin, end,
+                        [&](const Kernels<S, T>& loops, Piece<S, T>& piece, int64_t channel) {
+                          piece.y = pass.channel(channel);
+                          piece.j = pass.channel(width + channel * dims);
+                          loops.jacobian(piece);
+                        });
         chunk.write_rows(pass.channel(0), 0, write<T>(y), begin, end, special);
         chunk.write_rows(pass.channel(width), int(dims), write<S>(j), begin, end, special);
       });
@@ -101,9 +105,9 @@ std::tuple<Tensor, Tensor> jacobian(Tensor x, Tensor table, OptionalTensor count
 }
 
 // Gradients of <g, y> + <gj, j>; backward of the value alone has no gj.
-std::tuple<Tensor, Tensor> value_and_jacobian_backward(const Grid& grid, const OptionalTensor& g, const OptionalTensor& gj, const Tensor& x,
-                                                       const Tensor& table, const OptionalTensor& counts,
-                                                       const std::vector<bool>& mask) {
+std::tuple<Tensor, Tensor> value_and_jacobian_backward(const Grid& grid, const OptionalTensor& g,
+                                                       const OptionalTensor& gj, const Tensor& x, const Tensor& table,
+                                                       const OptionalTensor& counts, const std::vector<bool>& mask) {
   const int64_t width = grid.channels(), dims = grid.dims;
   if (g) check_like(*g, table, x.size(0) * width, "grad");
   if (gj) check_like(*gj, x, x.size(0) * width * dims, "grad_jacobian");
@@ -126,11 +130,12 @@ std::tuple<Tensor, Tensor> value_and_jacobian_backward(const Grid& grid, const O
         if (gj) chunk.read_rows(read<S>(*gj), int(dims), pass.channel(jacobians), begin, end, special);
         if (!mask[0]) return;
         chunk.clear(pass.channel(coordinates), dims, begin, end);
-        pass.each_piece(read<T>(table), begin, end, [&](const Kernels<S, T>& loops, Piece<S, T>& piece, int64_t channel) {
-          point_at(piece, channel);
-          if (g) loops.backward_x(piece);
-          if (gj) loops.jacobian_backward_x(piece);
-        });
+        pass.each_piece(read<T>(table), begin, end,
+                        [&](const Kernels<S, T>& loops, Piece<S, T>& piece, int64_t channel) {
+                          point_at(piece, channel);
+                          if (g) loops.backward_x(piece);
+                          if (gj) loops.jacobian_backward_x(piece);
+                        });
         chunk.write_coordinates(pass.channel(coordinates), write<S>(gx), begin, end, special);
       });
       if (!mask[1]) return;
@@ -145,25 +150,28 @@ std::tuple<Tensor, Tensor> value_and_jacobian_backward(const Grid& grid, const O
   return {gx, gtable};
 }
 
-std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor x, Tensor table, OptionalTensor counts, Doubles scales, double shift,
-                                    Ints layout, bool ceil_corner, int64_t outside, int64_t interpolation,
+std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor x, Tensor table, OptionalTensor counts, Doubles scales,
+                                    double shift, Ints layout, bool ceil_corner, int64_t outside, int64_t interpolation,
                                     int64_t active_levels, bool, std::vector<bool> mask) {
   const Grid grid =
       checked_grid(x, table, counts, {scales, shift, layout, ceil_corner, outside, interpolation, active_levels});
   return value_and_jacobian_backward(grid, grad, std::nullopt, x, table, counts, mask);
 }
 
-std::tuple<Tensor, Tensor> jacobian_backward(OptionalTensor grad, OptionalTensor grad_jacobian, Tensor x, Tensor table, OptionalTensor counts,
-                                             Doubles scales, double shift, Ints layout, bool ceil_corner, int64_t outside,
-                                             int64_t interpolation, int64_t active_levels, bool, std::vector<bool> mask) {
+std::tuple<Tensor, Tensor> jacobian_backward(OptionalTensor grad, OptionalTensor grad_jacobian, Tensor x, Tensor table,
+                                             OptionalTensor counts, Doubles scales, double shift, Ints layout,
+                                             bool ceil_corner, int64_t outside, int64_t interpolation,
+                                             int64_t active_levels, bool, std::vector<bool> mask) {
   const Grid grid =
       checked_grid(x, table, counts, {scales, shift, layout, ceil_corner, outside, interpolation, active_levels});
   return value_and_jacobian_backward(grid, grad, grad_jacobian, x, table, counts, mask);
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward_backward(OptionalTensor ggx, OptionalTensor ggtable, Tensor grad, Tensor x, Tensor table, OptionalTensor counts, Doubles scales, double shift, Ints layout,
-                                                     bool ceil_corner, int64_t outside, int64_t interpolation,
-                                                     int64_t active_levels, bool, std::vector<bool> mask) {
+std::tuple<Tensor, Tensor, Tensor> backward_backward(OptionalTensor ggx, OptionalTensor ggtable, Tensor grad, Tensor x,
+                                                     Tensor table, OptionalTensor counts, Doubles scales, double shift,
+                                                     Ints layout, bool ceil_corner, int64_t outside,
+                                                     int64_t interpolation, int64_t active_levels, bool,
+                                                     std::vector<bool> mask) {
   const Grid grid =
       checked_grid(x, table, counts, {scales, shift, layout, ceil_corner, outside, interpolation, active_levels});
   const int64_t width = grid.channels(), dims = grid.dims;

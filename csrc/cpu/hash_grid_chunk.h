@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // A chunk of points on its way through the levels: coordinates made safe to compute with, rows turned into channels and
-// back. Whatever is special about a point (outside, not finite, fewer levels) is dealt with here, once per point, so that
-// the loops over levels know only formulas.
+// back. Whatever is special about a point (outside, not finite, fewer levels) is dealt with here, once per point, so
+// that the loops over levels know only formulas.
 #pragma once
 #include <limits>
 
@@ -49,7 +49,8 @@ struct Chunk {
 
   // Channels -> rows of out. axes: 0 for values, dims for Jacobians, whose channels run over the axes fastest.
   template <class T>
-  [[gnu::noinline]] void write_rows(const S* channels, int axes, T* out, int64_t begin, int64_t end, bool special) const {
+  [[gnu::noinline]] void write_rows(const S* channels, int axes, T* out, int64_t begin, int64_t end,
+                                    bool special) const {
     const int64_t each = std::max(axes, 1), width = grid.channels() * each;
     const int64_t filled = each * grid.features * grid.active_levels;
     T* rows = out + (first + begin) * width;
@@ -106,7 +107,8 @@ struct Chunk {
 
   // Zeroes channels over [begin, end) and the padding behind.
   [[gnu::noinline]] void clear(S* channels, int64_t count, int64_t begin, int64_t end) const {
-    for (int64_t c = 0; c < count; ++c) std::fill(channels + c * pitch + begin, channels + c * pitch + (end == n ? pitch : end), S(0));
+    for (int64_t c = 0; c < count; ++c)
+      std::fill(channels + c * pitch + begin, channels + c * pitch + (end == n ? pitch : end), S(0));
   }
 
  private:

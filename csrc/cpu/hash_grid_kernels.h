@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// What the loops of hash_grid_loops.cpp work on: one level and F of its features, over points. Coordinates and gradients
-// come channel-major: value k of point i at p[k * pitch + i].
+// What the loops of hash_grid_loops.cpp work on: one level and F of its features, over points. Coordinates and
+// gradients come channel-major: value k of point i at p[k * pitch + i].
 #pragma once
 #include "cpu/storage.h"
 #include "launch/hash_grid.h"
@@ -28,7 +28,7 @@ struct Piece {
 // The same towards the table gradient, kept in A.
 template <class S, class A>
 struct ScatterPiece : Piece<S, A> {
-  A* sums = nullptr;         // rows of this level
+  A* sums = nullptr;              // rows of this level
   uint32_t first = 0, count = 0;  // the entries that this thread owns
 };
 

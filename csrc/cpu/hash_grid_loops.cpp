@@ -6,8 +6,8 @@
 namespace camk::cpu {
 namespace {
 
-// How far ahead rows are prefetched. Without, the forward pass over levels larger than the second-level cache takes 1.2 to
-// 1.4 times as long; one, two and four blocks differ by less than the noise.
+// How far ahead rows are prefetched. Without, the forward pass over levels larger than the second-level cache takes 1.2
+// to 1.4 times as long; one, two and four blocks differ by less than the noise.
 constexpr int64_t kBlocksAhead = 2;
 
 // What all loops share. D axes (0: any number, and nearest lookups too), F features at a time.
@@ -81,9 +81,9 @@ struct Loop {
 template <class C, class T, int D, int F>
 struct ReadLoops : Loop<C, T, D, F> {
   using Base = Loop<C, T, D, F>;
-  using typename Base::Corners, typename Base::P, typename Base::Point, typename Base::RolledCorners, typename Base::Row,
-      typename Base::Rows;
   using Base::load_point, Base::load_row, Base::load_rows_of, Base::store_point, Base::store_row, Base::store_rows_of;
+  using typename Base::Corners, typename Base::P, typename Base::Point, typename Base::RolledCorners,
+      typename Base::Row, typename Base::Rows;
 
   CAMK_HD static auto fetcher(const P& p) {
     return [table = p.table, stride = p.features](typename Corners::Index i)
@@ -141,15 +141,16 @@ struct ReadLoops : Loop<C, T, D, F> {
 template <class C, class A, int D, int F>
 struct ScatterLoops : Loop<C, A, D, F> {
   using Base = Loop<C, A, D, F>;
-  using typename Base::Corners, typename Base::RolledCorners;
   using Base::load_point, Base::load_row, Base::load_rows_of;
+  using typename Base::Corners, typename Base::RolledCorners;
   using P = ScatterPiece<typename Base::S, A>;
 
   CAMK_HD static auto adder(const P& p) { return RowAdder<F, C, A>{p.sums, p.features, p.first, p.count}; }
 
   static void backward_table(const P& p) {
-    Base::template each_ahead<Corners>(p, p.sums, [&](int64_t i, const Corners& s)
-                         CAMK_INLINED { math::grid_backward_table(s, load_row(p, p.g, i), adder(p)); });
+    Base::template each_ahead<Corners>(p, p.sums, [&](int64_t i, const Corners& s) CAMK_INLINED {
+      math::grid_backward_table(s, load_row(p, p.g, i), adder(p));
+    });
   }
   static void jacobian_backward_table(const P& p) {
     Base::template each<RolledCorners>(p, [&](int64_t i, const RolledCorners& s) CAMK_INLINED {
@@ -179,7 +180,8 @@ constexpr Kernels<typename scalar_of<C>::type, T> loops() {
           W::along_backward_table};
 }
 
-// Few features: points fill the lanes. Many: the features of one point do; half types, whose rows are short, never get there.
+// Few features: points fill the lanes. Many: the features of one point do; half types, whose rows are short, never get
+// there.
 template <class T, int D>
 Kernels<float, T> specialised(int features) {
   if constexpr (std::is_same_v<T, float>) {

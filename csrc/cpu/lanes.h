@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // A pack of SIMD lanes that stands for C in the formulas of csrc/math. Compiler vector extensions, so that one source
-// serves every instruction set; intrinsics only where the extensions have no word for it (fused multiply-add, rounding).
+// serves every instruction set; intrinsics only where the extensions have no word for it (fused multiply-add,
+// rounding).
 #pragma once
 #include <cstring>
 
@@ -94,7 +95,7 @@ CAMK_HD Words to_cell(Floats whole) {
   const Floats::Raw low = Floats(kCellMin).v, high = Floats(kCellMax).v;
   Floats::Raw w = whole.v < low ? low : whole.v;
   w = w > high ? high : w;
-  return Words((Words::Raw)__builtin_convertvector(w, Lanes<int32_t>::Raw));
+  return Words((Words::Raw) __builtin_convertvector(w, Lanes<int32_t>::Raw));
 }
 
 CAMK_HD Words one_if_positive(Floats x) { return Words((Words::Raw)(x.v > Floats(0.f).v) & Words(1u).v); }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Fresh memory of PyTorch's allocator, in large pages where the system grants them on request: the first touch of 64 MB in
-// 4 KB pages costs more than the kernels that fill it.
+// Fresh memory of PyTorch's allocator, in large pages where the system grants them on request: the first touch of 64 MB
+// in 4 KB pages costs more than the kernels that fill it.
 #pragma once
 #if defined(__linux__)
 #include <sys/mman.h>

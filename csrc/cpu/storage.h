@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The number types in which tables, features and weights are stored, and how rows of them are read into lanes and added.
-// float16 and bfloat16 are storage only: arithmetic is float32.
+// The number types in which tables, features and weights are stored, and how rows of them are read into lanes and
+// added. float16 and bfloat16 are storage only: arithmetic is float32.
 #pragma once
 #include <bit>
 

@@ -67,8 +67,7 @@ struct LaunchShape {
 // On a device the result is the error of the launch itself; the simulator throws camk::sim::Error with a
 // sentence instead.
 template <class... Parameters, class... Arguments>
-inline cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape,
-                          const Arguments&... arguments) {
+inline cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, const Arguments&... arguments) {
   if (shape.grid.x == 0 || shape.grid.y == 0 || shape.grid.z == 0) return cudaSuccess;
 #ifdef CAMK_SIMULATE
   auto thread = [&] { kernel(static_cast<Parameters>(arguments)...); };
@@ -76,9 +75,9 @@ inline cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shap
   return cudaSuccess;
 #else
   if (shape.shared_bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(shape.shared_bytes));
+    const cudaError_t error =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(shape.shared_bytes));
     if (error != cudaSuccess) return error;
   }
   // clang-format off
@@ -96,8 +95,7 @@ CAMK_DEVICE void reduce_add(float* p, float v CAMK_WHERE) {
   sim::require_global(p, "reduce_add", where);
   atomicAdd(p, v, where);
 #else
-  asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(__cvta_generic_to_global(p)), "f"(v)
-               : "memory");
+  asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(__cvta_generic_to_global(p)), "f"(v) : "memory");
 #endif
 }
 
@@ -107,8 +105,8 @@ CAMK_DEVICE void reduce_add(float* p, float2 v CAMK_WHERE) {
   sim::require_global(p, "reduce_add of float2", where);
   sim::add_floats(p, {v.x, v.y}, CAMK_ARCH >= 90, where);
 #elif CAMK_ARCH >= 90
-  asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(p)),
-               "f"(v.x), "f"(v.y)
+  asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(p)), "f"(v.x),
+               "f"(v.y)
                : "memory");
 #else
   reduce_add(p, v.x);
@@ -122,8 +120,8 @@ CAMK_DEVICE void reduce_add(float* p, float4 v CAMK_WHERE) {
   sim::require_global(p, "reduce_add of float4", where);
   sim::add_floats(p, {v.x, v.y, v.z, v.w}, CAMK_ARCH >= 90, where);
 #elif CAMK_ARCH >= 90
-  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)),
-               "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "f"(v.x),
+               "f"(v.y), "f"(v.z), "f"(v.w)
                : "memory");
 #else
   reduce_add(p, v.x);
@@ -138,8 +136,7 @@ CAMK_DEVICE void reduce_add(double* p, double v CAMK_WHERE) {
   sim::require_global(p, "reduce_add", where);
   atomicAdd(p, v, where);
 #else
-  asm volatile("red.relaxed.gpu.global.add.f64 [%0], %1;" ::"l"(__cvta_generic_to_global(p)), "d"(v)
-               : "memory");
+  asm volatile("red.relaxed.gpu.global.add.f64 [%0], %1;" ::"l"(__cvta_generic_to_global(p)), "d"(v) : "memory");
 #endif
 }
 
@@ -150,8 +147,7 @@ CAMK_DEVICE void reduce_add(__half2* p, __half2 v CAMK_WHERE) {
 #else
   uint32_t bits;
   memcpy(&bits, &v, 4);
-  asm volatile("red.relaxed.gpu.global.add.noftz.f16x2 [%0], %1;" ::"l"(__cvta_generic_to_global(p)),
-               "r"(bits)
+  asm volatile("red.relaxed.gpu.global.add.noftz.f16x2 [%0], %1;" ::"l"(__cvta_generic_to_global(p)), "r"(bits)
                : "memory");
 #endif
 }
@@ -164,8 +160,7 @@ CAMK_DEVICE void reduce_add(__nv_bfloat162* p, __nv_bfloat162 v CAMK_WHERE) {
 #elif CAMK_ARCH >= 90
   uint32_t bits;
   memcpy(&bits, &v, 4);
-  asm volatile("red.relaxed.gpu.global.add.noftz.bf16x2 [%0], %1;" ::"l"(__cvta_generic_to_global(p)),
-               "r"(bits)
+  asm volatile("red.relaxed.gpu.global.add.noftz.bf16x2 [%0], %1;" ::"l"(__cvta_generic_to_global(p)), "r"(bits)
                : "memory");
 #else
   atomicAdd(p, v);
@@ -177,8 +172,7 @@ template <int N>
 CAMK_DEVICE void reduce_add_n(float* p, const float* v CAMK_WHERE) {
   if constexpr (N % 4 == 0) {
 #pragma unroll
-    for (int i = 0; i < N; i += 4)
-      reduce_add(p + i, make_float4(v[i], v[i + 1], v[i + 2], v[i + 3]) CAMK_PASS_WHERE);
+    for (int i = 0; i < N; i += 4) reduce_add(p + i, make_float4(v[i], v[i + 1], v[i + 2], v[i + 3]) CAMK_PASS_WHERE);
   } else if constexpr (N % 2 == 0) {
 #pragma unroll
     for (int i = 0; i < N; i += 2) reduce_add(p + i, make_float2(v[i], v[i + 1]) CAMK_PASS_WHERE);
@@ -279,12 +273,12 @@ CAMK_DEVICE void cp_async(void* shared, const void* global, bool valid = true CA
   const uint32_t target = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   const int read = valid ? bytes : 0;
   if constexpr (bytes == 16)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target),
-                 "l"(__cvta_generic_to_global(global)), "r"(read)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(__cvta_generic_to_global(global)),
+                 "r"(read)
                  : "memory");
   else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(target),
-                 "l"(__cvta_generic_to_global(global)), "n"(bytes), "r"(read)
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(target), "l"(__cvta_generic_to_global(global)),
+                 "n"(bytes), "r"(read)
                  : "memory");
 #endif
 }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The hash-grid operators on CUDA; schemas and shapes: python/camkernels/hash_grid.py. What a result is agrees with csrc/cpu.
+// The hash-grid operators on CUDA; schemas and shapes: python/camkernels/hash_grid.py. What a result is agrees with
+// csrc/cpu.
 #include <cuda_runtime_api.h>
 
 #include "cuda/hash_grid.h"
@@ -25,11 +26,16 @@ using Ints = std::vector<int64_t>;
 
 Storage storage_of(const Tensor& table) {
   switch (table.scalar_type()) {
-    case ScalarType::Half: return Storage::kHalf;
-    case ScalarType::BFloat16: return Storage::kBFloat16;
-    case ScalarType::Float: return Storage::kFloat;
-    case ScalarType::Double: return Storage::kDouble;
-    default: STD_TORCH_CHECK(false, "hash_grid: table must be float16, bfloat16, float32 or float64");
+    case ScalarType::Half:
+      return Storage::kHalf;
+    case ScalarType::BFloat16:
+      return Storage::kBFloat16;
+    case ScalarType::Float:
+      return Storage::kFloat;
+    case ScalarType::Double:
+      return Storage::kDouble;
+    default:
+      STD_TORCH_CHECK(false, "hash_grid: table must be float16, bfloat16, float32 or float64");
   }
 }
 
@@ -78,7 +84,8 @@ struct Call {
     STD_TORCH_CHECK(g.active_levels >= 0 && g.active_levels <= g.n_levels, "hash_grid: active_levels");
     const bool wide = x.scalar_type() == ScalarType::Double;
     STD_TORCH_CHECK(wide || x.scalar_type() == ScalarType::Float, "hash_grid: x must be float32 or float64");
-    STD_TORCH_CHECK(wide || storage_of(table) != Storage::kDouble, "hash_grid: x must be float64 beside a float64 table");
+    STD_TORCH_CHECK(wide || storage_of(table) != Storage::kDouble,
+                    "hash_grid: x must be float64 beside a float64 table");
     check_contiguous(x, "hash_grid", "x");
     check_contiguous(table, "hash_grid", "table");
     check_same_device(table, x, "hash_grid", "table");
@@ -179,8 +186,8 @@ Tensor coordinate_gradient(const Call& call, bool wanted, bool anything, const T
   return gx;
 }
 
-Tensor forward(Tensor x, Tensor table, OptionalTensor counts, Doubles scales, double shift, Ints layout, bool ceil_corner,
-               int64_t outside, int64_t interpolation, int64_t active_levels, bool) {
+Tensor forward(Tensor x, Tensor table, OptionalTensor counts, Doubles scales, double shift, Ints layout,
+               bool ceil_corner, int64_t outside, int64_t interpolation, int64_t active_levels, bool) {
   const Call call(x, table, counts, {scales, shift, layout, ceil_corner, outside, interpolation, active_levels});
   const Tensor y = empty(table, {x.size(0), call.width()});
   call.each_launch([&](auto job) {
@@ -190,8 +197,9 @@ Tensor forward(Tensor x, Tensor table, OptionalTensor counts, Doubles scales, do
   return y;
 }
 
-std::tuple<Tensor, Tensor> jacobian(Tensor x, Tensor table, OptionalTensor counts, Doubles scales, double shift, Ints layout,
-                                    bool ceil_corner, int64_t outside, int64_t interpolation, int64_t active_levels, bool) {
+std::tuple<Tensor, Tensor> jacobian(Tensor x, Tensor table, OptionalTensor counts, Doubles scales, double shift,
+                                    Ints layout, bool ceil_corner, int64_t outside, int64_t interpolation,
+                                    int64_t active_levels, bool) {
   const Call call(x, table, counts, {scales, shift, layout, ceil_corner, outside, interpolation, active_levels});
   const Tensor y = empty(table, {x.size(0), call.width()}), j = empty(x, {x.size(0), call.width(), x.size(1)});
   call.each_launch([&]<class S>(Job<S> job) {
@@ -216,8 +224,8 @@ std::tuple<Tensor, Tensor> first_order(const Call& call, const OptionalTensor& g
   return {gx, table_gradient(call, mask[1], anything, deterministic, tell)};
 }
 
-std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor x, Tensor table, OptionalTensor counts, Doubles scales, double shift,
-                                    Ints layout, bool ceil_corner, int64_t outside, int64_t interpolation,
+std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor x, Tensor table, OptionalTensor counts, Doubles scales,
+                                    double shift, Ints layout, bool ceil_corner, int64_t outside, int64_t interpolation,
                                     int64_t active_levels, bool deterministic, std::vector<bool> mask) {
   const Call call(x, table, counts, {scales, shift, layout, ceil_corner, outside, interpolation, active_levels});
   return first_order(call, grad, std::nullopt, deterministic, mask);

@@ -2,8 +2,8 @@
 // Value and Jacobian of the hash grid on CUDA, for 2 to 4 axes and float32 coordinates; the rest: hash_grid_any.cu.
 //
 // blockIdx.x counts tiles of points, blockIdx.y groups of levels, so that blocks go through the levels in order and the
-// tables of a few levels at a time stay in the L2 cache. A thread takes one point through the levels of a group, as many as
-// fill a 32-byte sector of its output row.
+// tables of a few levels at a time stay in the L2 cache. A thread takes one point through the levels of a group, as
+// many as fill a 32-byte sector of its output row.
 #include "cuda/hash_grid.cuh"
 #include "cuda/hash_grid_launch.h"
 
@@ -142,7 +142,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) jacobian(const __grid_co
 
 template <class T, int D, int F>
 cudaError_t launch_regular(const Job<float>& job, cudaStream_t stream) {
-  const unsigned tiles = unsigned(divide_up(job.points, kThreads)), groups = unsigned(divide_up(job.n_levels, job.levels_per_thread));
+  const unsigned tiles = unsigned(divide_up(job.points, kThreads)),
+                 groups = unsigned(divide_up(job.n_levels, job.levels_per_thread));
   const dim3 grid(tiles, groups);
   if constexpr (D <= 3) {
     if (job.j) return launch(jacobian<T, D, F>, {grid, kThreads, 0, stream}, job);

@@ -12,8 +12,8 @@
 namespace camk::cuda {
 
 inline constexpr int kThreads = 128;
-// Said aloud, one block keeps the assembler from spilling a register or two for a higher occupancy, and leaves it registers
-// for loads in flight.
+// Said aloud, one block keeps the assembler from spilling a register or two for a higher occupancy, and leaves it
+// registers for loads in flight.
 inline constexpr int kMinBlocks = 1;
 inline constexpr int kSectorBytes = 32;  // what memory moves at once
 
@@ -31,10 +31,10 @@ CAMK_DEVICE void each_axis(int dims, Body body) {
 template <class S, int D>
 struct Point {
   static constexpr int kAxes = D > 0 ? D : math::kMaxDims;
-  Vec<S, kAxes> x;       // safe to compute with
-  unsigned clamped;      // bit d: axis d has derivative 0
-  bool zeroed, broken;   // value 0; NaN
-  int levels;            // how many levels of this launch are evaluated
+  Vec<S, kAxes> x;      // safe to compute with
+  unsigned clamped;     // bit d: axis d has derivative 0
+  bool zeroed, broken;  // value 0; NaN
+  int levels;           // how many levels of this launch are evaluated
 
   CAMK_DEVICE bool dead() const { return zeroed || broken; }
   // What a number of this point becomes that belongs to one axis (-1: to none).
@@ -207,9 +207,10 @@ struct FetchRows {
   }
 };
 
-// The same for one or two features and no more, where two rows make a word of at most 16 bytes. Corners come in pairs that differ along
-// the first axis; where those are the two rows of an aligned pair, which is half of the time, one load brings both. The
-// second load depends on addresses alone, so that all loads of a point are under way before the first is used.
+// The same for one or two features and no more, where two rows make a word of at most 16 bytes. Corners come in pairs
+// that differ along the first axis; where those are the two rows of an aligned pair, which is half of the time, one
+// load brings both. The second load depends on addresses alone, so that all loads of a point are under way before the
+// first is used.
 template <class T, int F>
 struct FetchPairs {
   const T* rows;
@@ -251,9 +252,7 @@ struct FetchAny {
   const void* base;
   Storage kind;
   int64_t first, stride;
-  CAMK_DEVICE Vec<C, F> operator()(uint32_t i) const {
-    return load_any<F, C>(base, kind, first + int64_t(i) * stride);
-  }
+  CAMK_DEVICE Vec<C, F> operator()(uint32_t i) const { return load_any<F, C>(base, kind, first + int64_t(i) * stride); }
 };
 
 // ---- Adding to a level ------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
-// What the hash-grid kernels are told, and the launchers. No torch and no CUDA syntax: the glue to PyTorch includes it too.
+// What the hash-grid kernels are told, and the launchers. No torch and no CUDA syntax: the glue to PyTorch includes it
+// too.
 #pragma once
 #include <cuda_runtime_api.h>
 
@@ -9,9 +10,7 @@ namespace camk::cuda {
 
 // How table, gradients and outputs are stored.
 enum class Storage : int { kHalf, kBFloat16, kFloat, kDouble };
-constexpr int bytes_of(Storage kind) {
-  return kind == Storage::kDouble ? 8 : kind == Storage::kFloat ? 4 : 2;
-}
+constexpr int bytes_of(Storage kind) { return kind == Storage::kDouble ? 8 : kind == Storage::kFloat ? 4 : 2; }
 
 // Levels of one launch: their records travel as kernel arguments, of which 4 KB are certain to exist.
 inline constexpr int kLevelsPerLaunch = 32;
@@ -35,21 +34,21 @@ struct Job {
   int levels_per_thread;      // of kernels that give each thread several levels of a point; set by the launcher
   math::Interpolation interpolation;
   math::Outside outside;
-  Storage storage;       // of table, values, g, y
-  bool accumulate;       // gx already holds what earlier launches found
-  const S* x;            // [points, dims]
-  const int32_t* counts; // [points] levels of each point
-  const void* values;    // [rows, features] what the value interpolates: the table, or the cotangent of its gradient
-  const void* table;     // [rows, features] what gj and v are about
-  const void* g;         // [points, channels] gradient of the value
-  const S* gj;           // [points, channels, dims] gradient of the Jacobian
-  const S* v;            // [points, dims] cotangent of the coordinate gradient
-  void* y;               // [points, channels]
-  S* j;                  // [points, channels, dims]
-  S* gx;                 // [points, dims]
-  void* sums;            // [rows, features] table gradient: float64 for a float64 table, else float32; zero at first
-  int64_t* fixed;        // [rows, features] the same in fixed point; zero at first
-  uint64_t* largest;     // bits of the largest finite float64 that is added to sums; zero at first
+  Storage storage;        // of table, values, g, y
+  bool accumulate;        // gx already holds what earlier launches found
+  const S* x;             // [points, dims]
+  const int32_t* counts;  // [points] levels of each point
+  const void* values;     // [rows, features] what the value interpolates: the table, or the cotangent of its gradient
+  const void* table;      // [rows, features] what gj and v are about
+  const void* g;          // [points, channels] gradient of the value
+  const S* gj;            // [points, channels, dims] gradient of the Jacobian
+  const S* v;             // [points, dims] cotangent of the coordinate gradient
+  void* y;                // [points, channels]
+  S* j;                   // [points, channels, dims]
+  S* gx;                  // [points, dims]
+  void* sums;             // [rows, features] table gradient: float64 for a float64 table, else float32; zero at first
+  int64_t* fixed;         // [rows, features] the same in fixed point; zero at first
+  uint64_t* largest;      // bits of the largest finite float64 that is added to sums; zero at first
   JobLevel<S> level[kLevelsPerLaunch];
 };
 

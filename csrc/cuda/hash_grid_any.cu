@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// The hash grid on CUDA for every number of axes and features, float64, any alignment, nearest lookups; and the second order,
-// of which a backward pass through a gradient or a Jacobian consists. One kernel per kind of output; what is asked for is
-// decided at run time, corners are a loop, and features go in groups of F.
+// The hash grid on CUDA for every number of axes and features, float64, any alignment, nearest lookups; and the second
+// order, of which a backward pass through a gradient or a Jacobian consists. One kernel per kind of output; what is
+// asked for is decided at run time, corners are a loop, and features go in groups of F.
 #include "cuda/hash_grid.cuh"
 #include "cuda/hash_grid_launch.h"
 
@@ -26,9 +26,7 @@ struct Thread {
   CAMK_DEVICE Corners corners(int l) const {
     return Corners(level_of<D>(job.level[l], job.dims), job.dims, point.x, job.interpolation);
   }
-  CAMK_DEVICE bool undefined(const Corners& s) const {
-    return job.outside == math::Outside::kWrap && overflowed(s);
-  }
+  CAMK_DEVICE bool undefined(const Corners& s) const { return job.outside == math::Outside::kWrap && overflowed(s); }
   CAMK_DEVICE int64_t channel(int l, int f) const {
     return i * job.channels + int64_t(job.first_level + l) * job.features + f;
   }
@@ -76,7 +74,9 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) any_rows(const __grid_co
         }
         if (job.v) math::grid_along(s, v, thread.fetch(job.table, l, f), y);
       }
-      const auto mended = [&](C number, int axis) { return nan ? C(NAN) : evaluated ? point.mend(number, axis) : C(0); };
+      const auto mended = [&](C number, int axis) {
+        return nan ? C(NAN) : evaluated ? point.mend(number, axis) : C(0);
+      };
       for (int k = 0; k < F; ++k) y[k] = mended(y[k], -1);
       store_any(job.y, job.storage, thread.channel(l, f), y);
       for (int k = 0; k < F && job.j; ++k) {
@@ -164,8 +164,8 @@ CAMK_DEVICE int fixed_exponent(uint64_t largest_bits, int64_t terms) {
   return min(62 - size - count, 1000);
 }
 
-// In fixed point, where sums do not depend on the order; what is not finite goes to the floating sums, whose infinities and
-// NaN do not either.
+// In fixed point, where sums do not depend on the order; what is not finite goes to the floating sums, whose infinities
+// and NaN do not either.
 template <int F, class C>
 struct AddFixed {
   const Job<C>& job;
@@ -205,7 +205,9 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) any_table(const __grid_c
     if (thread.undefined(s)) continue;
     for (int f = 0; f < job.features; f += F) {
       const int64_t rows = job.level[l].first_row * job.features + f;
-      const auto add = [&](uint32_t row, const Vec<C, F>& numbers) { adder(rows + int64_t(row) * job.features, numbers); };
+      const auto add = [&](uint32_t row, const Vec<C, F>& numbers) {
+        adder(rows + int64_t(row) * job.features, numbers);
+      };
       if (job.v) {
         math::grid_along_backward_table(s, v, thread.gradient(l, f), add);
       } else if (job.g) {
@@ -226,7 +228,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 
 // ---- Choice of the kernel ----------------------------------------------------------------------------------
 
-// body.operator()<D, F>(): two or three axes are known at compile time, and two features at a time go where they are even.
+// body.operator()<D, F>(): two or three axes are known at compile time, and two features at a time go where they are
+// even.
 template <class S, class Body>
 cudaError_t with_any(const Job<S>& job, Body body) {
   const auto with_features = [&]<int D>() {
@@ -251,9 +254,8 @@ dim3 tiles(const Job<S>& job, bool levels) {
 
 template <class S>
 cudaError_t launch_any_rows(const Job<S>& job, cudaStream_t stream) {
-  return with_any(job, [&]<int D, int F>() {
-    return launch(any_rows<S, D, F>, {tiles(job, true), kThreads, 0, stream}, job);
-  });
+  return with_any(
+      job, [&]<int D, int F>() { return launch(any_rows<S, D, F>, {tiles(job, true), kThreads, 0, stream}, job); });
 }
 
 template <class S>
@@ -268,9 +270,12 @@ cudaError_t launch_any_table(const Job<S>& job, Sums sums, cudaStream_t stream) 
   const LaunchShape shape{tiles(job, true), kThreads, 0, stream};
   return with_any(job, [&]<int D, int F>() {
     switch (sums) {
-      case Sums::kLargest: return launch(any_table<S, 0, 1, FindLargest>, shape, job);
-      case Sums::kFixed: return launch(any_table<S, 0, 1, AddFixed>, shape, job);
-      default: return launch(any_table<S, D, F, AddFast>, shape, job);
+      case Sums::kLargest:
+        return launch(any_table<S, 0, 1, FindLargest>, shape, job);
+      case Sums::kFixed:
+        return launch(any_table<S, 0, 1, AddFixed>, shape, job);
+      default:
+        return launch(any_table<S, D, F, AddFast>, shape, job);
     }
   });
 }

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: MIT
-// First derivatives of the hash grid's value on CUDA, for 2 to 4 axes and float32 coordinates; the rest: hash_grid_any.cu.
+// First derivatives of the hash grid's value on CUDA, for 2 to 4 axes and float32 coordinates; the rest:
+// hash_grid_any.cu.
 //
-// Towards the coordinates one thread takes a point through all levels: no atomics, the same bits every time. Towards the
-// table, levels go in groups as in hash_grid.cu, float32 sums by vector reductions; a level whose sums fit into shared memory
-// is summed there by each block and added to global memory once.
+// Towards the coordinates one thread takes a point through all levels: no atomics, the same bits every time. Towards
+// the table, levels go in groups as in hash_grid.cu, float32 sums by vector reductions; a level whose sums fit into
+// shared memory is summed there by each block and added to global memory once.
 #include "cuda/hash_grid.cuh"
 #include "cuda/hash_grid_launch.h"
 
@@ -137,8 +138,7 @@ cudaError_t add_to_table(Job<S> job, Sums sums, cudaStream_t stream) {
       levels_per_thread(job.points, job.n_levels, kSectorBytes / (job.features * bytes_of(job.storage)));
   if constexpr (std::is_same_v<S, float>) {
     if (sums == Sums::kFast && job.g && !job.gj && !job.v && is_regular(job)) {
-      return with_regular<false>(
-          job, [&]<class T, int D, int F>() { return launch_regular_table<D, F>(job, stream); });
+      return with_regular<false>(job, [&]<class T, int D, int F>() { return launch_regular_table<D, F>(job, stream); });
     }
   }
   return launch_any_table(job, sums, stream);
@@ -166,9 +166,8 @@ bool is_regular(const Job<float>& job) {
 cudaError_t launch_coordinates(Job<float> job, cudaStream_t stream) {
   if (!job.g || job.gj || job.v || !is_regular(job)) return launch_any_coordinates(job, stream);
   const dim3 grid(unsigned(divide_up(job.points, kThreads)));
-  return with_regular<true>(job, [&]<class T, int D, int F>() {
-    return launch(coordinates<T, D, F>, {grid, kThreads, 0, stream}, job);
-  });
+  return with_regular<true>(
+      job, [&]<class T, int D, int F>() { return launch(coordinates<T, D, F>, {grid, kThreads, 0, stream}, job); });
 }
 cudaError_t launch_coordinates(Job<double> job, cudaStream_t stream) { return launch_any_coordinates(job, stream); }
 

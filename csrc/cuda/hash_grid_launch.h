@@ -31,16 +31,22 @@ template <bool Typed, class Body>
 cudaError_t with_regular(const Job<float>& job, Body body) {
   const auto with_features = [&]<class T, int D>() {
     switch (job.features) {
-      case 1: return body.template operator()<T, D, 1>();
-      case 2: return body.template operator()<T, D, 2>();
-      default: return body.template operator()<T, D, 4>();
+      case 1:
+        return body.template operator()<T, D, 1>();
+      case 2:
+        return body.template operator()<T, D, 2>();
+      default:
+        return body.template operator()<T, D, 4>();
     }
   };
   const auto with_axes = [&]<class T>() {
     switch (job.dims) {
-      case 2: return with_features.template operator()<T, 2>();
-      case 3: return with_features.template operator()<T, 3>();
-      default: return with_features.template operator()<T, 4>();
+      case 2:
+        return with_features.template operator()<T, 2>();
+      case 3:
+        return with_features.template operator()<T, 3>();
+      default:
+        return with_features.template operator()<T, 4>();
     }
   };
   if constexpr (Typed) {

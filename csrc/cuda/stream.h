@@ -51,12 +51,14 @@ inline std::string explain(cudaError_t error) {
   const std::string said = cudaGetErrorString(error);
   switch (error) {
     case cudaErrorInsufficientDriver:
-      return said + "; the driver is older than the CUDA release camkernels was built with: update the driver, or build "
-                    "camkernels with the CUDA release that the driver knows";
+      return said +
+             "; the driver is older than the CUDA release camkernels was built with: update the driver, or build "
+             "camkernels with the CUDA release that the driver knows";
     case cudaErrorNoDevice:
       return said + "; no GPU or no driver is visible to this process";
     case cudaErrorNoKernelImageForDevice:
-      return said + "; camkernels was built for other GPU architectures: build it with TORCH_CUDA_ARCH_LIST set to this one";
+      return said +
+             "; camkernels was built for other GPU architectures: build it with TORCH_CUDA_ARCH_LIST set to this one";
     default:
       return said;
   }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The geometry of a hash grid as the operators receive it (plain lists from python: GridGeometry), unpacked for a launch.
+// The geometry of a hash grid as the operators receive it (plain lists from python: GridGeometry), unpacked for a
+// launch.
 #pragma once
 #include <vector>
 
@@ -19,7 +20,8 @@ struct Grid {
   int64_t channels() const { return int64_t(n_levels) * features; }
 };
 
-// What follows the tensors in every hash-grid schema. layout holds, per level: stride of every axis, size, offset, hashed.
+// What follows the tensors in every hash-grid schema. layout holds, per level: stride of every axis, size, offset,
+// hashed.
 struct GridLists {
   const std::vector<double>& scales;
   double shift;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// One level of the multi-resolution hash grid (Mueller et al., Instant Neural Graphics Primitives, 2022) around a point:
-// value, first and second derivatives, for D axes and F features.
+// One level of the multi-resolution hash grid (Mueller et al., Instant Neural Graphics Primitives, 2022) around a
+// point: value, first and second derivatives, for D axes and F features.
 //
 //   pos_d = fma(x_d, scale_d, shift),  p = floor(pos),  t = pos - p
 //   y_f   = sum over 2^D corners c of  prod_d (c_d ? g(t_d) : 1 - g(t_d))  T[index(p + c), f]
@@ -50,8 +50,8 @@ CAMK_HD C settle(C x, Outside mode, Status& status) {
   return x < C(0) ? C(0) : C(1);
 }
 
-// The corners around a point and what each needs: its entry, its weight, and the derivatives of that weight. D = 0 leaves
-// the number of axes, and whether the lookup is a nearest one, to run time. Unrolled writes the corners out.
+// The corners around a point and what each needs: its entry, its weight, and the derivatives of that weight. D = 0
+// leaves the number of axes, and whether the lookup is a nearest one, to run time. Unrolled writes the corners out.
 template <int D, class C, bool Nearest = false, bool Unrolled = (D > 0 && D <= 4)>
 struct Stencil {
   using Index = typename index_of<C>::type;
@@ -61,7 +61,7 @@ struct Stencil {
   int dims;
   bool hashed, nearest;
   uint32_t size;
-  Vec<Vec<Index, 2>, kAxes> term;           // per axis, lower and upper corner: coordinate times prime or stride
+  Vec<Vec<Index, 2>, kAxes> term;              // per axis, lower and upper corner: coordinate times prime or stride
   Vec<Vec<C, 2>, kAxes> value, first, second;  // their weights and the derivatives of these in x
 
   Stencil() = default;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
-// Blend weight of the upper corner along one axis as a function of the fractional position t in [0, 1), and its first two
-// derivatives. Linear: t. Smoothstep: 3 t^2 - 2 t^3. Nearest has no upper corner: the caller reads the lower one alone.
+// Blend weight of the upper corner along one axis as a function of the fractional position t in [0, 1), and its first
+// two derivatives. Linear: t. Smoothstep: 3 t^2 - 2 t^3. Nearest has no upper corner: the caller reads the lower one
+// alone.
 #pragma once
 #include "portable.h"
 

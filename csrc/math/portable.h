@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // What host and device code share. A formula is a template over its arithmetic type C: a scalar (float, double; one
-// point) or a pack of SIMD lanes (several points), so that the CPU kernels, the CUDA kernels and the scalar probes of the
-// tests all run the same lines. A type other than float and double specialises index_of and overloads the functions
+// point) or a pack of SIMD lanes (several points), so that the CPU kernels, the CUDA kernels and the scalar probes of
+// the tests all run the same lines. A type other than float and double specialises index_of and overloads the functions
 // below (found by argument-dependent lookup).
 #pragma once
 #include <cmath>

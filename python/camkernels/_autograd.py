@@ -107,7 +107,7 @@ class Operator:
     def backpropagate(
         self, lengths: tuple, settings: tuple, grads: Flat, saved: Flat, needs: Sequence[bool], call: Callable
     ) -> list[Tensor | None]:
-        """Gradients of the flat arguments, by call(operator, lengths, settings, flat arguments) of the next operator."""
+        """Gradients of the flat arguments, by call(operator, lengths, settings, arguments) of the next operator."""
         if self.next is None:
             raise RuntimeError(
                 f"{self.name.split('_backward')[0]}: no derivatives beyond {self.name} (second order of a value, first "

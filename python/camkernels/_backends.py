@@ -38,7 +38,7 @@ def can_run(backend: str, call: Call) -> str | None:
 
 
 def choose(call: Call, backend: str | None) -> str:
-    """The backend to use: the one asked for, else CAMKERNELS_BACKEND, else the first that can run. RuntimeError if none."""
+    """The backend to use: the one asked for, else CAMKERNELS_BACKEND, else the first that can run, or RuntimeError."""
     asked = backend or os.environ.get("CAMKERNELS_BACKEND") or None
     if asked is None:
         return next(b for b in PREFERENCE.get(call.device_type, ("reference",)) if can_run(b, call) is None)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Argument checks that every op shares. A message names the op, the argument, what was expected and given, the remedy."""
+"""Argument checks that every op shares. A message names op, argument, what was expected and given, and the remedy."""
 
 from __future__ import annotations
 

@@ -18,8 +18,7 @@ namespace {
 #define CAMK_SIM_CATCHES_SIGNALS 1
 constexpr bool catches_signals = true;
 #else
-constexpr bool catches_signals =
-    false;  // AddressSanitizer reports better; other machines keep the default action
+constexpr bool catches_signals = false;  // AddressSanitizer reports better; other machines keep the default action
 #endif
 
 alignas(64) char handler_stack[64 << 10];
@@ -30,8 +29,7 @@ void* fault_instruction = nullptr;  // until place_of_fault() has been asked
   if (state.error.empty()) {
     char where[160];
     const uint3 b = state.block_index, t = self().index;
-    std::snprintf(where, sizeof where, " [block (%u,%u,%u), thread (%u,%u,%u)]", b.x, b.y, b.z, t.x, t.y,
-                  t.z);
+    std::snprintf(where, sizeof where, " [block (%u,%u,%u), thread (%u,%u,%u)]", b.x, b.y, b.z, t.x, t.y, t.z);
     state.error = sentence + where;
   }
   self().status = Status::done;
@@ -139,8 +137,8 @@ using camk::sim::report;
 CAMK_SIM_HANDLER __ubsan_handle_type_mismatch_v1(const camk::sim::Mismatch* record, std::uintptr_t address) {
   if (!address) return report(record, std::string("null pointer to ") + record->type->name);
   const unsigned alignment = 1u << record->log_alignment;
-  report(record, std::string("misaligned address of ") + record->type->name + ", " +
-                     std::to_string(alignment) + " bytes must divide it");
+  report(record, std::string("misaligned address of ") + record->type->name + ", " + std::to_string(alignment) +
+                     " bytes must divide it");
 }
 CAMK_SIM_HANDLER __ubsan_handle_out_of_bounds(const void* record, std::uintptr_t index) {
   report(record, "array index " + std::to_string(static_cast<std::intptr_t>(index)) + " out of bounds");
@@ -168,7 +166,5 @@ CAMK_SIM_HANDLER __ubsan_handle_mul_overflow(const void* record, std::uintptr_t,
 CAMK_SIM_HANDLER __ubsan_handle_negate_overflow(const void* record, std::uintptr_t) {
   report(record, "signed integer overflow in a negation");
 }
-CAMK_SIM_HANDLER __ubsan_handle_builtin_unreachable(const void* record) {
-  report(record, "unreachable code reached");
-}
+CAMK_SIM_HANDLER __ubsan_handle_builtin_unreachable(const void* record) { report(record, "unreachable code reached"); }
 }

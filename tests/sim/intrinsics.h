@@ -78,12 +78,9 @@ inline void __sincosf(float x, float* s, float* c) { *s = std::sin(x), *c = std:
 
 // One rounding, as on the device; sums and products of two float16 values are exact in double.
 inline __half __hfma(__half a, __half b, __half c) {
-  return __double2half(static_cast<double>(static_cast<float>(a)) * static_cast<float>(b) +
-                       static_cast<float>(c));
+  return __double2half(static_cast<double>(static_cast<float>(a)) * static_cast<float>(b) + static_cast<float>(c));
 }
-inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
-  return {__hfma(a.x, b.x, c.x), __hfma(a.y, b.y, c.y)};
-}
+inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) { return {__hfma(a.x, b.x, c.x), __hfma(a.y, b.y, c.y)}; }
 
 template <class A, class B>
   requires std::is_arithmetic_v<A> && std::is_arithmetic_v<B>

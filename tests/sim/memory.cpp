@@ -50,20 +50,17 @@ void require_shared(const void* address, const char* operation, const Where& whe
   const auto at = reinterpret_cast<std::uintptr_t>(address),
              first = reinterpret_cast<std::uintptr_t>(state.dynamic_shared);
   if (first && at >= first && at - first < (64u << 10))
-    sentence += "; perhaps this launch asked for too little: " + std::to_string(state.dynamic_bytes) +
-                " bytes dynamic";
+    sentence += "; perhaps this launch asked for too little: " + std::to_string(state.dynamic_bytes) + " bytes dynamic";
   fail(sentence, where);
 }
 
 void require_global(const void* address, const char* operation, const Where& where) {
-  if (is_shared(address))
-    fail(std::string(operation) + " needs an address in global memory, not in shared", where);
+  if (is_shared(address)) fail(std::string(operation) + " needs an address in global memory, not in shared", where);
 }
 
 void require_aligned(const void* address, std::size_t bytes, const char* operation, const Where& where) {
   if (reinterpret_cast<std::uintptr_t>(address) % bytes)
-    fail(std::string(operation) + ": misaligned address, " + std::to_string(bytes) + " bytes must divide it",
-         where);
+    fail(std::string(operation) + ": misaligned address, " + std::to_string(bytes) + " bytes must divide it", where);
 }
 
 // The data arrive at the wait; until then the destination holds poison, as nobody may rely on what is there.

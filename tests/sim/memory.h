@@ -38,13 +38,11 @@ void commit_copies();
 void wait_copies(int groups_left);
 
 template <class V>
-concept Atomic =
-    std::same_as<V, int> || std::same_as<V, unsigned> || std::same_as<V, unsigned long long> ||
-    std::same_as<V, float> || std::same_as<V, double> || std::same_as<V, __half> ||
-    std::same_as<V, __half2> || std::same_as<V, __nv_bfloat16> || std::same_as<V, __nv_bfloat162>;
+concept Atomic = std::same_as<V, int> || std::same_as<V, unsigned> || std::same_as<V, unsigned long long> ||
+                 std::same_as<V, float> || std::same_as<V, double> || std::same_as<V, __half> ||
+                 std::same_as<V, __half2> || std::same_as<V, __nv_bfloat16> || std::same_as<V, __nv_bfloat162>;
 template <class V>
-concept AtomicInteger =
-    std::same_as<V, int> || std::same_as<V, unsigned> || std::same_as<V, unsigned long long>;
+concept AtomicInteger = std::same_as<V, int> || std::same_as<V, unsigned> || std::same_as<V, unsigned long long>;
 
 template <class V>
 V sum(V a, V b) {
@@ -76,8 +74,7 @@ V atomically(V* address, const char* operation, const Where& where, F&& next) {
 
 template <camk::sim::Atomic V>
 V atomicAdd(V* address, std::type_identity_t<V> value, CAMK_SIM_HERE) {
-  return camk::sim::atomically(address, "atomicAdd", where,
-                               [&](V old) { return camk::sim::sum(old, value); });
+  return camk::sim::atomically(address, "atomicAdd", where, [&](V old) { return camk::sim::sum(old, value); });
 }
 template <camk::sim::AtomicInteger V>
 V atomicMax(V* address, std::type_identity_t<V> value, CAMK_SIM_HERE) {
@@ -103,8 +100,7 @@ V atomicExch(V* address, std::type_identity_t<V> value, CAMK_SIM_HERE) {
 template <class V>
   requires camk::sim::AtomicInteger<V> || std::same_as<V, unsigned short>
 V atomicCAS(V* address, std::type_identity_t<V> expected, std::type_identity_t<V> value, CAMK_SIM_HERE) {
-  return camk::sim::atomically(address, "atomicCAS", where,
-                               [&](V old) { return old == expected ? value : old; });
+  return camk::sim::atomically(address, "atomicCAS", where, [&](V old) { return old == expected ? value : old; });
 }
 
 namespace camk::sim {

@@ -128,9 +128,8 @@ void open_barrier(unsigned ended) {
   const std::string at = place(first->where) + ": divergent " + first->waits_for + ": ";
   if (ended)
     state.error =
-        at + text("%u of %zu threads of block (%u,%u,%u) returned before this barrier, which %u wait at",
-                  ended, state.threads.size(), state.block_index.x, state.block_index.y, state.block_index.z,
-                  waiting);
+        at + text("%u of %zu threads of block (%u,%u,%u) returned before this barrier, which %u wait at", ended,
+                  state.threads.size(), state.block_index.x, state.block_index.y, state.block_index.z, waiting);
   else if (other)
     state.error = at + "other threads of the block wait at " + place(other->where);
   if (!state.error.empty()) return;
@@ -183,16 +182,13 @@ void check_configuration(dim3 grid, dim3 block, std::size_t shared_bytes, const 
   const std::uint64_t threads = std::uint64_t{block.x} * block.y * block.z;
   const std::size_t limit = (CAMK_SIMULATE >= 90 ? 227 : 163) * 1024;  // opt-in limit of sm_90, of sm_80
   if (threads < 1 || threads > 1024 || block.z > 64)
-    fail(text("a block of %u x %u x %u threads: a device allows 1 to 1024, at most 64 in z", block.x, block.y,
-              block.z),
+    fail(text("a block of %u x %u x %u threads: a device allows 1 to 1024, at most 64 in z", block.x, block.y, block.z),
          where);
   if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
-    fail(text("a grid of %u x %u x %u blocks: a device allows 2147483647 x 65535 x 65535", grid.x, grid.y,
-              grid.z),
+    fail(text("a grid of %u x %u x %u blocks: a device allows 2147483647 x 65535 x 65535", grid.x, grid.y, grid.z),
          where);
   if (shared_bytes > limit)
-    fail(text("%zu bytes of dynamic shared memory: sm_%d allows %zu", shared_bytes, CAMK_SIMULATE, limit),
-         where);
+    fail(text("%zu bytes of dynamic shared memory: sm_%d allows %zu", shared_bytes, CAMK_SIMULATE, limit), where);
 }
 
 Schedule current_schedule() {
@@ -205,9 +201,7 @@ Schedule current_schedule() {
 
 bool in_kernel() { return resumed; }
 
-std::string place(const Where& where) {
-  return std::string(where.file_name()) + ":" + std::to_string(where.line());
-}
+std::string place(const Where& where) { return std::string(where.file_name()) + ":" + std::to_string(where.line()); }
 
 void fail(const std::string& sentence, const Where& where) {
   const std::string full = place(where) + ": " + sentence;
@@ -240,19 +234,15 @@ void meet(std::uint32_t mask, void* mine, const char* name, Combine combine, con
   Thread& thread = self();
   Warp& warp = state.warps[thread.warp];
   if (!(mask >> thread.lane & 1))
-    fail(text("wrong mask: lane %u calls %s with mask 0x%08x, which does not name it", thread.lane, name,
-              mask),
-         where);
-  auto found =
-      std::find_if(warp.meetings.begin(), warp.meetings.end(), [&](auto& m) { return m.mask == mask; });
+    fail(text("wrong mask: lane %u calls %s with mask 0x%08x, which does not name it", thread.lane, name, mask), where);
+  auto found = std::find_if(warp.meetings.begin(), warp.meetings.end(), [&](auto& m) { return m.mask == mask; });
   if (found == warp.meetings.end()) {
     warp.meetings.emplace_back().mask = mask;
     found = warp.meetings.end() - 1;
   }
   Rendezvous& meeting = *found;
   if (meeting.present && meeting.combine != combine)
-    fail(text("lanes of mask 0x%08x meet in different operations, %s and %s", mask, name, meeting.name),
-         where);
+    fail(text("lanes of mask 0x%08x meet in different operations, %s and %s", mask, name, meeting.name), where);
   meeting.name = name;
   meeting.combine = combine;
   meeting.lanes[thread.lane] = mine;
@@ -277,8 +267,7 @@ void meet_whole_warp(void* mine, const char* name, Combine combine, const Where&
 Schedule parse_schedule(const std::string& name) {
   if (name == "forward") return {Schedule::forward, 0};
   if (name == "reverse") return {Schedule::reverse, 0};
-  if (name.rfind("random:", 0) == 0 && name.find_first_not_of("0123456789", 7) == std::string::npos &&
-      name.size() > 7)
+  if (name.rfind("random:", 0) == 0 && name.find_first_not_of("0123456789", 7) == std::string::npos && name.size() > 7)
     return {Schedule::shuffled, static_cast<unsigned>(std::strtoul(name.c_str() + 7, nullptr, 10))};
   throw Error("the simulator knows the schedules forward, reverse and random:SEED, not '" + name + "'");
 }
@@ -315,15 +304,13 @@ void run_grid(dim3 grid, dim3 block, std::size_t shared_bytes, void (*body)(void
     if (schedule.kind == Schedule::reverse) at = blocks - 1 - i;
     if (schedule.kind == Schedule::shuffled) at = (i * stride + offset) & (slots - 1);
     if (at >= blocks) continue;
-    state.block_index =
-        make_uint3(static_cast<unsigned>(at % grid.x), static_cast<unsigned>(at / grid.x % grid.y),
-                   static_cast<unsigned>(at / grid.x / grid.y));
+    state.block_index = make_uint3(static_cast<unsigned>(at % grid.x), static_cast<unsigned>(at / grid.x % grid.y),
+                                   static_cast<unsigned>(at / grid.x / grid.y));
     ++state.statistics.blocks;
     const SharedMemory shared(shared_bytes);
     run_block(schedule);
   }
-  if (!state.error.empty())
-    throw Error(place_of_fault() + state.error + " (launched at " + place(where) + ")");
+  if (!state.error.empty()) throw Error(place_of_fault() + state.error + " (launched at " + place(where) + ")");
 }
 
 }  // namespace camk::sim

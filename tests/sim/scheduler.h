@@ -108,8 +108,7 @@ struct Schedule {
 Schedule parse_schedule(const std::string& text);  // "forward", "reverse", "random:SEED"; throws Error
 void set_schedule(const char* text);               // null: CAMK_SIM_SCHEDULE, or forward
 
-void run_grid(dim3 grid, dim3 block, std::size_t shared_bytes, void (*body)(void*), void* argument,
-              const Where& where);
+void run_grid(dim3 grid, dim3 block, std::size_t shared_bytes, void (*body)(void*), void* argument, const Where& where);
 
 // Runs body() once per thread of the grid. Throws Error; one launch at a time per process.
 template <class Body>

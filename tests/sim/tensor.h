@@ -15,18 +15,14 @@ struct Half {
   static constexpr unsigned k = 16, per_register = 2;
   static float value(std::uint32_t reg, unsigned i) {
     const std::uint32_t bits = reg >> (16 * i) & 0xffff;
-    float magnitude =
-        std::bit_cast<float>((bits & 0x7fff) << 13) * 0x1p112f;  // rebias; subnormals come out right
-    if (magnitude >= 65536.f)
-      magnitude = std::bit_cast<float>(std::bit_cast<std::uint32_t>(magnitude) | 0x7f800000u);
+    float magnitude = std::bit_cast<float>((bits & 0x7fff) << 13) * 0x1p112f;  // rebias; subnormals come out right
+    if (magnitude >= 65536.f) magnitude = std::bit_cast<float>(std::bit_cast<std::uint32_t>(magnitude) | 0x7f800000u);
     return bits & 0x8000 ? -magnitude : magnitude;
   }
 };
 struct BFloat {
   static constexpr unsigned k = 16, per_register = 2;
-  static float value(std::uint32_t reg, unsigned i) {
-    return std::bit_cast<float>((reg >> (16 * i) & 0xffff) << 16);
-  }
+  static float value(std::uint32_t reg, unsigned i) { return std::bit_cast<float>((reg >> (16 * i) & 0xffff) << 16); }
 };
 struct Tf32 {  // the tensor core ignores the low 13 bits
   static constexpr unsigned k = 8, per_register = 1;

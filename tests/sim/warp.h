@@ -28,8 +28,7 @@ V shuffle(std::uint32_t mask, const V& value, unsigned source, const char* name,
   };
   meet(mask, &mine, name, combine, where);
   if (mine.missing)
-    fail(std::string(name) + " reads lane " + std::to_string(source) +
-             ", which is not in the mask or has returned",
+    fail(std::string(name) + " reads lane " + std::to_string(source) + ", which is not in the mask or has returned",
          where);
   return mine.result;
 }
@@ -125,8 +124,7 @@ unsigned __match_any_sync(unsigned mask, V value, CAMK_SIM_HERE) {
     for (unsigned a = 0; a < 32; ++a)
       for (unsigned b = 0; b < 32; ++b)
         if (present >> a & present >> b & 1 &&
-            std::memcmp(&static_cast<Lane*>(lanes[a])->value, &static_cast<Lane*>(lanes[b])->value,
-                        sizeof(V)) == 0)
+            std::memcmp(&static_cast<Lane*>(lanes[a])->value, &static_cast<Lane*>(lanes[b])->value, sizeof(V)) == 0)
           static_cast<Lane*>(lanes[a])->equal |= 1u << b;
   };
   camk::sim::meet(mask, &mine, "__match_any_sync", combine, where);

@@ -296,6 +296,23 @@ def _levels_on(
     return scale, torch.tensor(rows, dtype=torch.int64, device=device)
 
 
+def constants(settings: Settings, dims: int, features: int) -> dict[str, Any]:
+    """What a kernel is compiled for."""
+    corners = 1 if settings.interpolation == NEAREST.value else 1 << dims
+    return {
+        "D": dims,
+        "F": features,
+        "TILE": min(triton.next_power_of_2(features), MAX_TILE),
+        "SHIFT": settings.shift,
+        "CEIL": settings.ceil_corner,
+        "OUTSIDE": settings.outside,
+        "KIND": settings.interpolation,
+        "CORNERS": corners,
+        "UNROLL": corners if corners <= UNROLLED_CORNERS else 1,
+        "BLOCK": BLOCK,
+    }
+
+
 def _launch(
     kernel: Any, settings: Settings, x: Tensor, counts: Tensor | None, features: int, *, by_level: bool, **arguments: Any
 ) -> None:
@@ -303,30 +320,13 @@ def _launch(
     n, dims = x.shape
     if n == 0 or settings.active_levels == 0:
         return
-    tile = min(triton.next_power_of_2(features), MAX_TILE)
-    corners = 1 if settings.interpolation == NEAREST.value else 1 << dims
-    grid = (triton.cdiv(n, BLOCK), *((settings.active_levels, triton.cdiv(features, tile)) if by_level else ()))
+    compiled_for = constants(settings, dims, features)
+    by = (settings.active_levels, triton.cdiv(features, compiled_for["TILE"])) if by_level else ()
     scales, layout = _levels_on(x.device, dims, tuple(settings.scales), tuple(settings.layout))
+    geometry = {"scales_ptr": scales, "layout_ptr": layout, "n_levels": settings.n_levels(dims)}
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-        kernel[grid](
-            x_ptr=x,
-            counts_ptr=counts,
-            scales_ptr=scales,
-            layout_ptr=layout,
-            n=n,
-            n_levels=settings.n_levels(dims),
-            **arguments,
-            D=dims,
-            F=features,
-            TILE=tile,
-            SHIFT=settings.shift,
-            CEIL=settings.ceil_corner,
-            OUTSIDE=settings.outside,
-            KIND=settings.interpolation,
-            CORNERS=corners,
-            UNROLL=corners if corners <= UNROLLED_CORNERS else 1,
-            BLOCK=BLOCK,
-            num_warps=WARPS,
+        kernel[(triton.cdiv(n, BLOCK), *by)](
+            x_ptr=x, counts_ptr=counts, n=n, **geometry, **arguments, **compiled_for, num_warps=WARPS
         )
 
 

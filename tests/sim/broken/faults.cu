@@ -39,8 +39,7 @@ CAMK_DEVICE void memory_fault(int fault, float* data, float* shared, int n) {
   if (fault == kIllegalAddress) data[int64_t{1} << 45] = 1.f;
   if (fault == kNullPointer) *reinterpret_cast<float*>(static_cast<uintptr_t>(n - 64)) = 1.f;
   if (fault == kMisalignedLoad) data[i] = reinterpret_cast<const float4*>(data + 1)->x;
-  if (fault == kMisalignedReadonly)
-    data[i] = camk::load_readonly(reinterpret_cast<const float2*>(data + 1)).x;
+  if (fault == kMisalignedReadonly) data[i] = camk::load_readonly(reinterpret_cast<const float2*>(data + 1)).x;
   if (fault == kFloatCast) data[i] = static_cast<float>(static_cast<unsigned>(data[i] - 1e6f));
   if (fault == kSignedOverflow) data[i] = static_cast<float>(0x7fffffff - 63 + n);
   if (fault == kSharedIntoGlobalSum) camk::reduce_add(shared, 1.f);
@@ -57,8 +56,7 @@ CAMK_DEVICE void cooperation_fault(int fault, float* data) {
     else
       __syncthreads();
   }
-  if (fault == kMaskDisagreement)
-    data[i] += __shfl_xor_sync(i % 32 < 8 ? 0xffffffffu : 0xffff00ffu, data[i], 1);
+  if (fault == kMaskDisagreement) data[i] += __shfl_xor_sync(i % 32 < 8 ? 0xffffffffu : 0xffff00ffu, data[i], 1);
   if (fault == kDeadlock && i % 32 == 0) data[i] = __shfl_sync(0x3u, data[i], 0);
   if (fault == kReadsAbsentLane && i % 32 < 4) data[i] = __shfl_sync(0xfu, data[i], 9);
   if (fault == kPartialWarpProduct && i % 32 != 3) {
@@ -92,7 +90,5 @@ SELFTEST selftest_fault(int fault, float* data) {
 }
 
 SELFTEST selftest_launch(unsigned blocks, unsigned threads, size_t shared_bytes, float* data) {
-  return run([&] {
-    return camk::launch(faulty, {dim3(blocks), dim3(threads), shared_bytes}, int{kNone}, data, 64);
-  });
+  return run([&] { return camk::launch(faulty, {dim3(blocks), dim3(threads), shared_bytes}, int{kNone}, data, 64); });
 }

@@ -19,16 +19,15 @@ __global__ void histogram(const int* __restrict__ keys, T* __restrict__ bins, in
 
 // Row keys[i] of `table` [kBins, N] grows by row i of `values` [n, N]; `shift` floats break the alignment.
 template <int N>
-__global__ void scatter(const int* __restrict__ keys, const float* __restrict__ values, float* table,
-                        int64_t n, int shift) {
+__global__ void scatter(const int* __restrict__ keys, const float* __restrict__ values, float* table, int64_t n,
+                        int shift) {
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (i >= n) return;
   camk::reduce_add_n<N>(table + shift + int64_t{keys[i]} * N, values + i * N);
 }
 
 template <class Pair>
-__global__ void scatter_pairs(const int* __restrict__ keys, const float2* __restrict__ values, Pair* table,
-                              int64_t n) {
+__global__ void scatter_pairs(const int* __restrict__ keys, const float2* __restrict__ values, Pair* table, int64_t n) {
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (i >= n) return;
   const float2 v = camk::load_readonly(values + i);
@@ -67,15 +66,13 @@ SELFTEST selftest_histogram(const int* keys, void* bins, int64_t n, int type) {
     if (type == 0) return camk::launch(histogram<int>, shape, keys, static_cast<int*>(bins), n);
     if (type == 1) return camk::launch(histogram<unsigned>, shape, keys, static_cast<unsigned*>(bins), n);
     if (type == 2)
-      return camk::launch(histogram<unsigned long long>, shape, keys, static_cast<unsigned long long*>(bins),
-                          n);
+      return camk::launch(histogram<unsigned long long>, shape, keys, static_cast<unsigned long long*>(bins), n);
     if (type == 3) return camk::launch(histogram<float>, shape, keys, static_cast<float*>(bins), n);
     return camk::launch(histogram<double>, shape, keys, static_cast<double*>(bins), n);
   });
 }
 
-SELFTEST selftest_scatter(const int* keys, const float* values, float* table, int64_t n, int features,
-                          int shift) {
+SELFTEST selftest_scatter(const int* keys, const float* values, float* table, int64_t n, int features, int shift) {
   return run([&] {
     const auto kernel = features == 1   ? scatter<1>
                         : features == 2 ? scatter<2>
@@ -90,13 +87,11 @@ SELFTEST selftest_scatter_other(const int* keys, const void* values, void* table
   const camk::LaunchShape shape = one_thread_each(n);
   const auto* pairs = static_cast<const float2*>(values);
   return run([&] {
-    if (type == 0)
-      return camk::launch(scatter_pairs<__half2>, shape, keys, pairs, static_cast<__half2*>(table), n);
+    if (type == 0) return camk::launch(scatter_pairs<__half2>, shape, keys, pairs, static_cast<__half2*>(table), n);
     if (type == 1)
-      return camk::launch(scatter_pairs<__nv_bfloat162>, shape, keys, pairs,
-                          static_cast<__nv_bfloat162*>(table), n);
-    return camk::launch(scatter_double, shape, keys, static_cast<const double*>(values),
-                        static_cast<double*>(table), n);
+      return camk::launch(scatter_pairs<__nv_bfloat162>, shape, keys, pairs, static_cast<__nv_bfloat162*>(table), n);
+    return camk::launch(scatter_double, shape, keys, static_cast<const double*>(values), static_cast<double*>(table),
+                        n);
   });
 }
 

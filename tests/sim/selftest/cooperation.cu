@@ -36,8 +36,7 @@ __global__ void votes(const int* __restrict__ input, int* __restrict__ out) {
 // Raw registers in and out, so that the layouts are checked without any kernel's own index arithmetic. One
 // warp per block; a [blocks, 32, 4], b [blocks, 32, 2], d [blocks, 32, 4] (in and out).
 template <int type>
-__global__ void product(const uint32_t* __restrict__ a, const uint32_t* __restrict__ b,
-                        float* __restrict__ d) {
+__global__ void product(const uint32_t* __restrict__ a, const uint32_t* __restrict__ b, float* __restrict__ d) {
   const int64_t thread = int64_t{blockIdx.x} * 32 + threadIdx.x;
   uint32_t ra[4], rb[2];
   float rd[4];
@@ -74,6 +73,5 @@ SELFTEST selftest_product(const uint32_t* a, const uint32_t* b, float* d, int bl
 }
 
 SELFTEST selftest_load(const uint16_t* in, uint32_t* out, int transposed) {
-  return run(
-      [&] { return camk::launch(transposed ? load<true> : load<false>, {dim3(1), dim3(32)}, in, out); });
+  return run([&] { return camk::launch(transposed ? load<true> : load<false>, {dim3(1), dim3(32)}, in, out); });
 }

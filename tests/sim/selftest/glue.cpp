@@ -50,8 +50,7 @@ class CurrentStream {  // makes the tensor's device current and finds its stream
 };
 
 Tensor dot(Tensor a, Tensor b, int64_t bug) {
-  STD_TORCH_CHECK(a.is_contiguous() && b.is_contiguous() && a.numel() == b.numel(),
-                  "dot: a and b must match");
+  STD_TORCH_CHECK(a.is_contiguous() && b.is_contiguous() && a.numel() == b.numel(), "dot: a and b must match");
   const CurrentStream stream(a);
   Tensor out = torch::stable::new_zeros(a, {1});
   const cudaError_t error =

@@ -23,8 +23,7 @@ CAMK_DEVICE void fetch(T* stage, const T* a, const T* b, int64_t row, int64_t co
                        int64_t k) {
   constexpr int wide = 16 / sizeof(T);  // elements of one copy
   for (int i = threadIdx.x; i < kRows * 2; i += kThreads)
-    camk::cp_async<16>(stage + i / 2 * Tile<T>::a_stride + i % 2 * wide,
-                       a + (row + i / 2) * k + k0 + i % 2 * wide);
+    camk::cp_async<16>(stage + i / 2 * Tile<T>::a_stride + i % 2 * wide, a + (row + i / 2) * k + k0 + i % 2 * wide);
   constexpr int per_row = kColumns / wide;
   T* const b_tile = stage + kRows * Tile<T>::a_stride;
   for (int i = threadIdx.x; i < Tile<T>::depth * per_row; i += kThreads)
@@ -74,8 +73,7 @@ __global__ void __launch_bounds__(kThreads)
     if (bug != kNoBarrier) __syncthreads();
     const T* const tile = shared + step % 2 * Tile<T>::stage;
     uint32_t a_fragment[4], b_fragment[2][2];
-    camk::ldmatrix_x4(a_fragment,
-                      tile + (warp * 16 + lane % 16) * Tile<T>::a_stride + lane / 16 * (16 / sizeof(T)));
+    camk::ldmatrix_x4(a_fragment, tile + (warp * 16 + lane % 16) * Tile<T>::a_stride + lane / 16 * (16 / sizeof(T)));
     if constexpr (sizeof(T) == 4)
       for (uint32_t& x : a_fragment) {
         float value;
@@ -88,24 +86,21 @@ __global__ void __launch_bounds__(kThreads)
   }
   for (int half = 0; half < 2; ++half)
     for (int i = 0; i < 4; ++i)
-      c[(row + warp * 16 + lane / 4 + i / 2 * 8) * n + column + half * 8 + lane % 4 * 2 + i % 2] =
-          sums[half][i];
+      c[(row + warp * 16 + lane / 4 + i / 2 * 8) * n + column + half * 8 + lane % 4 * 2 + i % 2] = sums[half][i];
 }
 
 template <class T, int bug = kNone>
 int start(const void* a, const void* b, float* c, int64_t m, int64_t n, int64_t k, int missing_bytes) {
-  const camk::LaunchShape shape{dim3(n / kColumns, m / kRows), dim3(kThreads),
-                                size_t(Tile<T>::bytes - missing_bytes)};
-  return run([&] {
-    return camk::launch(matmul<T, bug>, shape, static_cast<const T*>(a), static_cast<const T*>(b), c, n, k);
-  });
+  const camk::LaunchShape shape{dim3(n / kColumns, m / kRows), dim3(kThreads), size_t(Tile<T>::bytes - missing_bytes)};
+  return run(
+      [&] { return camk::launch(matmul<T, bug>, shape, static_cast<const T*>(a), static_cast<const T*>(b), c, n, k); });
 }
 
 }  // namespace
 
 // type: 0 float16, 1 bfloat16, 2 tf32. missing_bytes: how much too little dynamic shared memory is asked for.
-SELFTEST selftest_matmul(const void* a, const void* b, float* c, int64_t m, int64_t n, int64_t k, int type,
-                         int bug, int missing_bytes) {
+SELFTEST selftest_matmul(const void* a, const void* b, float* c, int64_t m, int64_t n, int64_t k, int type, int bug,
+                         int missing_bytes) {
   if (bug == kNoWait) return start<__half, kNoWait>(a, b, c, m, n, k, 0);
   if (bug == kNoBarrier) return start<__half, kNoBarrier>(a, b, c, m, n, k, 0);
   if (type == 0) return start<__half>(a, b, c, m, n, k, missing_bytes);

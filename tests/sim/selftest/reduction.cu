@@ -9,8 +9,7 @@ enum Bug { kNone, kNoBarrier, kDivergentBarrier, kWrongMask, kOverrun, kMixedOpe
 constexpr int kThreads = 128, kWarps = kThreads / 32;
 
 template <int bug>
-__global__ void dot(const float* __restrict__ a, const float* __restrict__ b, float* __restrict__ out,
-                    int64_t n) {
+__global__ void dot(const float* __restrict__ a, const float* __restrict__ b, float* __restrict__ out, int64_t n) {
   __shared__ float part[kWarps];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   float sum = 0.f;
@@ -39,8 +38,7 @@ __global__ void dot(const float* __restrict__ a, const float* __restrict__ b, fl
 // What the glue calls: a launcher that knows no torch.
 cudaError_t launch_dot(const float* a, const float* b, float* out, int64_t n, int bug, cudaStream_t stream) {
   constexpr void (*kernels[])(const float*, const float*, float*, int64_t) = {
-      dot<kNone>,      dot<kNoBarrier>, dot<kDivergentBarrier>,
-      dot<kWrongMask>, dot<kOverrun>,   dot<kMixedOperations>};
+      dot<kNone>, dot<kNoBarrier>, dot<kDivergentBarrier>, dot<kWrongMask>, dot<kOverrun>, dot<kMixedOperations>};
   return camk::launch(kernels[bug], {dim3(3), dim3(kThreads), 0, stream}, a, b, out, n);
 }
 

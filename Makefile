@@ -22,7 +22,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 VENV_PYTHON := $(VENV)/bin/python
 PIP := $(VENV_PYTHON) -m pip --disable-pip-version-check install
-DEMO ?= $(VENV_PYTHON) -m camkernels fit image bench/data/photo.jpg --out demo --seconds 60 --compare
+DEMO ?= $(VENV_PYTHON) -m camkernels fit image bench/data/photo.jpg --out demo --steps 600 --compare
 BENCH ?= $(VENV_PYTHON) -m bench.run
 PYTEST := $(VENV_PYTHON) -m pytest --timeout=600
 LINT_TOOLS := $(shell sed -n 's/^dev = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
@@ -34,7 +34,7 @@ export CAMKERNELS_CUDA ?= $(if $(shell command -v nvcc)$(wildcard $(CUDA_HOME)/b
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 11
 
-demo: build ## fit a photograph for a minute: what the package is for
+demo: build ## fit a photograph: what the package is for
 	$(DEMO)
 
 test: build ## every test

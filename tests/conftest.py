@@ -23,6 +23,8 @@ from torch import Tensor
 import camkernels
 from camkernels import _backends, _ops, testing
 
+torch.set_num_threads(1)  # calls are small: a second thread costs more than it gives; tests of threads set their own
+
 OPS = tuple(testing.CASES)
 CASES = [case for op in OPS for case in testing.cases(op)]
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

@@ -106,6 +106,7 @@ def test_under_autocast(dtype):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.slow
 def test_strided_and_expanded_inputs_and_gradients():
     grid = layer()
     compiled, _ = counted(lambda x: grid(x))
@@ -152,6 +153,7 @@ def test_batches_of_none_and_one(n):
     close(torch.autograd.grad(y.sum(), x)[0], torch.autograd.grad(grid(x).sum(), x)[0])
 
 
+@pytest.mark.slow
 def test_leading_dimensions():
     grid = layer()
     compiled, _ = counted(lambda x: grid(x))
@@ -171,6 +173,7 @@ def test_max_level_of_a_call(max_level):
     close(compiled(x, max_level), grid(x, max_level))
 
 
+@pytest.mark.slow
 def test_max_level_of_a_point():
     grid = layer()
     compiled, counter = counted(lambda x, m: grid(x, m), dynamic=True)
@@ -182,6 +185,7 @@ def test_max_level_of_a_point():
     assert counts == [counts[0]] * 3
 
 
+@pytest.mark.slow
 def test_a_schedule_of_levels_compiles_once_for_each():
     grid = layer()
     compiled, counter = counted(lambda x, m: grid(x, m))

@@ -61,6 +61,7 @@ def test_first_order_of_the_jacobian(case, backend, mask):
     assert gradcheck(lambda *tensors: function(*tensors)[1], inputs, eps=step, fast_mode=True)  # without the value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "backend"), each(CASES, reference=False))
 def test_every_entry_of_small_cases(case, backend):
     function, inputs, step = prepare(case, backend, "both", points=3)

@@ -205,6 +205,7 @@ def test_a_list_of_one_and_strided_members():
     torch.testing.assert_close(toy(x, modulation, [strided], biases), formula(x, modulation, weights, biases, 1.5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("modulated", [True, False])
 def test_opcheck(modulated):
     x, modulation, weights, biases = inputs(modulated=modulated)

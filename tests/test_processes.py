@@ -18,8 +18,16 @@ def gradients(module, x):
     return [y.detach(), *torch.autograd.grad(y.square().sum(), [leaf, *module.parameters()])]
 
 
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
-def test_several_threads_at_once(layer):
+def test_several_threads_at_once(layer, two_threads):
     modules = [layer.build() for _ in range(4)]
     inputs = [layer.inputs(700 + 50 * i, seed=i) for i in range(4)]
     expected = [gradients(m, x) for m, x in zip(modules, inputs, strict=True)]
@@ -30,7 +38,7 @@ def test_several_threads_at_once(layer):
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
-def test_one_layer_shared_by_several_threads(layer):
+def test_one_layer_shared_by_several_threads(layer, two_threads):
     module, x = layer.build(), layer.inputs(900)
     expected = gradients(module, x)
     with ThreadPoolExecutor(4) as pool:
@@ -64,14 +72,9 @@ def work_in_child(module, x, queue):
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
-def test_a_forked_child_computes(layer):
+def test_a_forked_child_computes(layer, two_threads):
     module, x = layer.build(), layer.inputs(3000)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        expected = gradients(module, x)  # the parent has a pool of threads, which a fork does not copy
-    finally:
-        torch.set_num_threads(before)
+    expected = gradients(module, x)  # the parent has a pool of threads, which a fork does not copy
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     child = context.Process(target=work_in_child, args=(module, x, queue))

@@ -41,6 +41,7 @@ def test_ten_million_points_in_one_call(dims, features, backend):
         torch.testing.assert_close(total, torch.full_like(total, MILLIONS), rtol=1e-4, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", HERE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_several_chunks_equal_one_after_the_other(backend, dtype):
@@ -142,6 +143,7 @@ def resident_bytes():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
 @pytest.mark.parametrize("backend", HERE)
 def test_memory_is_flat_over_a_thousand_steps(backend):

@@ -46,7 +46,11 @@ def repair() -> None:
 
 
 def _repair_conversions() -> None:
-    builder, old_cast, old_convert = InterpreterBuilder, InterpreterBuilder.cast_impl, InterpreterBuilder.create_fp_to_fp
+    builder, old_cast, old_convert = (
+        InterpreterBuilder,
+        InterpreterBuilder.cast_impl,
+        InterpreterBuilder.create_fp_to_fp,
+    )
 
     def cast_impl(self: Any, source: TensorHandle, target: Any) -> TensorHandle:
         have, want = source.dtype.scalar, target.scalar

@@ -25,7 +25,9 @@ from ..reference.hash_grid import PRIMES
 # One point per thread, four warps. Chosen from machine code (no spills on sm_80 and sm_90, see tests/test_triton_compiled.py),
 # not from measurements: none of this has run on a GPU yet.
 BLOCK, WARPS = 128, 4
-MAX_TILE = 8  # features per thread; more are tiles of their own
+# Features that a thread loads, or adds, at once. More are tiles of neighbouring programs: wider rows would be spread over
+# threads, and every corner's index would go through shared memory, behind a barrier.
+TILE_BYTES = 16
 UNROLLED_CORNERS = 8  # up to so many are written out, so that their loads are under way together
 
 LINEAR, SMOOTHSTEP, NEAREST = (tl.constexpr(i) for i in range(3))  # as hash_grid.INTERPOLATIONS
@@ -159,8 +161,9 @@ def rows_kernel(
 ):  # fmt: skip
     """y [n, L*F] and, where j_ptr is given, its derivative [n, L*F, D]; at level program_id(1)."""
     level = tl.program_id(1)
-    r = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    f = tl.program_id(2) * TILE + tl.arange(0, TILE)
+    TILES: tl.constexpr = (F + TILE - 1) // TILE
+    r = (tl.program_id(0) // TILES).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    f = (tl.program_id(0) % TILES) * TILE + tl.arange(0, TILE)
     row = layout_ptr + level * (D + COLUMNS)
     xs, inside, seen = _settle(x_ptr, r, r < n, D, OUTSIDE)
     keep = _levels_of(counts_ptr, r, seen, level)
@@ -200,8 +203,9 @@ def table_kernel(
 ):  # fmt: skip
     """sums [entries, F] += weight * grad [n, L*F], at level program_id(1)."""
     level = tl.program_id(1)
-    r = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    f = tl.program_id(2) * TILE + tl.arange(0, TILE)
+    TILES: tl.constexpr = (F + TILE - 1) // TILE
+    r = (tl.program_id(0) // TILES).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    f = (tl.program_id(0) % TILES) * TILE + tl.arange(0, TILE)
     row = layout_ptr + level * (D + COLUMNS)
     xs, inside, seen = _settle(x_ptr, r, r < n, D, OUTSIDE)
     keep = _levels_of(counts_ptr, r, seen, level)
@@ -296,13 +300,13 @@ def _levels_on(
     return scale, torch.tensor(rows, dtype=torch.int64, device=device)
 
 
-def constants(settings: Settings, dims: int, features: int) -> dict[str, Any]:
-    """What a kernel is compiled for."""
+def constants(settings: Settings, dims: int, features: int, itemsize: int) -> dict[str, Any]:
+    """What a kernel is compiled for; itemsize: bytes of a number in the table or in the sums."""
     corners = 1 if settings.interpolation == NEAREST.value else 1 << dims
     return {
         "D": dims,
         "F": features,
-        "TILE": min(triton.next_power_of_2(features), MAX_TILE),
+        "TILE": min(triton.next_power_of_2(features), TILE_BYTES // itemsize),
         "SHIFT": settings.shift,
         "CEIL": settings.ceil_corner,
         "OUTSIDE": settings.outside,
@@ -314,29 +318,32 @@ def constants(settings: Settings, dims: int, features: int) -> dict[str, Any]:
 
 
 def _launch(
-    kernel: Any, settings: Settings, x: Tensor, counts: Tensor | None, features: int, *, by_level: bool, **arguments: Any
+    kernel: Any, settings: Settings, x: Tensor, counts: Tensor | None, rows: Tensor, *, by_level: bool, **arguments: Any
 ) -> None:
-    """Runs a kernel over the points x [n, D]; `arguments` are those which not all kernels have."""
+    """Runs a kernel over the points x [n, D]. rows: the table, or sums like it; arguments: what not all kernels have."""
     n, dims = x.shape
     if n == 0 or settings.active_levels == 0:
         return
-    compiled_for = constants(settings, dims, features)
-    by = (settings.active_levels, triton.cdiv(features, compiled_for["TILE"])) if by_level else ()
+    compiled_for = constants(settings, dims, rows.shape[1], rows.element_size())
+    blocks = triton.cdiv(n, BLOCK)
+    tiles = triton.cdiv(rows.shape[1], compiled_for["TILE"])
     scales, layout = _levels_on(x.device, dims, tuple(settings.scales), tuple(settings.layout))
     geometry = {"scales_ptr": scales, "layout_ptr": layout, "n_levels": settings.n_levels(dims)}
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-        kernel[(triton.cdiv(n, BLOCK), *by)](
+        kernel[(blocks * tiles, settings.active_levels) if by_level else (blocks,)](
             x_ptr=x, counts_ptr=counts, n=n, **geometry, **arguments, **compiled_for, num_warps=WARPS
         )
 
 
-def _rows(settings: Settings, x: Tensor, table: Tensor, counts: Tensor | None, with_jacobian: bool) -> tuple[Tensor, ...]:
-    width, features = settings.n_levels(x.shape[1]) * table.shape[1], table.shape[1]
+def _rows(
+    settings: Settings, x: Tensor, table: Tensor, counts: Tensor | None, with_jacobian: bool
+) -> tuple[Tensor, ...]:
+    width = settings.n_levels(x.shape[1]) * table.shape[1]
     whole = settings.active_levels == settings.n_levels(x.shape[1])
     make = torch.empty if whole else torch.zeros  # levels that are not computed are 0
     y = make(len(x), width, dtype=table.dtype, device=x.device)
     j = make(len(x), width, x.shape[1], dtype=x.dtype, device=x.device) if with_jacobian else None
-    _launch(rows_kernel, settings, x, counts, features, by_level=True, table_ptr=table, y_ptr=y, j_ptr=j)
+    _launch(rows_kernel, settings, x, counts, table, by_level=True, table_ptr=table, y_ptr=y, j_ptr=j)
     return (y,) if j is None else (y, j)
 
 
@@ -355,18 +362,18 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """The operator triton_hash_grid_backward: gradients of <grad, y> in x and table."""
     *given, (wants_x, wants_table) = settings_and_mask
-    settings, features = Settings(*given), table.shape[1]
+    settings = Settings(*given)
     gx, gtable = x.new_empty(0), table.new_empty(0)
     if wants_table:
         _refuse_if_deterministic(settings)
         wide = torch.float64 if table.dtype == torch.float64 else torch.float32
         sums = torch.zeros_like(table, dtype=wide, memory_format=torch.contiguous_format)
-        _launch(table_kernel, settings, x, counts, features, by_level=True, grad_ptr=grad, sums_ptr=sums)
+        _launch(table_kernel, settings, x, counts, sums, by_level=True, grad_ptr=grad, sums_ptr=sums)
         gtable = sums.to(table.dtype)
     if wants_x:
         gx = torch.zeros_like(x) if settings.active_levels == 0 else torch.empty_like(x)
         more = {"table_ptr": table, "grad_ptr": grad, "gx_ptr": gx, "active_levels": settings.active_levels}
-        _launch(coordinates_kernel, settings, x, counts, features, by_level=False, **more)
+        _launch(coordinates_kernel, settings, x, counts, table, by_level=False, **more)
     return gx, gtable
 
 

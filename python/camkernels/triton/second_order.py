@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What the hash grid's Triton kernels leave to the reference: derivatives of their derivatives.
 
-The reference formula under `torch.func`, which also differentiates where an operator of the dispatcher has switched
-autograd off. It holds [n, 2^D, F] per level, several times over: a convenience, not a fast path.
+The reference formula under autograd. It holds [n, 2^D, F] per level, several times over: a convenience, not a fast path.
 """
 
 from __future__ import annotations
@@ -12,10 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import DispatchKey, DispatchKeySet
 
 from .. import reference
 from .._geometry import GridGeometry
 from ..hash_grid import INTERPOLATIONS, OUTSIDE
+
+# The state of a thread in which autograd records. Inside an operator the dispatcher has switched it off, and inside a
+# dispatch mode torch.func as well, so that neither can be used without restoring this.
+_INCLUDED = DispatchKeySet(DispatchKey.BackendSelect).add(DispatchKey.ADInplaceOrView)
+_EXCLUDED = DispatchKeySet(DispatchKey.AutocastCPU).add(DispatchKey.AutocastCUDA)
 
 
 def backward_backward(
@@ -27,7 +32,7 @@ def backward_backward(
     lookup = _definition(x, table, counts, settings)
 
     def backward(grad: Tensor, x: Tensor, table: Tensor) -> tuple[Tensor, ...]:
-        return torch.func.vjp(lookup, x, table)[1](grad)
+        return torch.autograd.grad(lookup(x, table), (x, table), grad, create_graph=True, materialize_grads=True)
 
     return _gradients(backward, (grad, x, table), (ggx, ggtable), mask)
 
@@ -49,17 +54,18 @@ def _gradients(
     mask: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """Gradients of <cotangents, function(inputs)>; empty(0) where the mask does not want one."""
-    wanted = [i for i, wish in enumerate(mask) if wish]
-
-    def of_wanted(*some: Tensor) -> tuple[Tensor, ...]:
-        chosen = dict(zip(wanted, some, strict=True))
-        return function(*(chosen.get(i, tensor) for i, tensor in enumerate(inputs)))
-
-    outputs, pull = torch.func.vjp(of_wanted, *(inputs[i] for i in wanted))
-    pairs = zip(outputs, cotangents, strict=True)
-    found = iter(pull(tuple(torch.zeros_like(o) if c is None else c for o, c in pairs)))
+    with torch._C._ForceDispatchKeyGuard(_INCLUDED, _EXCLUDED), torch.enable_grad():
+        leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+        pairs = zip(function(*leaves), cotangents, strict=True)
+        known = [(output, c) for output, c in pairs if c is not None and output.requires_grad]
+        outputs, given = [output for output, _ in known], [c for _, c in known]
+        wanted = [leaf for leaf, wish in zip(leaves, mask, strict=True) if wish]
+        if outputs and wanted:
+            found = iter(torch.autograd.grad(outputs, wanted, given, allow_unused=True, materialize_grads=True))
+        else:
+            found = iter([torch.zeros_like(leaf) for leaf in wanted])
     return tuple(
-        next(found).contiguous() if wish else t.new_empty(0) for t, wish in zip(inputs, mask, strict=True)
+        next(found).detach().contiguous() if wish else t.new_empty(0) for t, wish in zip(inputs, mask, strict=True)
     )
 
 

@@ -162,9 +162,9 @@ def test_overflowing_wrapped_coordinates_touch_nothing(sim: Simulated) -> None:
 @pytest.mark.parametrize("n", [0, 1])
 def test_empty_and_single(sim: Simulated, n: int) -> None:
     call = regular_call(3, 2, torch.float16, n)
-    result = testing.evaluate(sim.hash_grid, call, order=2)
-    expected = testing.evaluate(camkernels.reference.hash_grid, call, order=2)
-    testing.compare(CASES[0], call, result, expected)
+    results = [testing.evaluate(f, call, order=2) for f in (sim.hash_grid, camkernels.reference.hash_grid)]
+    for name, expected in results[1].items():
+        testing.assert_close(results[0][name], expected, rtol=2e-3, atol=1e-4, name=name)
 
 
 def test_misaligned_tensors(sim: Simulated) -> None:
@@ -315,7 +315,8 @@ def test_line_coverage() -> None:
         for dtype in (torch.float32, torch.float16):
             counted_lines.check(case, dtype)
     counted_lines.check(CASES[0], torch.float64)
-    counted_lines.hash_grid(*regular_call(3, 2, torch.float32, 5001).inputs.values(), regular_call(3, 2, torch.float32, 1).options["geometry"])
+    call = regular_call(3, 2, torch.float32, 5001)
+    counted_lines.hash_grid(call.inputs["x"], call.inputs["table"], call.options["geometry"])
     for deterministic in (False, True):
         torch.use_deterministic_algorithms(deterministic)
         try:
@@ -323,7 +324,8 @@ def test_line_coverage() -> None:
                 counted_lines.check(CASES[1], dtype)
         finally:
             torch.use_deterministic_algorithms(False)
-    files = [f for f in coverage.measure(counted_lines.library) if f.path.name.startswith("hash_grid") and f.path.suffix in (".cu", ".cuh")]
+    measured = coverage.measure(counted_lines.library)
+    files = [f for f in measured if f.path.name.startswith("hash_grid") and f.path.suffix in (".cu", ".cuh")]
     assert len(files) >= 4
     total, missed = sum(f.lines for f in files), sum(len(f.uncovered) for f in files)
     assert 100 * (total - missed) / total >= 95, "\n".join(map(str, files))

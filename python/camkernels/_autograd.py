@@ -174,7 +174,7 @@ class Operator:
     def batched(
         self, batch: int, dims: Sequence[int | None], lengths: tuple, settings: tuple, flat: Flat, call: Callable
     ) -> Any:
-        """(outputs, their batch axes) of a batch of calls, by call(operator, lengths, settings, flat arguments)."""
+        """(outputs, their batch axes) of a batch of calls, by call(operator, lengths, settings, flat)."""
         if self.can_fold(dims, lengths, settings):
             return self.fold(batch, dims, lengths, settings, flat, call)
         if self.order == 0:

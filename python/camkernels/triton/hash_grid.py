@@ -2,9 +2,9 @@
 """The hash grid in Triton: value, Jacobian, gradient of the coordinates and of the table.
 
 Definition and special points as in `camkernels.reference.hash_grid`, whose float64 step for the position is a fused
-multiply-add here. A program computes BLOCK points: at one level, for value, Jacobian and table, whose grid is level-major
-so that the table of a level stays in the cache; at all levels in turn for the coordinates, whose gradient sums over them
-in a fixed order. Points [BLOCK] run along threads, features [BLOCK, TILE] within one, so that a table row is one load.
+multiply-add here. A program computes BLOCK points: at one level, for value, Jacobian and table, with a level-major grid so
+that the table of a level stays in the cache; at all levels in turn for the coordinates, whose gradient sums over them in
+a fixed order. Points [BLOCK] run along threads, features [BLOCK, TILE] within one, so that a table row is one load.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from torch import Tensor
 
 from ..reference.hash_grid import PRIMES
 
-# One point per thread, four warps. Chosen from machine code (no spills on sm_80 and sm_90, see tests/test_triton_compiled.py),
-# not from measurements: none of this has run on a GPU yet.
+# One point per thread, four warps. Chosen from machine code (nothing spills on sm_80 and sm_90, which
+# tests/test_triton_compiled.py checks), not from measurements: none of this has run on a GPU yet.
 BLOCK, WARPS = 128, 4
-# Features that a thread loads, or adds, at once. More are tiles of neighbouring programs: wider rows would be spread over
-# threads, and every corner's index would go through shared memory, behind a barrier.
+# Features that a thread loads, or adds, at once. More are tiles of neighbouring programs: wider rows would be spread
+# over threads, and every corner's index would go through shared memory, behind a barrier.
 TILE_BYTES = 16
 UNROLLED_CORNERS = 8  # up to so many are written out, so that their loads are under way together
 
@@ -173,7 +173,7 @@ def rows_kernel(
 
     y = tl.zeros([BLOCK, TILE], blend[0].dtype)
     j = ()
-    for a in tl.static_range(D if j_ptr is not None else 0):
+    for _ in tl.static_range(D if j_ptr is not None else 0):
         j = j + (y,)
     for c in tl.range(0, CORNERS, loop_unroll_factor=UNROLL):
         entry = _entry(c, lower, upper, extent, D)
@@ -207,10 +207,10 @@ def table_kernel(
     r = (tl.program_id(0) // TILES).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     f = (tl.program_id(0) % TILES) * TILE + tl.arange(0, TILE)
     row = layout_ptr + level * (D + COLUMNS)
-    xs, inside, seen = _settle(x_ptr, r, r < n, D, OUTSIDE)
+    xs, _inside, seen = _settle(x_ptr, r, r < n, D, OUTSIDE)
     keep = _levels_of(counts_ptr, r, seen, level)
     extent = _extent(row, D)
-    lower, upper, blend, rise, finite = _cell(xs, scales_ptr, row, D, SHIFT, CEIL, KIND, level)
+    lower, upper, blend, _rise, finite = _cell(xs, scales_ptr, row, D, SHIFT, CEIL, KIND, level)
     adds = (keep & finite)[:, None] & (f < F)[None, :]
     grad = tl.load(grad_ptr + r[:, None] * (n_levels * F) + level * F + f[None, :], mask=adds, other=0.0)
     grad = grad.to(blend[0].dtype)
@@ -231,7 +231,7 @@ def coordinates_kernel(
     xs, inside, seen = _settle(x_ptr, r, r < n, D, OUTSIDE)
     broken = r < 0
     gx = ()
-    for a in tl.static_range(D):
+    for _ in tl.static_range(D):
         gx = gx + (tl.zeros([BLOCK], xs[0].dtype),)
     for level in range(active_levels):
         row = layout_ptr + level * (D + COLUMNS)
@@ -292,7 +292,8 @@ def _levels_on(
         strides, (size, offset, hashed) = layout[at : at + dims], layout[at + dims : at + dims + 3]
         if size >= 1 << 32:
             raise RuntimeError(
-                f"hash_grid: backend 'triton' computes levels of less than 2^32 rows, got {size}; use backend='reference'"
+                f"hash_grid: backend 'triton' computes levels of less than 2^32 rows, got {size}; "
+                "use backend='reference'"
             )
         factors = PRIMES[:dims] if hashed else strides
         rows.append([*factors, size, min((1 << 32) // size, (1 << 32) - 1), offset, hashed])
@@ -320,7 +321,7 @@ def constants(settings: Settings, dims: int, features: int, itemsize: int) -> di
 def _launch(
     kernel: Any, settings: Settings, x: Tensor, counts: Tensor | None, rows: Tensor, *, by_level: bool, **arguments: Any
 ) -> None:
-    """Runs a kernel over the points x [n, D]. rows: the table, or sums like it; arguments: what not all kernels have."""
+    """Runs a kernel over the points x [n, D]. rows: the table, or sums like it; arguments: what some kernels have."""
     n, dims = x.shape
     if n == 0 or settings.active_levels == 0:
         return
@@ -382,8 +383,8 @@ def _refuse_if_deterministic(settings: Settings) -> None:
         return
     message = (
         "hash_grid_backward of backend 'triton' does not have a deterministic implementation, but you set "
-        "'torch.use_deterministic_algorithms(True)'. Use backend='cuda' or backend='reference', which have one, or turn "
-        "off determinism just for this operation."
+        "'torch.use_deterministic_algorithms(True)'. Use backend='cuda' or backend='reference', which have one, or "
+        "turn off determinism just for this operation."
     )
     if not torch.is_deterministic_algorithms_warn_only_enabled():
         raise RuntimeError(message)

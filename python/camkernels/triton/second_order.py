@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What the hash grid's Triton kernels leave to the reference: derivatives of their derivatives.
 
-The reference formula under autograd. It holds [n, 2^D, F] per level, several times over: a convenience, not a fast path.
+The reference formula under autograd. It holds [n, 2^D, F] per level, several times over: it is there to be right.
 """
 
 from __future__ import annotations

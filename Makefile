@@ -30,7 +30,7 @@ PYTHON_FILES := $(wildcard python tests bench setup.py)
 CXX_FILES := $(shell find $(wildcard csrc tests/sim) -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 export CAMKERNELS_CUDA ?= $(if $(shell command -v nvcc)$(wildcard $(CUDA_HOME)/bin/nvcc),1,auto)
 
-.PHONY: help demo test check build bench gpu lint format clean distclean
+.PHONY: help demo test check build bench lint format clean distclean
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 11
 
@@ -48,10 +48,6 @@ build: $(VENV)/.packages ## the libraries, in place
 
 bench: build ## measure on this machine
 	$(BENCH) $(ARGS)
-
-gpu: ## build, test and measure on a GPU machine: $(PYTHON) as it is, no network
-	CAMKERNELS_CUDA=1 $(PYTHON) setup.py -q build_ext --inplace
-	PYTHONPATH="python$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m bench.gpu $(ARGS)
 
 lint: $(VENV)/.lint ## style of Python and C++
 	$(VENV)/bin/ruff check $(PYTHON_FILES)

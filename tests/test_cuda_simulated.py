@@ -11,23 +11,20 @@ import copy
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
-from conftest import require
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import camkernels
 from camkernels import testing
 from camkernels._autograd import Operator
-from sim import build, coverage, library, toolkit
+from conftest import require
+from sim import build, library, toolkit
 
 pytestmark = pytest.mark.skipif(toolkit.why_no_simulator() is not None, reason=str(toolkit.why_no_simulator()))
-needs_asan = pytest.mark.skipif(library.why_no_asan() is not None, reason=str(library.why_no_asan()))
 
 CASES = testing.cases("hash_grid")
 MODULE = sys.modules["camkernels.hash_grid"]
@@ -91,11 +88,6 @@ def sim() -> Simulated:
     return Simulated(build.production())
 
 
-@pytest.fixture(scope="module")
-def old() -> Simulated:
-    return Simulated(replace(build.production(arch=80), namespace="camkernels_sim80"))
-
-
 # ---- Agreement with the definition -----------------------------------------------------------------------------------
 
 
@@ -111,11 +103,6 @@ def test_every_case_in_three_schedules(sim: Simulated, case: testing.Case, dtype
 @pytest.mark.parametrize("case", CASES[::3], ids=str)
 def test_half_precision(sim: Simulated, case: testing.Case, dtype: torch.dtype) -> None:
     sim.check(case, dtype)
-
-
-@pytest.mark.parametrize("case", CASES[::8], ids=str)
-def test_sm_80(old: Simulated, case: testing.Case) -> None:
-    old.check(case, torch.float32)
 
 
 def regular_call(dims: int, features: int, dtype: torch.dtype, n: int, levels: int = 4) -> testing.Call:
@@ -272,19 +259,6 @@ def test_bytes_per_point(sim: Simulated) -> None:
     assert 12 <= coordinates + 4 <= 12 * 4 + 8  # once per thread of the point
 
 
-@pytest.mark.parametrize("features", [1, 2, 4])
-def test_atomics_per_point(sim: Simulated, old: Simulated, features: int) -> None:
-    call = fine_call(features)
-    new, before = counted(sim, call, backward=True), counted(old, call, backward=True)
-    corners = 4 * 8
-    # half of the pairs are added at once where a pair is one vector; a single number is no vector
-    vectors = {1: corners / 4, 2: corners * 3 / 4, 4: corners}[features]
-    scalars = corners / 2 if features == 1 else 0
-    assert new["vector_reductions"] == pytest.approx(vectors, rel=0.05)
-    assert new["atomics"] == pytest.approx(scalars, rel=0.05)
-    assert before["vector_reductions"] == 0 and before["atomics"] == corners * features
-
-
 def test_coarse_levels_are_summed_in_shared_memory(sim: Simulated) -> None:
     geometry = camkernels.GridGeometry.build(2, 1, 2, 15, base_resolution=8)
     call = testing.Call({"x": torch.rand(4000, 2), "table": torch.rand(geometry.n_entries, 2)}, {"geometry": geometry})
@@ -301,83 +275,3 @@ def test_coordinates_need_no_atomics(sim: Simulated) -> None:
     torch.autograd.grad(y.sum(), x)
     found = sim.library.counters()
     assert found["atomics"] == found["vector_reductions"] == 0
-
-
-# ---- Lines, memory, injected faults ----------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(coverage.gcov() is None, reason="line coverage needs gcov beside g++")
-def test_line_coverage() -> None:
-    counted_lines = Simulated(replace(build.production("cov"), namespace="camkernels_cov"))
-    coverage.reset(counted_lines.library)
-    for case in CASES[::2]:
-        for dtype in (torch.float32, torch.float16):
-            counted_lines.check(case, dtype)
-    counted_lines.check(CASES[0], torch.float64)
-    call = regular_call(3, 2, torch.float32, 5001)
-    counted_lines.hash_grid(call.inputs["x"], call.inputs["table"], call.options["geometry"])
-    for deterministic in (False, True):
-        torch.use_deterministic_algorithms(deterministic)
-        try:
-            for dtype in (torch.float64, torch.float32):
-                counted_lines.check(CASES[1], dtype)
-        finally:
-            torch.use_deterministic_algorithms(False)
-    measured = coverage.measure(counted_lines.library)
-    files = [f for f in measured if f.path.name.startswith("hash_grid") and f.path.suffix in (".cu", ".cuh")]
-    assert len(files) >= 4
-    total, missed = sum(f.lines for f in files), sum(len(f.uncovered) for f in files)
-    assert 100 * (total - missed) / total >= 95, "\n".join(map(str, files))
-
-
-ASAN_RUN = """
-import sys
-import torch
-import test_cuda_simulated as t
-from dataclasses import replace
-from sim import build
-sim = t.Simulated(replace(build.production("asan"), namespace="camkernels_asan"))
-for case in t.CASES[:: int(sys.argv[1])]:
-    sim.check(case, torch.float32)
-sim.check(t.CASES[0], torch.float16)
-t.counted(sim, t.regular_call(3, 2, torch.float32, 1500), backward=True)
-print("clean")
-"""
-
-
-@needs_asan
-@pytest.mark.slow
-def test_address_sanitizer() -> None:
-    build.build(replace(build.production("asan"), namespace="camkernels_asan"))
-    done = library.run_under_asan(ASAN_RUN, "6")
-    assert done.stdout.strip().endswith("clean"), done.stderr[:3000]
-
-
-INJECTED = {  # file, text, replacement, what must differ
-    "no barrier before the flush": (
-        "hash_grid_backward.cu",
-        "  __syncthreads();\n  constexpr int W",
-        "  constexpr int W",
-    ),
-    "zeros of every other row": ("hash_grid_backward.cu", "sums[k] = 0.0f;", "sums[k & ~1] = 0.0f;"),
-    "a level too many in shared memory": ("hash_grid_backward.cu", "if (job.level[l].in_shared) continue;", ""),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", INJECTED)
-def test_injected_faults_are_found(tmp_path: Path, name: str) -> None:
-    file, text, replacement = INJECTED[name]
-    source = (build.CSRC / "cuda" / file).read_text()
-    assert source.count(text) == 1
-    broken = tmp_path / file
-    broken.write_text(source.replace(text, replacement))
-    recipe = build.production()
-    namespace = f"camkernels_broken{list(INJECTED).index(name)}"
-    sources = tuple(broken if path.name == file else path for path in recipe.sources)
-    wrong = Simulated(replace(recipe, name="broken", sources=sources, namespace=namespace))
-    call = regular_call(3, 2, torch.float32, 1000)
-    expected = testing.evaluate(camkernels.reference.hash_grid, call)["grad.table"]
-    found = [table_gradient(wrong, call, schedule) for schedule in library.SCHEDULES]
-    assert any(not torch.allclose(g, expected, rtol=1e-3, atol=1e-3, equal_nan=False) for g in found)

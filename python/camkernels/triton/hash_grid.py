@@ -24,7 +24,10 @@ from ..reference.hash_grid import PRIMES
 
 # One point per thread, four warps. Chosen from machine code (nothing spills on sm_80 and sm_90, which
 # tests/test_triton_compiled.py checks), not from measurements: none of this has run on a GPU yet.
-BLOCK, WARPS = 128, 4
+BLOCK = 128
+# Said aloud, a limit of registers keeps the assembler from spilling some for a higher occupancy. With 168, three blocks
+# fit on a multiprocessor; float64 may take all that a thread can have. By dtype of the coordinates.
+OPTIONS = {torch.float32: {"num_warps": 4, "maxnreg": 168}, torch.float64: {"num_warps": 4, "maxnreg": 255}}
 # Features that a thread loads, or adds, at once. More are tiles of neighbouring programs: wider rows would be spread
 # over threads, and every corner's index would go through shared memory, behind a barrier.
 TILE_BYTES = 16
@@ -227,9 +230,9 @@ def table_kernel(
         tl.atomic_add(sums_ptr + entry[:, None] * F + f[None, :], part, mask=adds, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["n", "n_levels", "active_levels"])
+@triton.jit(do_not_specialize=["n", "n_levels", "active_levels", "n_features"])
 def coordinates_kernel(
-    x_ptr, counts_ptr, scales_ptr, layout_ptr, n, n_levels, table_ptr, grad_ptr, gx_ptr, active_levels,
+    x_ptr, counts_ptr, scales_ptr, layout_ptr, n, n_levels, table_ptr, grad_ptr, gx_ptr, active_levels, n_features,
     D: tl.constexpr, F: tl.constexpr, TILE: tl.constexpr, SHIFT: tl.constexpr, CEIL: tl.constexpr,
     OUTSIDE: tl.constexpr, KIND: tl.constexpr, CORNERS: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -246,20 +249,21 @@ def coordinates_kernel(
         extent = _extent(row, D)
         terms, weights, axis_slopes, finite = _cell(xs, scales_ptr, row, D, SHIFT, CEIL, KIND, level)
         broken = broken | (keep & ~finite)
-        for first in range(0, F, TILE):
-            f = first + tl.arange(0, TILE)
-            reads = (keep & finite)[:, None] & (f < F)[None, :]
-            grad = tl.load(grad_ptr + r[:, None] * (n_levels * F) + level * F + f[None, :], mask=reads, other=0.0)
-            grad = grad.to(xs[0].dtype)
-            for c in tl.range(0, CORNERS, loop_unroll_factor=UNROLL):
-                entry = _entry(c, terms, extent, D)
-                theta = tl.load(table_ptr + entry[:, None] * F + f[None, :], mask=reads, other=0.0)
-                along = tl.sum(theta.to(xs[0].dtype) * grad, 1)
-                slopes = _slopes(c, weights, axis_slopes, D)
-                added = ()
-                for a in tl.static_range(D):
-                    added = added + (gx[a] + slopes[a] * along,)
-                gx = added
+        at = r[:, None] * (n_levels * F) + level * F
+        for c in tl.range(0, CORNERS, loop_unroll_factor=UNROLL):
+            entry = _entry(c, terms, extent, D)[:, None] * F
+            along = tl.zeros_like(xs[0])
+            # Over tiles. The compiler must not know how many: it would write out those of all corners.
+            for first in range(0, F if F <= TILE else n_features, TILE):
+                f = (first + tl.arange(0, TILE))[None, :]
+                reads = (keep & finite)[:, None] & (f < F)
+                grad = tl.load(grad_ptr + at + f, mask=reads, other=0.0).to(along.dtype)
+                along += tl.sum(tl.load(table_ptr + entry + f, mask=reads, other=0.0).to(along.dtype) * grad, 1)
+            slopes = _slopes(c, weights, axis_slopes, D)
+            added = ()
+            for a in tl.static_range(D):
+                added = added + (gx[a] + slopes[a] * along,)
+            gx = added
     for a in tl.static_range(D):
         total = tl.where(inside[a], tl.where(broken, float("nan"), gx[a]), 0.0)
         tl.store(gx_ptr + r * D + a, total, mask=r < n)
@@ -333,22 +337,23 @@ def _launch(
     if n == 0 or settings.active_levels == 0:
         return
     compiled_for = constants(settings, dims, rows.shape[1], rows.element_size())
-    blocks = triton.cdiv(n, BLOCK)
-    tiles = triton.cdiv(rows.shape[1], compiled_for["TILE"])
+    blocks, tiles = triton.cdiv(n, BLOCK), triton.cdiv(rows.shape[1], compiled_for["TILE"])
     scales, layout = _levels_on(x.device, dims, tuple(settings.scales), tuple(settings.layout))
-    geometry = {"scales_ptr": scales, "layout_ptr": layout, "n_levels": settings.n_levels(dims)}
+    geometry = {"n": n, "n_levels": settings.n_levels(dims), "scales_ptr": scales, "layout_ptr": layout}
+    if not by_level:
+        geometry |= {"active_levels": settings.active_levels, "n_features": rows.shape[1]}
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         kernel[(blocks * tiles, settings.active_levels) if by_level else (blocks,)](
-            x_ptr=x, counts_ptr=counts, n=n, **geometry, **arguments, **compiled_for, num_warps=WARPS
+            x_ptr=x, counts_ptr=counts, **geometry, **arguments, **compiled_for, **OPTIONS[x.dtype]
         )
 
 
 def _rows(
     settings: Settings, x: Tensor, table: Tensor, counts: Tensor | None, with_jacobian: bool
 ) -> tuple[Tensor, ...]:
-    width = settings.n_levels(x.shape[1]) * table.shape[1]
-    whole = settings.active_levels == settings.n_levels(x.shape[1])
-    make = torch.empty if whole else torch.zeros  # levels that are not computed are 0
+    n_levels = settings.n_levels(x.shape[1])
+    width = n_levels * table.shape[1]
+    make = torch.empty if settings.active_levels == n_levels else torch.zeros  # levels that are not computed are 0
     y = make(len(x), width, dtype=table.dtype, device=x.device)
     j = make(len(x), width, x.shape[1], dtype=x.dtype, device=x.device) if with_jacobian else None
     _launch(rows_kernel, settings, x, counts, table, by_level=True, table_ptr=table, y_ptr=y, j_ptr=j)
@@ -373,21 +378,20 @@ def backward(
     settings = Settings(*given)
     gx, gtable = x.new_empty(0), table.new_empty(0)
     if wants_table:
-        _refuse_if_deterministic(settings)
+        if settings.deterministic:
+            _refuse_determinism()
         wide = torch.float64 if table.dtype == torch.float64 else torch.float32
         sums = torch.zeros_like(table, dtype=wide, memory_format=torch.contiguous_format)
         _launch(table_kernel, settings, x, counts, sums, by_level=True, grad_ptr=grad, sums_ptr=sums)
         gtable = sums.to(table.dtype)
     if wants_x:
         gx = torch.zeros_like(x) if settings.active_levels == 0 else torch.empty_like(x)
-        more = {"table_ptr": table, "grad_ptr": grad, "gx_ptr": gx, "active_levels": settings.active_levels}
+        more = {"table_ptr": table, "grad_ptr": grad, "gx_ptr": gx}
         _launch(coordinates_kernel, settings, x, counts, table, by_level=False, **more)
     return gx, gtable
 
 
-def _refuse_if_deterministic(settings: Settings) -> None:
-    if not settings.deterministic:
-        return
+def _refuse_determinism() -> None:
     message = (
         "hash_grid_backward of backend 'triton' does not have a deterministic implementation, but you set "
         "'torch.use_deterministic_algorithms(True)'. Use backend='cuda' or backend='reference', which have one, or "

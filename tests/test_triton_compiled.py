@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: MIT
+"""The Triton kernels compile for sm_80 and sm_90 without a GPU, and their machine code is what the design counts on."""
+
+import os
+
+import pytest
+
+pytest.importorskip("triton")
+
+from triton_ahead_of_time import KERNELS, Variant, compile_all, cover
+
+pytestmark = pytest.mark.skipif(
+    "TRITON_INTERPRET" in os.environ, reason="the interpreter, which TRITON_INTERPRET chooses, does not compile"
+)
+GATED = cover()
+OTHERS = [  # more dims, features that are no power of two, no upper corner
+    Variant("table", 7, 3, "fp32", 90),
+    Variant("coordinates", 5, 16, "bf16", 80, interpolation=1, outside=2),
+    Variant("jacobian", 3, 5, "fp16", 90, interpolation=2, ceil_corner=True),
+]
+
+
+@pytest.fixture(scope="module")
+def facts():
+    return compile_all(GATED + OTHERS)
+
+
+def test_the_cover_has_every_size_on_both_architectures_and_every_dtype():
+    assert len({(v.kernel, v.dims, v.features, v.arch) for v in GATED}) == len(KERNELS) * 3 * 4 * 2
+    assert len({(v.kernel, v.features, v.dtype) for v in GATED}) == len(KERNELS) * 4 * 4
+
+
+@pytest.mark.parametrize("variant", GATED + OTHERS, ids=str)
+def test_nothing_spills(facts, variant):
+    found = facts[variant]
+    assert found.stack == 0 and found.count("LDL") == 0 and found.count("STL") == 0
+    if variant.dtype != "fp64":
+        assert found.registers * 128 * 3 <= 65536  # three blocks of 128 threads at once on a multiprocessor
+
+
+@pytest.mark.parametrize("variant", GATED, ids=str)
+def test_nothing_goes_through_shared_memory(facts, variant):
+    """Points and features share a layout, so that no corner's index waits at a barrier."""
+    found = facts[variant]
+    assert found.shared == 0 and found.count("BAR") == 0
+
+
+@pytest.mark.parametrize("variant", GATED, ids=str)
+def test_a_table_row_is_one_access_per_corner(facts, variant):
+    found = facts[variant]
+    size = {"fp64": 8, "fp32": 4, "fp16": 2, "bf16": 2}[variant.dtype]
+    if variant.kernel == "table":
+        size = max(size, 4)  # the sums
+        width = min(variant.features, 16 // size)
+        if variant.arch >= 90 and size == 4 and width > 1:
+            assert found.count(f"REDG.E.ADD.F32x{width}") == found.count("RED") > 0
+        else:
+            assert found.count("RED") > 0
+        assert found.count("ATOM") == 0  # which would return the old value
+    else:
+        bits = 8 * min(variant.features * size, 16)
+        name = {16: "LDG.E.U16", 32: "LDG.E", 64: "LDG.E.64", 128: "LDG.E.128"}[bits]
+        assert found.opcodes.get(name, 0) >= 1
+        if bits == 128:  # scalars of the geometry are narrower
+            assert found.opcodes[name] >= (1 << variant.dims if variant.dims < 4 else 1)

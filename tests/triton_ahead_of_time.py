@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: MIT
+"""Compiles the Triton kernels for GPUs that are not there and reads the machine code; run alone, it prints a table.
+
+Needs no driver: cuobjdump comes with Triton. Not in Triton's interpreter (TRITON_INTERPRET unset), which is chosen when
+the kernels are decorated.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+from multiprocessing import get_context
+from os import cpu_count
+from pathlib import Path
+from typing import NamedTuple
+
+KERNELS = ("rows", "jacobian", "table", "coordinates")
+DTYPES = ("fp32", "fp16", "fp64", "bf16")
+ARCHITECTURES = (80, 90)
+OPCODES = re.compile(r"\s((?:LD|ST|RED|ATOM|SHFL|BAR)[A-Z]*(?:\.\w+)*)")
+
+
+class Variant(NamedTuple):
+    """A kernel and what it is compiled for. dtype: of the table; coordinates are fp64 beside fp64, else fp32."""
+
+    kernel: str
+    dims: int
+    features: int
+    dtype: str
+    arch: int
+    interpolation: int = 0
+    outside: int = 0
+    ceil_corner: bool = False
+    per_point: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.kernel}-d{self.dims}f{self.features}-{self.dtype}-sm_{self.arch}"
+
+
+class Facts(NamedTuple):
+    registers: int
+    stack: int
+    shared: int
+    opcodes: dict[str, int]  # memory instructions with their suffixes
+
+    def count(self, start: str) -> int:
+        return sum(n for name, n in self.opcodes.items() if name.startswith(start))
+
+
+def cover() -> list[Variant]:
+    """Every kernel, dims 2 to 4, features 1, 2, 4, 8 and architecture; dtypes and options take turns."""
+    variants = []
+    sizes = product(enumerate(KERNELS), enumerate((2, 3, 4)), enumerate((1, 2, 4, 8)), enumerate(ARCHITECTURES))
+    for (k, kernel), (d, dims), (f, features), (a, arch) in sizes:
+        turn = d + f + k
+        options = {"interpolation": turn % 2, "outside": (turn + a) % 3, "ceil_corner": turn % 3 == 1}
+        dtype = DTYPES[(d + 2 * f + k + a) % 4]
+        variants.append(Variant(kernel, dims, features, dtype, arch, **options, per_point=(f + a) % 2 == 1))
+    return variants
+
+
+def compile_variant(variant: Variant) -> Facts:
+    import torch
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from camkernels.triton import hash_grid
+
+    name = {"jacobian": "rows"}.get(variant.kernel, variant.kernel)
+    kernel = getattr(hash_grid, f"{name}_kernel")
+    settings = hash_grid.Settings(
+        scales=(), shift=0.5, layout=(), ceil_corner=variant.ceil_corner, outside=variant.outside,
+        interpolation=variant.interpolation, active_levels=16, deterministic=False,
+    )  # fmt: skip
+    sizes = {"fp64": 8, "fp32": 4, "fp16": 2, "bf16": 2}
+    itemsize = max(sizes[variant.dtype], 4) if variant.kernel == "table" else sizes[variant.dtype]
+    constants = hash_grid.constants(settings, variant.dims, variant.features, itemsize)
+    constants |= {"counts_ptr": None} if not variant.per_point else {}
+    constants |= {"j_ptr": None} if variant.kernel == "rows" else {}
+    x = "fp64" if variant.dtype == "fp64" else "fp32"
+    types = dict.fromkeys(("table_ptr", "grad_ptr", "y_ptr"), f"*{variant.dtype}")
+    types |= dict.fromkeys(("x_ptr", "j_ptr", "gx_ptr", "sums_ptr"), f"*{x}")
+    types |= {"counts_ptr": "*i32", "scales_ptr": "*fp32", "layout_ptr": "*i64"}
+    names = kernel.arg_names
+    constants = {name: value for name, value in constants.items() if name in names}
+    source = ASTSource(
+        fn=kernel,
+        signature={name: "constexpr" if name in constants else types.get(name, "i32") for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        # as a launch says of PyTorch's allocations; without it loads are not vectorised
+        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name.endswith("_ptr")},
+    )
+    target = GPUTarget("cuda", variant.arch, 32)
+    compiled = triton.compile(
+        source, target=target, options=hash_grid.OPTIONS[torch.float64 if x == "fp64" else torch.float32]
+    )
+    usage, code = (_cuobjdump(option, compiled.asm["cubin"]) for option in ("-res-usage", "-sass"))
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    return Facts(registers, stack, compiled.metadata.shared, dict(Counter(OPCODES.findall(code))))
+
+
+def _cuobjdump(option: str, cubin: bytes) -> str:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def compile_all(variants: list[Variant]) -> dict[Variant, Facts]:
+    """In a few processes: the compiler is not parallel by itself."""
+    with ProcessPoolExecutor(min(4, cpu_count() or 1), mp_context=get_context("spawn")) as pool:
+        return dict(zip(variants, pool.map(compile_variant, variants, chunksize=4), strict=True))
+
+
+def table(facts: dict[Variant, Facts]) -> str:
+    lines = [f"{'kernel':28} registers stack shared  memory instructions"]
+    for variant, found in facts.items():
+        counted = ", ".join(f"{n} {name}" for name, n in sorted(found.opcodes.items()))
+        lines.append(f"{variant!s:28} {found.registers:9} {found.stack:5} {found.shared:6}  {counted}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table(compile_all(cover())))

@@ -41,6 +41,7 @@ SETTLED = [
     (-0.5, 0, (0.0, CLAMPED)), (1.5, 0, (1.0, CLAMPED)), (INF, 0, (1.0, CLAMPED)), (-INF, 0, (0.0, CLAMPED)),
     (-0.5, 1, (0.0, ZEROED)), (INF, 1, (1.0, ZEROED)), (-0.5, 2, (-0.5, INSIDE)), (7.25, 2, (7.25, INSIDE)),
     (INF, 2, (0.0, NOT_FINITE)), (NAN, 0, (0.0, NOT_FINITE)), (NAN, 1, (0.0, NOT_FINITE)), (NAN, 2, (0.0, NOT_FINITE)),
+    (1.01e28, 2, (0.0, NOT_FINITE)), (-3e38, 2, (0.0, NOT_FINITE)), (-(2.0**93), 2, (-(2.0**93), INSIDE)),
 ]  # fmt: skip
 
 

@@ -253,7 +253,7 @@ def test_points_that_are_not_finite(outside, interpolation):
 def test_infinite_points_in_wrap_are_not_finite():
     geometry = build(outside="wrap")
     table = random_table(geometry, torch.float32).requires_grad_()
-    x = torch.tensor([[INF, 0.3], [0.2, -INF]], requires_grad=True)
+    x = torch.tensor([[INF, 0.3], [0.2, -INF], [1.01e28, 0.3], [0.2, -3e38]], requires_grad=True)
     y = hash_grid(x, table, geometry)
     dx, dtable = torch.autograd.grad(y.sum(), (x, table))
     assert y.isnan().all() and dx.isnan().all() and (dtable == 0).all()

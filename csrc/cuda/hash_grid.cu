@@ -49,11 +49,10 @@ struct Staged {
 // What a level gives for a point: nothing, NaN, or what the formula adds to the zeros it is given.
 enum class Outcome { kZero, kNan, kFormula };
 
-template <class P, class Stencil>
-CAMK_DEVICE Outcome outcome(const P& point, const Stencil& s, int level, math::Outside outside) {
+template <class P>
+CAMK_DEVICE Outcome outcome(const P& point, int level) {
   if (level >= point.levels || (point.zeroed && !point.broken)) return Outcome::kZero;
-  if (point.broken || (outside == math::Outside::kWrap && overflowed(s))) return Outcome::kNan;
-  return Outcome::kFormula;
+  return point.broken ? Outcome::kNan : Outcome::kFormula;
 }
 
 template <int F>
@@ -77,7 +76,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) value(const __grid_const
   for (int l = first; l < last; ++l) {
     const auto& record = job.level[l];
     const Corners<D> s(level_of<D>(record, D), D, point.x, job.interpolation);
-    const Outcome what = outcome(point, s, l, job.outside);
+    const Outcome what = outcome(point, l);
 #pragma unroll 1
     for (int f = 0; f < job.features; f += F, ++k) {
       Vec<float, F> y{};
@@ -115,7 +114,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) jacobian(const __grid_co
   for (int l = first; l < last; ++l) {
     const auto& record = job.level[l];
     const Corners<D> s(level_of<D>(record, D), D, point.x, job.interpolation);
-    const Outcome what = outcome(point, s, l, job.outside);
+    const Outcome what = outcome(point, l);
 #pragma unroll 1
     for (int f = 0; f < job.features; f += F) {
       Vec<float, F> y{};

@@ -80,14 +80,6 @@ CAMK_DEVICE math::Level level_of(const JobLevel<S>& record, int dims) {
   return level;
 }
 
-// Whether the position overflowed at this level, which wrapped coordinates can: the weights are then NaN.
-template <class Stencil>
-CAMK_DEVICE bool overflowed(const Stencil& s) {
-  bool found = false;
-  s.each_axis([&](int d) { found |= s.value[d][1] != s.value[d][1]; });
-  return found;
-}
-
 // ---- Rows -------------------------------------------------------------------------------------------------
 
 // float16 or bfloat16: which of them is asked for at run time, an instruction more per number and half as many kernels.

@@ -26,7 +26,6 @@ struct Thread {
   CAMK_DEVICE Corners corners(int l) const {
     return Corners(level_of<D>(job.level[l], job.dims), job.dims, point.x, job.interpolation);
   }
-  CAMK_DEVICE bool undefined(const Corners& s) const { return job.outside == math::Outside::kWrap && overflowed(s); }
   CAMK_DEVICE int64_t channel(int l, int f) const {
     return i * job.channels + int64_t(job.first_level + l) * job.features + f;
   }
@@ -62,11 +61,11 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) any_rows(const __grid_co
   const int first = int(blockIdx.y) * job.levels_per_thread, last = min(first + job.levels_per_thread, job.n_levels);
   for (int l = first; l < last; ++l) {
     const auto s = thread.corners(l);
-    const bool evaluated = l < point.levels, nan = evaluated && !point.dead() && thread.undefined(s);
+    const bool evaluated = l < point.levels;
     for (int f = 0; f < job.features; f += F) {
       typename T::Numbers y{};
       typename T::Slopes slopes{};
-      if (evaluated && !point.dead() && !nan) {
+      if (evaluated && !point.dead()) {
         if (job.j) {
           math::grid_jacobian(s, thread.fetch(job.values, l, f), y, slopes);
         } else if (job.values) {
@@ -74,9 +73,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) any_rows(const __grid_co
         }
         if (job.v) math::grid_along(s, v, thread.fetch(job.table, l, f), y);
       }
-      const auto mended = [&](C number, int axis) {
-        return nan ? C(NAN) : evaluated ? point.mend(number, axis) : C(0);
-      };
+      const auto mended = [&](C number, int axis) { return evaluated ? point.mend(number, axis) : C(0); };
       for (int k = 0; k < F; ++k) y[k] = mended(y[k], -1);
       store_any(job.y, job.storage, thread.channel(l, f), y);
       for (int k = 0; k < F && job.j; ++k) {
@@ -97,11 +94,9 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) any_coordinates(const __
   if (job.accumulate && point.levels <= 0) return;
   const auto v = thread.direction();
   typename Thread<C, D, F>::Axes gx{};
-  bool nan = false;
-  for (int l = 0; l < point.levels && !point.dead() && !nan; ++l) {
+  for (int l = 0; l < point.levels && !point.dead(); ++l) {
     const auto s = thread.corners(l);
-    nan = thread.undefined(s);
-    for (int f = 0; f < job.features && !nan; f += F) {
+    for (int f = 0; f < job.features; f += F) {
       if (job.g && job.values) {
         math::grid_backward_x(s, thread.gradient(l, f), thread.fetch(job.values, l, f), gx);
       }
@@ -115,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) any_coordinates(const __
   }
   each_axis<D>(job.dims, [&](int a) {
     C* to = job.gx + i * job.dims + a;
-    const C found = point.levels <= 0 ? C(0) : nan ? C(NAN) : point.mend(gx[a], a);
+    const C found = point.levels <= 0 ? C(0) : point.mend(gx[a], a);
     *to = job.accumulate ? *to + found : found;
   });
 }
@@ -202,7 +197,6 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) any_table(const __grid_c
   const int first = int(blockIdx.y) * job.levels_per_thread, last = min(first + job.levels_per_thread, job.n_levels);
   for (int l = first; l < min(last, thread.point.levels); ++l) {
     const auto s = thread.corners(l);
-    if (thread.undefined(s)) continue;
     for (int f = 0; f < job.features; f += F) {
       const int64_t rows = job.level[l].first_row * job.features + f;
       const auto add = [&](uint32_t row, const Vec<C, F>& numbers) {

@@ -27,10 +27,6 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) coordinates(const __grid
   for (int l = 0; l < point.levels && !point.dead(); ++l) {
     const auto& record = job.level[l];
     const Corners<D> s(level_of<D>(record, D), D, point.x, job.interpolation);
-    if (job.outside == math::Outside::kWrap && overflowed(s)) {
-      for (int a = 0; a < D; ++a) gx[a] = NAN;
-      break;
-    }
 #pragma unroll 1
     for (int f = 0; f < job.features; f += F) {
       const int64_t at = i * job.channels + int64_t(job.first_level + l) * job.features + f;
@@ -52,7 +48,6 @@ template <int D, int F, class MakeAdder>
 CAMK_DEVICE void add_point(const Job<float>& job, const Point<float, D>& point, int64_t i, int l, MakeAdder adder) {
   if (l >= point.levels || point.dead()) return;
   const Corners<D> s(level_of<D>(job.level[l], D), D, point.x, job.interpolation);
-  if (job.outside == math::Outside::kWrap && overflowed(s)) return;
 #pragma unroll 1
   for (int f = 0; f < job.features; f += F) {
     const int64_t at = i * job.channels + int64_t(job.first_level + l) * job.features + f;

@@ -32,6 +32,9 @@ CAMK_HD uint32_t hash_prime(int axis) {
 
 enum class Outside : int { kClamp = 0, kZero = 1, kWrap = 2 };
 
+// How far a wrapped coordinate may be: times the largest scale, which is below 2^31, it is still a finite float32.
+inline constexpr float kFar = 1e28f;
+
 // What becomes of one coordinate before it is used.
 enum Status : int { kInside = 0, kClamped = 1, kZeroed = 2, kNotFinite = 3 };
 
@@ -41,7 +44,7 @@ template <class C>
 CAMK_HD C settle(C x, Outside mode, Status& status) {
   status = kInside;
   if (x >= C(0) && x <= C(1)) return x;
-  if (x != x || (mode == Outside::kWrap && x - x != C(0))) {
+  if (x != x || (mode == Outside::kWrap && (x < C(-kFar) || x > C(kFar)))) {
     status = kNotFinite;
     return C(0);
   }

@@ -152,7 +152,7 @@ def mixed_points(geometry: GridGeometry, generator: torch.Generator) -> Tensor:
     border = torch.randint(0, 3, (6, d), generator=generator).double() / 2
     border[0], border[1] = 0.0, 1.0
     outside = torch.rand(8, d, generator=generator, dtype=torch.float64) * 4 - 1.5
-    outside[0], outside[1], outside[2, 0], outside[3, -1] = -0.117, 1.213, 1e6, -3e9
+    outside[0], outside[1], outside[2, 0], outside[3, -1], outside[4, 0] = -0.117, 1.213, 1e6, -3e9, -3e38
     broken = torch.rand(5, d, generator=generator, dtype=torch.float64)
     broken[0, 0], broken[1], broken[2, -1] = torch.nan, torch.nan, torch.inf
     broken[3, 0], broken[4, 0], broken[4, -1] = -torch.inf, torch.inf, torch.nan

@@ -20,6 +20,7 @@ BLENDS = {  # g(f) and g'(f) of the upper corner; "nearest" reads the lower corn
 }
 PRIMES = (1, 2654435761, 805459861, 3674653429, 2097192037, 1434869437, 2165219737)
 UINT32 = 0xFFFFFFFF
+FAR = float(torch.tensor(1e28))  # how far a wrapped coordinate may be: its positions are still finite in float32
 CELL_MIN, CELL_MAX = -2147483648, 2147483520  # what float32 to int32 conversion saturates at
 
 
@@ -42,8 +43,8 @@ def hash_grid(
 
     linear g = f; smoothstep g = f^2 (3 - 2f); nearest reads corner p alone. At a cell face the cell is [p, p + 1).
     Outside [0, 1] by geometry.outside: "clamp" moves x to the border, where the derivative of that axis is 0; "zero"
-    makes value and derivatives of the point 0; "wrap" continues the lattice modulo 2^32. A point whose position is not
-    finite gives NaN and adds nothing to the gradient of the table.
+    makes value and derivatives of the point 0; "wrap" continues the lattice modulo 2^32. A point with a NaN
+    coordinate, or a wrapped one beyond 1e28, gives NaN and adds nothing to the gradient of the table.
 
     max_level: int n keeps the first n levels; float m in [0, 1] the levels l < m*L + 1e-3; a float Tensor [...] is m
     per point. Other levels give exactly 0.
@@ -127,6 +128,8 @@ def _apply_outside(x: Tensor, rule: str) -> tuple[Tensor, Tensor, Tensor]:
         x = torch.where(inside, x, x.detach().clamp(0, 1))
     elif rule == "zero":
         visible = ~outside.any(-1, keepdim=True) | broken
+    else:
+        x = x + torch.where(x.abs() > FAR, torch.nan, 0.0)
     return x, inside, visible
 
 

@@ -34,7 +34,8 @@ TILE_BYTES = 16
 UNROLLED_CORNERS = 8  # up to so many are written out, so that their loads are under way together
 
 LINEAR, SMOOTHSTEP, NEAREST = (tl.constexpr(i) for i in range(3))  # as hash_grid.INTERPOLATIONS
-CLAMP, ZERO = tl.constexpr(0), tl.constexpr(1)  # as hash_grid.OUTSIDE; the third, "wrap", does nothing
+CLAMP, ZERO, WRAP = (tl.constexpr(i) for i in range(3))  # as hash_grid.OUTSIDE
+FAR = tl.constexpr(1e28)  # as in the reference
 CELL_MIN, CELL_MAX = tl.constexpr(-2147483648.0), tl.constexpr(2147483520.0)  # as in the reference
 # Columns of a level's row in the layout, behind D factors.
 SIZE, INVERSE, OFFSET, HASHED, COLUMNS = (tl.constexpr(i) for i in range(5))
@@ -57,6 +58,8 @@ def _settle(x_ptr, r, valid, D: tl.constexpr, OUTSIDE: tl.constexpr):
         within = (broken | (x >= 0)) & (broken | (x <= 1))
         if OUTSIDE == CLAMP:
             x = tl.where(x < 0, 0.0, tl.where(x > 1, 1.0, x))
+        elif OUTSIDE == WRAP:
+            x = tl.where(tl.abs(x) <= FAR, x, float("nan"))
         if OUTSIDE == ZERO:
             seen = seen & within
         settled = settled + (x,)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import camkernels
-from camkernels import _backends, _ops, testing
+from camkernels import _backends, _gpu, _ops, testing
 
 torch.set_num_threads(1)  # calls are small: a second thread costs more than it gives; tests of threads set their own
 
@@ -40,9 +40,8 @@ def device_of(backend: str) -> str:
 def reason_against(backend: str, op: str) -> str | None:
     """Why a backend cannot run an op on this machine; None if it can."""
     device = device_of(backend)
-    if device == "cuda" and HERE != "cuda":
-        return "PyTorch finds no CUDA device"
-    return _backends.can_run(backend, _backends.Call(op, device))
+    reason = _backends.can_run(backend, _backends.Call(op, device))
+    return _gpu.no_gpu() if reason is None and device == "cuda" else reason
 
 
 def backends(op: str) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import _ops
+from . import _gpu, _ops
 from . import triton as _triton
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
@@ -17,10 +17,11 @@ PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference
 
 @dataclass(frozen=True)
 class Call:
-    """What a choice depends on: the operator and where its tensors are."""
+    """What a choice depends on: the operator and where its tensors are; index: of the GPU, None for the current one."""
 
     op: str
     device_type: str
+    index: int | None = None
 
 
 def can_run(backend: str, call: Call) -> str | None:
@@ -34,7 +35,7 @@ def can_run(backend: str, call: Call) -> str | None:
     if not _ops.has_kernel(call.op, backend):
         missing = _ops.cpu_missing if backend == "cpu" else _ops.cuda_missing
         return missing or f"{call.op} has no {backend} kernels yet"
-    return None
+    return _gpu.reason_against(call.index) if backend == "cuda" else None
 
 
 def choose(call: Call, backend: str | None) -> str:

@@ -6,14 +6,14 @@ from __future__ import annotations
 import json
 import os
 import platform
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import __version__, _ops
+from . import __version__, _gpu, _ops
 from ._backends import BACKENDS, Call, can_run
 from ._geometry import geometry_table
+from ._gpu import build_facts
 from .testing import CASES
 
 KNOWN_VARIABLES = ("CAMKERNELS_BACKEND", "CAMKERNELS_CPU_ISA")
@@ -28,9 +28,7 @@ def reason_against(backend: str, op: str) -> str | None:
     """Why a backend cannot compute an op on this machine; None if it can."""
     home = home_of(backend)
     reason = can_run(backend, Call(op, home))
-    if reason is None and home == "cuda" and not torch.cuda.is_available():
-        return "PyTorch finds no CUDA device"
-    return reason
+    return _gpu.no_gpu() if reason is None and home == "cuda" else reason
 
 
 def collect() -> dict[str, Any]:
@@ -53,14 +51,6 @@ def collect() -> dict[str, Any]:
         "ops": {op: {backend: reason_against(backend, op) for backend in BACKENDS} for op in CASES},
         "hash_grid_geometries": geometry_table(),
     }
-
-
-def build_facts(folder: Path) -> dict[str, Any] | None:
-    """What setup.py noted about the build; None if nothing was built or the note cannot be read."""
-    try:
-        return json.loads((folder / "build.json").read_text())
-    except (OSError, ValueError):
-        return None
 
 
 def print_info(as_json: bool) -> int:

@@ -26,7 +26,8 @@ def usable_isas() -> tuple[str, ...]:
 def _load(path: Path) -> str | None:
     """Loads a library of operators; the reason if that fails."""
     if not path.exists():
-        return f"{path.name} was not built (pip install --no-build-isolation . with a C++ compiler builds it)"
+        how = "CAMKERNELS_CUDA=1 in the environment and nvcc" if path.stem == "_cuda" else "a C++ compiler"
+        return f"{path.name} was not built (pip install --no-build-isolation . with {how} builds it)"
     try:
         torch.ops.load_library(str(path))
     except OSError as error:

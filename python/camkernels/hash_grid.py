@@ -127,7 +127,7 @@ def hash_grid(
     _check(x, table, geometry, interpolation, max_level)
     count = count_levels(max_level, geometry.n_levels, x.shape[:-1])
     compute = torch.float64 if torch.float64 in (x.dtype, table.dtype) else torch.float32
-    chosen = choose(Call("hash_grid", x.device.type), backend)
+    chosen = choose(Call("hash_grid", x.device.type, x.device.index), backend)
     if chosen == "reference":
         options = {"interpolation": interpolation, "max_level": max_level, "return_jacobian": return_jacobian}
         result = reference.hash_grid(x, table, geometry, **options)

@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: MIT
+"""The CUDA library beside any PyTorch, with or without a GPU: it loads, it holds the code it should, and what it cannot
+compute it refuses in a sentence. Calls that could crash are made in a process of their own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+import camkernels
+from camkernels import _backends, _gpu, _info, _ops
+from camkernels import triton as triton_backend
+from camkernels._backends import Call
+
+ROOT = Path(__file__).resolve().parents[1]
+LIBRARY = _ops.FOLDER / "_cuda.so"
+OPERATORS = [f"hash_grid{end}" for end in ("", "_backward", "_backward_backward", "_jacobian", "_jacobian_backward")]
+OWN_ARCHITECTURES = {"sm_80", "sm_90", "compute_90"}
+
+needs_library = pytest.mark.skipif(
+    not LIBRARY.exists(),
+    reason="_cuda.so was not built: CAMKERNELS_CUDA=1 python setup.py build_ext --inplace, with nvcc",
+)
+
+
+def run(script: str) -> str:
+    """Standard output of a script, which must end by itself: no signal, no traceback."""
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, f"status {done.returncode}\n{done.stderr}"
+    return done.stdout.strip()
+
+
+# ---- the library -----------------------------------------------------------------------------------------------------
+
+
+@needs_library
+def test_it_loads_and_every_operator_has_a_cuda_kernel():
+    assert _ops.cuda_missing is None
+    assert [name for name in OPERATORS if not _ops.has_kernel(name, "cuda")] == []
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    """The module bench.kernels, where it is and finds its tool."""
+    if not (ROOT / "bench" / "kernels.py").exists():
+        pytest.skip("the bench folder is not here")
+    sys.path.insert(0, str(ROOT))
+    from bench import kernels as module
+
+    if module.missing(LIBRARY):
+        pytest.skip(module.missing(LIBRARY))
+    return module
+
+
+@needs_library
+def test_it_holds_the_code_that_the_note_of_the_build_lists(kernels):
+    noted = set(_gpu.codes(_gpu.build_facts(_ops.FOLDER)))
+    assert set(kernels.architectures(LIBRARY)) == noted
+    if "-warn-spills" in _gpu.build_facts(_ops.FOLDER)["libraries"]["_cuda"]["nvcc"]:  # else the user's own list
+        assert noted == OWN_ARCHITECTURES
+
+
+@needs_library
+def test_the_machine_code_of_its_kernels(kernels, capsys):
+    found = kernels.read(LIBRARY)
+    regular = [k for k in found if not k.name.startswith("any_")]
+    assert {k.arch for k in regular} == {int(c[3:]) for c in _gpu.codes(_gpu.build_facts(_ops.FOLDER)) if c[:2] == "sm"}
+    assert {"table<3, 1>", "table<3, 2>", "table<3, 4>", "value<float, 3, 2>"} <= {k.name for k in regular}
+    for kernel in regular:
+        if kernel.name in ("table<3, 1>", "table<3, 2>", "table<3, 4>"):
+            vectors = sum(kernel.count("REDG", form) for form in kernels.VECTORS)
+            assert (vectors > 0) == (kernel.arch >= 90), kernels.notable(kernel)
+        if kernel.name in ("value<float, 3, 2>", "value<float, 3, 4>"):
+            assert kernel.count("LDG", "128") >= 4, kernels.notable(kernel)
+        if "<" in kernel.name and "4, " not in kernel.name:  # two and three axes: all in registers
+            assert kernel.local == kernel.stack == 0, kernel.name
+    shown = kernels.table(regular)
+    assert len(shown.splitlines()) == len(regular) + 2 and "vectors)" in shown and "of 128 bits" in shown
+
+
+def test_reading_kernels_says_what_is_missing(kernels, tmp_path, capsys):
+    assert kernels.main([str(tmp_path / "none.so")]) == 2
+    assert "none.so does not exist: CAMKERNELS_CUDA=1" in capsys.readouterr().err
+
+
+@needs_library
+def test_it_needs_no_driver_and_no_cuda_library_to_load():
+    listed = subprocess.run(["readelf", "-d", str(LIBRARY)], capture_output=True, text=True, check=True).stdout
+    needed = [line.rpartition("[")[2].rstrip("]") for line in listed.splitlines() if "(NEEDED)" in line]
+    assert "libtorch_cpu.so" in needed
+    assert not [name for name in needed if name.startswith(("libcuda", "libcudart", "libtorch_cuda", "libpython"))]
+
+
+# ---- calls that need a GPU, without one ------------------------------------------------------------------------------
+
+PREPARE = """
+    import torch, camkernels
+    from torch._C import DispatchKey, DispatchKeySet
+    from camkernels import hash_grid as function
+    import sys
+    module = sys.modules["camkernels.hash_grid"]
+    geometry = camkernels.GridGeometry.build(3, 4, 2, 8, finest_resolution=40)
+    x, table = torch.rand(5, 3), torch.rand(geometry.n_entries, 2)
+    y, j = torch.rand(5, 8), torch.rand(5, 8, 3)
+    settings = module._settings(geometry, "linear", 4)
+
+    def on_cuda(name, *arguments):  # the CUDA kernel itself, past every check of Python
+        operator = getattr(torch.ops.camkernels, name).default
+        try:
+            operator.redispatch(DispatchKeySet(DispatchKey.CUDA), *arguments)
+        except Exception as error:
+            print(type(error).__name__ + ": " + str(error).splitlines()[0])
+        else:
+            print("no error")
+"""
+
+
+@needs_library
+def test_every_kernel_refuses_cpu_tensors_in_a_sentence():
+    told = run(
+        PREPARE
+        + """
+    on_cuda("hash_grid", x, table, None, *settings)
+    on_cuda("hash_grid_jacobian", x, table, None, *settings)
+    on_cuda("hash_grid_backward", y, x, table, None, *settings, [True, True])
+    on_cuda("hash_grid_jacobian_backward", y, j, x, table, None, *settings, [True, True])
+    on_cuda("hash_grid_backward_backward", x, table, y, x, table, None, *settings, [True, True, True])
+    """
+    ).splitlines()
+    assert len(told) == len(OPERATORS)
+    for line in told:
+        assert line.startswith("RuntimeError: ")
+        assert "the CUDA kernels need a PyTorch built with CUDA, and tensors on a GPU" in line
+
+
+BAD = {
+    "x must be float32 or float64": "x.half(), table, None",
+    "x must be float64 beside a float64 table": "x, table.double(), None",
+    "table must be float16, bfloat16, float32 or float64": "x, table.int(), None",
+    "x and table must have 2 dimensions": "x, table.flatten(), None",
+    "the table does not fit the geometry": "x, table[1:], None",
+    "hash_grid: level_counts": "x, table, torch.ones(5)",
+    "x must be contiguous": "x.t().contiguous().t(), table, None",
+}
+
+
+@needs_library
+def test_bad_arguments_of_the_kernels_are_sentences():
+    calls = "".join(f"    on_cuda('hash_grid', {arguments}, *settings)\n" for arguments in BAD.values())
+    for sentence, line in zip(BAD, run(PREPARE + calls).splitlines(), strict=True):
+        assert line.startswith("RuntimeError: ") and "hash_grid: " in line and sentence in line, line
+
+
+def test_cuda_is_not_forced_onto_cpu_tensors():
+    told = run("""
+    import torch, camkernels
+    geometry = camkernels.GridGeometry.build(3, 4, 2, 8, finest_resolution=40)
+    for backend in ("cuda", "triton"):
+        try:
+            camkernels.hash_grid(torch.rand(5, 3), torch.rand(geometry.n_entries, 2), geometry, backend=backend)
+        except RuntimeError as error:
+            print(error)
+    """).splitlines()
+    assert len(told) == 2
+    for backend, line in zip(("cuda", "triton"), told, strict=True):
+        assert line.startswith(f"hash_grid: backend '{backend}' cannot run: ") and "available: " in line
+    assert "the tensors are on cpu" in told[0]
+
+
+# ---- a GPU, a driver or a PyTorch that does not fit, played ----------------------------------------------------------
+
+FACTS = {
+    "cuda": "release 13.0, V13.0.88",
+    "libraries": {"_cuda": {"nvcc": "-O3 " + " ".join(f"-gencode=arch=x,code={c}" for c in sorted(OWN_ARCHITECTURES))}},
+}
+
+
+@pytest.fixture
+def played(monkeypatch):
+    """played(cuda=release of torch, capability of the GPU or None, facts of the build): a machine with all of it."""
+
+    def play(cuda="13.0", capability=(9, 0), facts=FACTS):
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=None: "A Card")
+        monkeypatch.setattr(_gpu, "_facts", lambda: facts)
+        monkeypatch.setattr(_ops, "has_kernel", lambda name, device: True)
+        _gpu._cached.cache_clear()
+
+    yield play
+    _gpu._cached.cache_clear()
+
+
+@pytest.mark.parametrize("index", [None, 0])
+def test_a_library_that_fits(played, index):
+    played()
+    assert _backends.can_run("cuda", Call("hash_grid", "cuda", index)) is None
+    assert _backends.choose(Call("hash_grid", "cuda", index), None) == "cuda"
+
+
+@pytest.mark.parametrize("index", [None, 0])
+def test_a_library_of_another_release_of_cuda(played, index):
+    played(cuda="12.8")
+    reason = _backends.can_run("cuda", Call("hash_grid", "cuda", index))
+    assert "built with CUDA 13.0, this PyTorch with CUDA 12.8" in reason and "nvcc of a CUDA 12 toolkit" in reason
+    played(cuda="13.2")
+    assert _backends.can_run("cuda", Call("hash_grid", "cuda", index)) is None
+
+
+def test_a_pytorch_for_other_gpus(played):
+    played(cuda=None)
+    assert "another kind of GPU" in _backends.can_run("cuda", Call("hash_grid", "cuda"))
+
+
+@pytest.mark.parametrize("capability, fits", [((7, 5), False), ((8, 0), True), ((8, 9), True), ((12, 1), True)])
+def test_the_architecture_of_the_gpu(played, capability, fits):
+    played(capability=capability)
+    reason = _backends.can_run("cuda", Call("hash_grid", "cuda", 0))
+    if fits:
+        assert reason is None
+    else:
+        assert "holds code for sm_80, sm_90" in reason or "holds code for compute_90, sm_80, sm_90" in reason
+        assert "A Card has compute capability 7.5" in reason and "TORCH_CUDA_ARCH_LIST=7.5" in reason
+
+
+def test_a_backend_that_does_not_fit_is_not_chosen_and_says_why_if_forced(played):
+    played(capability=(7, 5))
+    call = Call("hash_grid", "cuda", 0)
+    assert _backends.choose(call, None) in ("triton", "reference")
+    with pytest.raises(RuntimeError, match=r"backend 'cuda' cannot run: _cuda\.so holds code for .*; available: "):
+        _backends.choose(call, "cuda")
+
+
+@pytest.mark.parametrize(
+    "code, able, unable",
+    [
+        ("sm_80", [(8, 0), (8, 9)], [(7, 5), (9, 0)]),
+        ("sm_86", [(8, 6), (8, 9)], [(8, 0)]),
+        ("compute_90", [(9, 0), (10, 0), (12, 0)], [(8, 9)]),
+        ("sm_90a", [(9, 0)], [(10, 0)]),
+        ("compute_90a", [(9, 0)], [(10, 0)]),
+        ("sm_100f", [(10, 0), (10, 3)], [(9, 0), (12, 0)]),
+    ],
+)
+def test_which_gpu_runs_which_code(code, able, unable):
+    assert all(_gpu.runs(code, capability) for capability in able)
+    assert not any(_gpu.runs(code, capability) for capability in unable)
+
+
+def test_without_a_note_of_the_build_nothing_is_refused(played):
+    played(capability=(7, 5), cuda="12.8", facts={})
+    assert _backends.can_run("cuda", Call("hash_grid", "cuda", 0)) is None
+
+
+def test_no_driver_is_told_in_pytorch_s_own_words(played, monkeypatch):
+    def init():
+        raise RuntimeError("Found no NVIDIA driver on your system. Please check ...\nand more")
+
+    played(capability=None)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    wanted = "PyTorch finds no CUDA device: Found no NVIDIA driver on your system. Please check ..."
+    assert _gpu.no_gpu() == wanted == _info.reason_against("cuda", "hash_grid")
+    played(cuda=None, capability=None)
+    assert "was built without CUDA" in _gpu.no_gpu() and "pytorch.org" in _gpu.no_gpu()
+    played()
+    assert _gpu.no_gpu() is None
+
+
+def test_triton_missing(monkeypatch):
+    monkeypatch.setattr(triton_backend, "MISSING", "Triton is not installed; install it")
+    with pytest.raises(RuntimeError, match=r"hash_grid: backend 'triton' cannot run: Triton is not installed; "):
+        _backends.choose(Call("hash_grid", "cuda", 0), "triton")
+
+
+def test_a_library_that_was_not_built_or_cannot_be_loaded(tmp_path):
+    assert "_cuda.so was not built" in _ops._load(tmp_path / "_cuda.so") and "nvcc" in _ops._load(tmp_path / "_cuda.so")
+    (tmp_path / "_cuda.so").write_bytes(b"not a library")
+    assert "_cuda.so cannot be loaded: " in _ops._load(tmp_path / "_cuda.so")
+
+
+def test_the_answer_is_a_constant_to_the_compiler(monkeypatch):
+    monkeypatch.setattr(_gpu, "_cached", {0: "too old"}.get)
+
+    def function(x):
+        return x + (1 if _gpu.reason_against(0) is None else 2)
+
+    compiled = torch.compile(function, fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(1)).item() == 2
+    monkeypatch.setattr(_gpu, "_cached", {0: None}.get)
+    torch._dynamo.reset()
+    assert compiled(torch.zeros(1)).item() == 1
+
+
+def test_mixed_devices_are_a_sentence():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    geometry = camkernels.GridGeometry.build(3, 4, 2, 8, finest_resolution=40)
+    with FakeTensorMode():
+        x, table = torch.rand(5, 3, device="cuda"), torch.rand(geometry.n_entries, 2)
+        with pytest.raises(ValueError, match=r"hash_grid: .* one device, got x on cuda:0, table on cpu; move them"):
+            camkernels.hash_grid(x, table, geometry)
+        with pytest.raises(ValueError, match=r"hash_grid: .* one device, got x on cuda:0, table on cuda:1; move them"):
+            camkernels.hash_grid(x, table.to("cuda:1"), geometry)

@@ -2,5 +2,6 @@
 """The definition of every op in plain PyTorch: short, differentiable by autograd, float64-capable, on any device."""
 
 from .hash_grid import hash_grid
+from .modulated_mlp import coordinate_modulation, hash_grid_mlp, modulate, modulated_mlp
 
-__all__ = ["hash_grid"]
+__all__ = ["coordinate_modulation", "hash_grid", "hash_grid_mlp", "modulate", "modulated_mlp"]

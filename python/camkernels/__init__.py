@@ -4,5 +4,27 @@
 from . import reference
 from ._version import __version__
 from .hash_grid import GridGeometry, HashGrid, hash_grid
+from .modulated_mlp import (
+    CoordinateModulation,
+    Modulate,
+    ModulatedMLP,
+    coordinate_modulation,
+    hash_grid_mlp,
+    modulate,
+    modulated_mlp,
+)
 
-__all__ = ["GridGeometry", "HashGrid", "__version__", "hash_grid", "reference"]
+__all__ = [
+    "CoordinateModulation",
+    "GridGeometry",
+    "HashGrid",
+    "Modulate",
+    "ModulatedMLP",
+    "__version__",
+    "coordinate_modulation",
+    "hash_grid",
+    "hash_grid_mlp",
+    "modulate",
+    "modulated_mlp",
+    "reference",
+]

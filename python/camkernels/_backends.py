@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from . import _gpu, _ops
 from . import triton as _triton
@@ -58,3 +59,9 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     if device_type == "meta":  # has no autocast, and asking raises
         return None
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
+def round_to_autocast(y: Tensor) -> Tensor:
+    """Under autocast an output is rounded to its dtype; arguments are read as they are: nothing is copied or lost."""
+    dtype = autocast_dtype(y.device.type)
+    return y if dtype is None or y.dtype == torch.float64 else y.to(dtype)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -46,6 +47,14 @@ def check_same_device(op: str, **tensors: Tensor | None) -> None:
     if len(set(given.values())) > 1:
         places = ", ".join(f"{name} on {device}" for name, device in given.items())
         raise ValueError(f"{op}: all tensors must be on one device, got {places}; move them with .to(device)")
+
+
+def check_size(op: str, name: str, value: object, least: int = 1) -> None:
+    """TypeError unless value is an int, ValueError unless it is at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{op}: {name} must be an int, got {value!r} ({type(value).__name__})")
+    if value < least:
+        raise ValueError(f"{op}: {name} must be at least {least}, got {value}")
 
 
 def check_choice(op: str, name: str, value: object, choices: Iterable[str | None]) -> None:

@@ -60,14 +60,15 @@ def declare(schema: str, fake: Callable) -> Callable:
     """Defines an operator by its schema, with a function that gives its outputs on meta tensors; returns it bound."""
     library.define(schema)
     name = schema.split("(")[0]
+    _kernels[name] = ()
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
     _kernels[name] = tuple(device for device in ("cpu", "cuda") if has_kernel(name, device))
     return getattr(operators, name).default
 
 
 def has_kernel(name: str, device_type: str) -> bool:
-    """Whether the operator has a kernel for tensors on a type of device."""
-    if torch.compiler.is_compiling():  # a trace cannot ask the dispatcher
-        return device_type in _kernels[name]
+    """Whether there is an operator of this name with a kernel for tensors on a type of device."""
+    if torch.compiler.is_compiling() or name not in _kernels:  # a trace cannot ask the dispatcher
+        return device_type in _kernels.get(name, ())
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
     return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from . import reference, triton
 from ._autograd import Argument, Operator
-from ._backends import BACKENDS, Call, autocast_dtype, choose
+from ._backends import BACKENDS, Call, choose, round_to_autocast
 from ._checks import check_choice, check_dtype, check_floating, check_same_device, check_shape
 from ._geometry import GridGeometry
+from ._layers import KeepsGeometry
 from .reference.hash_grid import count_levels
 
 __all__ = ["GridGeometry", "HashGrid", "hash_grid"]
@@ -138,14 +139,8 @@ def hash_grid(
         value, jacobian_too = _TRITON if chosen == "triton" else _COMPILED
         result = (jacobian_too if return_jacobian else value)(*tensors, settings=settings)
     y, *jacobian = result if return_jacobian else (result,)
-    y = _autocast(y).reshape(*x.shape[:-1], geometry.output_dim)
+    y = round_to_autocast(y).reshape(*x.shape[:-1], geometry.output_dim)
     return (y, jacobian[0].reshape(*y.shape, geometry.dims)) if return_jacobian else y
-
-
-def _autocast(y: Tensor) -> Tensor:
-    """Under autocast the output is rounded to its dtype; the table is read as it is, so nothing is copied or lost."""
-    dtype = autocast_dtype(y.device.type)
-    return y if dtype is None or y.dtype == torch.float64 else y.to(dtype)
 
 
 def _check(x: Tensor, table: Tensor, geometry: GridGeometry, interpolation: str, max_level: Any) -> None:
@@ -178,7 +173,7 @@ def _check_replacement(geometry: Any, sizes: dict[str, Any]) -> GridGeometry:
 # ---- layer -----------------------------------------------------------------------------------------------------------
 
 
-class HashGrid(nn.Module):
+class HashGrid(KeepsGeometry):
     """Trainable multi-resolution hash grid: x [..., dims] in [0, 1] -> [..., n_levels * n_features_per_level].
 
     Level l has resolution base_resolution * per_level_scale^l; give per_level_scale, or finest_resolution (2048 if
@@ -269,11 +264,6 @@ class HashGrid(nn.Module):
                 f"HashGrid: the state_dict is of another geometry: {given}, this layer has {self.geometry}; build the "
                 "layer with geometry=GridGeometry.from_dict(state_dict['_extra_state'])"
             )
-
-    def _load_from_state_dict(self, state_dict, prefix, *args: Any) -> None:
-        # A bare table, as other codes save it, has no geometry to compare with.
-        state_dict.setdefault(f"{prefix}_extra_state", self.geometry.to_dict())
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return f"{self.geometry}, interpolation={self.interpolation!r}, dtype={self.table.dtype}"

@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: MIT
+"""What layers share: beside its parameters, a state_dict says in plain numbers what they are parameters of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+class KeepsGeometry(nn.Module):
+    """A layer whose extra state is its geometry. A subclass defines get_extra_state and set_extra_state, which refuses
+    any other geometry; a state_dict without one is accepted."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A bare parameter, as other codes save it, has no geometry to compare with.
+        state_dict.setdefault(f"{prefix}_extra_state", self.get_extra_state())
+        super()._load_from_state_dict(state_dict, prefix, *args)

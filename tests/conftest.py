@@ -29,6 +29,7 @@ OPS = tuple(testing.CASES)
 CASES = [case for op in OPS for case in testing.cases(op)]
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 HERE = "cuda" if torch.cuda.is_available() else "cpu"
+WITH_JACOBIAN = [case for case in CASES if testing.has_jacobian(case.op)]
 MASKS = ("points", "parameters", "both")  # what requires a gradient
 
 
@@ -76,17 +77,21 @@ def require(call: testing.Call, mask: str) -> dict[str, Tensor]:
 
 def positional(function: Callable[..., Any], call: testing.Call) -> Callable[..., Any]:
     """The function of the tensors alone, in the order of call.inputs."""
-    return lambda *tensors: function(**dict(zip(call.inputs, tensors, strict=True)), **call.options)
+    return lambda *tensors: function(**call.arguments(dict(zip(call.inputs, tensors, strict=True))))
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer of the package in a small size: build(**options) -> module; inputs(*leading) -> its first argument."""
+    """A layer of the package in a small size: build(**options) -> module; inputs(*leading) -> its first argument.
+
+    draws: what it draws from torch's generator on construction, as a list of tensors."""
 
     name: str
     build: Callable[..., torch.nn.Module]
     width: int  # of the last axis of the inputs
     parameters: tuple[str, ...]
+    draws: Callable[[torch.nn.Module], list[Tensor]]
+    extra_state: bool = True
 
     def inputs(self, *leading: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
@@ -101,7 +106,31 @@ def _hash_grid_layer(**options: Any) -> torch.nn.Module:
     return camkernels.HashGrid(**sizes | options)
 
 
-LAYERS = (Layer("HashGrid", _hash_grid_layer, 3, ("table",)),)
+def _mlp_layer(**options: Any) -> torch.nn.Module:
+    return camkernels.ModulatedMLP(3, 2, **{"width": 16, "activation": "silu", "norm": "point"} | options)
+
+
+def _mlp_draws(module: torch.nn.Module) -> list[Tensor]:
+    layers = [torch.nn.Linear(*size) for size in ((3, 16), (16, 16), (16, 2))]
+    return [p for layer in layers for p in layer.parameters()]
+
+
+def _plane_layer(**options: Any) -> torch.nn.Module:
+    sizes = {"hidden_layers": 2, "resolution": (4, 5), "channels": 3, "combine": "plane_product"}
+    return camkernels.CoordinateModulation(**sizes | options)
+
+
+def _plane_draws(module: torch.nn.Module) -> list[Tensor]:
+    gamma, beta = module.grids.unbind(1)
+    return [torch.stack([torch.ones_like(gamma), torch.empty_like(beta).uniform_(-0.5, 0.5)], 1)]
+
+
+MLP_PARAMETERS = tuple(f"layers.{i}.{name}" for i in range(3) for name in ("weight", "bias"))
+LAYERS = (
+    Layer("HashGrid", _hash_grid_layer, 3, ("table",), lambda m: [torch.empty_like(m.table).uniform_(-1.0, 1.0)]),
+    Layer("ModulatedMLP", _mlp_layer, 3, MLP_PARAMETERS, _mlp_draws, extra_state=False),
+    Layer("CoordinateModulation", _plane_layer, 3, ("grids",), _plane_draws),
+)
 
 
 # ---- the probe module: csrc/math without a tensor --------------------------------------------------------------------

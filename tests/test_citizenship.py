@@ -46,14 +46,18 @@ def threads():
 # ---- autocast --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("inside", [False, True], ids=["backward outside", "backward inside"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
-def test_autocast_rounds_the_output_and_nothing_else(layer, dtype):
+def test_autocast_rounds_the_output_and_nothing_else(layer, dtype, inside):
+    if inside and layer.name == "ModulatedMLP" and backends("modulated_mlp") == ["reference"]:
+        pytest.skip("the products in PyTorch's own backward follow autocast where that runs inside it")
     module, x = layer.build(), layer.inputs(20).requires_grad_()
     expected = module(x)
     with torch.autocast("cpu", dtype=dtype):
         y = module(x)
         assert y.dtype == dtype and torch.equal(y, expected.to(dtype))
+    with torch.autocast("cpu", dtype=dtype, enabled=inside):
         y.square().sum().backward()
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in module.parameters()) and x.grad.dtype == torch.float32
     wanted = torch.autograd.grad(expected, list(module.parameters()), 2 * y.detach().float())
@@ -114,7 +118,7 @@ def test_registered_names(layer):
     module = layer.build()
     assert tuple(name for name, _ in module.named_parameters()) == layer.parameters
     assert not list(module.named_buffers())
-    assert set(module.state_dict()) == {*layer.parameters, "_extra_state"}
+    assert set(module.state_dict()) == {*layer.parameters, *(["_extra_state"] if layer.extra_state else [])}
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
@@ -188,8 +192,9 @@ def test_construction_draws_what_it_documents_and_a_call_nothing(layer):
     module = layer.build()
     after = torch.rand(1)
     torch.manual_seed(3)
-    drawn = torch.empty_like(next(module.parameters())).uniform_(-1.0, 1.0)
-    assert torch.equal(torch.rand(1), after) and torch.equal(drawn, next(module.parameters()))
+    drawn = layer.draws(module)
+    assert torch.equal(torch.rand(1), after)
+    assert all(torch.equal(a, b) for a, b in zip(drawn, module.parameters(), strict=True))
     torch.manual_seed(3)
     x = layer.inputs(9).requires_grad_()
     module(x).sum().backward()
@@ -319,13 +324,18 @@ def test_gradient_modes(layer):
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
-def test_a_parameter_changed_between_forward_and_backward_is_noticed(layer):
-    module = layer.build()
-    y = module(layer.inputs(5).requires_grad_())
+def test_a_parameter_changed_between_forward_and_backward_is_noticed_or_does_not_matter(layer):
+    module, x = layer.build(), layer.inputs(5)
+    before = torch.autograd.grad(module(x).sum(), list(module.parameters()))
+    y = module(x.requires_grad_())
     with torch.no_grad():
         next(module.parameters()).mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    try:
         y.sum().backward()
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)
+    else:
+        assert all(torch.equal(p.grad, g) for p, g in zip(module.parameters(), before, strict=True))
 
 
 # ---- levels ----------------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from functools import partial
 
@@ -14,7 +13,7 @@ import camkernels
 from . import reference
 from ._backends import BACKENDS
 from ._info import home_of, reason_against
-from .testing import CASES, Case, check
+from .testing import CASES, Case, check, has_jacobian
 
 SHOWN = 3  # failures of one line that are spelled out
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -29,14 +28,14 @@ def check_backends(ops: dict[str, tuple[Case, ...]] = CASES) -> int:
                 continue
             reason = reason_against(backend, op)
             if reason is not None:
-                print(f"{op:20} {backend:8} not here: {reason}")
+                print(f"{op:22} {backend:8} not here: {reason}")
                 continue
             for dtype in DTYPES:
                 failures, seconds = _compare(op, backend, dtype, cases)
                 compared, failed = compared + len(cases), failed + len(failures)
                 verdict = f"{len(failures)} of {len(cases)} cases DIFFER" if failures else f"{len(cases)} cases agree"
                 print(
-                    f"{op:20} {backend:8} {str(dtype).removeprefix('torch.'):9} {verdict}, {seconds:.1f} s", flush=True
+                    f"{op:22} {backend:8} {str(dtype).removeprefix('torch.'):9} {verdict}, {seconds:.1f} s", flush=True
                 )
                 for failure in failures[:SHOWN]:
                     print(f"    {failure}")
@@ -56,7 +55,7 @@ def _compare(op: str, backend: str, dtype: torch.dtype, cases: tuple[Case, ...])
     """What differs, in a sentence each, and the seconds it took."""
     function, definition = partial(getattr(camkernels, op), backend=backend), getattr(reference, op)
     passes = [{"order": 2 if dtype in (torch.float64, torch.float32) else 1}]
-    if "return_jacobian" in inspect.signature(definition).parameters:
+    if has_jacobian(op):
         passes.append({"order": 1, "jacobian": True})
     failures, start = [], time.monotonic()
     for case in cases:

@@ -11,6 +11,7 @@ A new op adds a file to `_cases/` and its cases to CASES; tests run over the reg
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,12 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import reference
 from ._cases import hash_grid as _hash_grid
+from ._cases import modulated_mlp as _modulated_mlp
 from ._cases.golden import Golden, golden_names, load_golden, load_json
 from ._cases.hash_grid import face_distance, safe_points
 from ._cases.pairwise import pairwise
-from ._geometry import GridGeometry
-from .reference.hash_grid import FAR, count_levels
+from .reference.hash_grid import FAR
 
 __all__ = [
     "CASES",
@@ -42,6 +44,7 @@ __all__ = [
     "face_distance",
     "golden_call",
     "golden_names",
+    "has_jacobian",
     "load_golden",
     "load_json",
     "pairwise",
@@ -107,10 +110,22 @@ class Call:
 
     inputs: dict[str, Tensor]
     options: dict[str, Any]
-    points: str = "x"  # the input that holds coordinates; the others are parameters
+    points: str = "x"  # the input that holds coordinates or features of points; the others are parameters
+    separable: bool = True  # points do not meet, and no other input has their axes: a part of them is a call too
+
+    def arguments(self, inputs: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+        """Keyword arguments of the op, with these inputs in place of its own; weights.0, weights.1 ... are a list."""
+        grouped: dict[str, Any] = {}
+        for name, tensor in (self.inputs if inputs is None else inputs).items():
+            head, is_item, _ = name.partition(".")
+            if is_item:
+                grouped.setdefault(head, []).append(tensor)
+            else:
+                grouped[name] = tensor
+        return grouped | self.options
 
     def run(self, function: Function, **extra: Any) -> Any:
-        return function(**self.inputs, **self.options, **extra)
+        return function(**self.arguments(), **extra)
 
 
 @dataclass(frozen=True)
@@ -125,6 +140,8 @@ class Case:
     name: str
     maker: Callable[..., tuple[dict[str, Tensor], dict[str, Any]]] = field(repr=False, compare=False)
     options: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    coordinates: str = "x"  # the input that is Call.points
+    separable: bool = True
 
     def make(
         self,
@@ -134,18 +151,45 @@ class Case:
         points: str = "mixed",
     ) -> Call:
         inputs, options = self.maker(dict(self.options), dtype, device, seed, points)
-        return Call(inputs, options)
+        return Call(inputs, options, self.coordinates, self.separable)
 
     def __str__(self) -> str:
         return self.name
 
 
-def _hash_grid_cases() -> tuple[Case, ...]:
-    named = _hash_grid.case_options()
-    return tuple(Case("hash_grid", name, _hash_grid.make, options) for name, options in named.items())
+def _cases(op: str, maker: Callable, named: dict[str, dict], **fields: Any) -> tuple[Case, ...]:
+    return tuple(Case(op, name, maker, options, **fields) for name, options in named.items())
 
 
-CASES: dict[str, tuple[Case, ...]] = {"hash_grid": _hash_grid_cases()}
+CASES: dict[str, tuple[Case, ...]] = {
+    op: _cases(op, maker, named, **fields)
+    for op, maker, named, fields in (
+        ("hash_grid", _hash_grid.make, _hash_grid.case_options(), {}),
+        ("modulated_mlp", _modulated_mlp.make_mlp, _modulated_mlp.mlp_options(), {"separable": False}),
+        (
+            "modulate",
+            _modulated_mlp.make_modulate,
+            _modulated_mlp.modulate_options(),
+            {"coordinates": "h", "separable": False},
+        ),
+        (
+            "coordinate_modulation",
+            _modulated_mlp.make_lookup,
+            _modulated_mlp.lookup_options(),
+            {"coordinates": "coords"},
+        ),
+    )
+}
+# What jumps at a cell face, where either side is right, and who knows the sides.
+SIDED: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "hash_grid": (_hash_grid, ("value", "jacobian", "grad.points")),
+    "coordinate_modulation": (_modulated_mlp, ("grad.points",)),
+}
+
+
+def has_jacobian(op: str) -> bool:
+    """Whether the op takes return_jacobian."""
+    return "return_jacobian" in inspect.signature(getattr(reference, op)).parameters
 
 
 def cases(op: str, **options: Any) -> list[Case]:
@@ -173,7 +217,7 @@ def evaluate(
     cotangents 0, so that they add nothing to sums over points.
     """
     inputs = {name: tensor.detach().requires_grad_(order > 0) for name, tensor in call.inputs.items()}
-    result = function(**inputs, **call.options, **({"return_jacobian": True} if jacobian else {}), **extra)
+    result = function(**call.arguments(inputs), **({"return_jacobian": True} if jacobian else {}), **extra)
     value, found = result if jacobian else (result, None)
     out = {"value": value.detach()}
     if found is not None:
@@ -233,22 +277,27 @@ def compare(
     """Compare results of `evaluate` at the tolerances of the parameters' dtype (or of `dtype`).
 
     Second derivatives at points that are not finite are undefined and not compared.
-    hash_grid: at points within rounding of a cell face, a derivative in x (or a nearest value) may be that of the other
-    side; at most max(1, max_flips * points) points may differ so.
+    Of the ops in SIDED, at points within rounding of a cell face a derivative in the points (or a nearest value) may be
+    that of the other side; at most max(1, max_flips * points) points may differ so.
     """
     dtype = dtype or next(t.dtype for name, t in call.inputs.items() if name != call.points)
     for name, wanted in expected.items():
         quantity = "second" if name.startswith("second") else name
         if name.startswith("grad"):
-            quantity = "grad.points" if name == f"grad.{call.points}" else "grad.parameters"
+            stored_half = call.inputs[call.points].dtype in (torch.float16, torch.bfloat16)
+            of_points = name == f"grad.{call.points}" and not stored_half
+            quantity = "grad.points" if of_points else "grad.parameters"
         rtol, atol = tolerance(dtype, quantity)
         got, label = actual[name], f"{case.op} {case.name} {dtype} {name}"
         if name == f"second.{call.points}":
             # autograd of the definition gives NaN there or, where the first derivative is constant, 0
             finite = (call.inputs[call.points].abs() <= FAR).all(-1, keepdim=True)
             got, wanted = (torch.where(finite, t, 0.0) for t in (got, wanted))
-        if case.op == "hash_grid" and quantity in ("value", "jacobian", "grad.points"):
-            _assert_close_sided(call, quantity, got, wanted, rtol, atol, label, seed, max_flips)
+        family, jumps = SIDED.get(case.op, (None, ()))
+        if quantity in jumps:
+            value = expected.get("value", wanted)
+            ct = _cotangent(value, torch.Generator().manual_seed(seed + 1), None)
+            _assert_close_sided(call, family, quantity, got, wanted, rtol, atol, label, ct, max_flips)
         else:
             least = _hash_grid.term_sizes(call.options) if name == "second.table" else 0.0
             assert_close(got, wanted, rtol=rtol, atol=atol, name=label, least=least)
@@ -299,59 +348,30 @@ def _describe(name: str, actual: Tensor, expected: Tensor, share: Tensor) -> str
     )
 
 
-def _assert_close_sided(call, quantity, actual, expected, rtol, atol, label, seed, max_flips) -> None:
+def _assert_close_sided(call, family, quantity, actual, expected, rtol, atol, label, ct, max_flips) -> None:
     """assert_close, except that points within rounding of a cell face may show the other side of it."""
     assert actual.shape == expected.shape, f"{label}: shape is {actual.shape}, expected {expected.shape}"
     assert actual.dtype == expected.dtype, f"{label}: dtype is {actual.dtype}, expected {expected.dtype}"
-    geometry: GridGeometry = call.options["geometry"]
-    x = call.inputs["x"].reshape(-1, geometry.dims)
-    got, wanted = actual.reshape(len(x), -1), expected.reshape(len(x), -1)
+    n = math.prod(call.inputs[call.points].shape[:-1])
+    got, wanted = actual.reshape(n, -1), expected.reshape(n, -1)
     share = _share(got, wanted, rtol, atol)
     bad = (share > 1).any(-1)
     if not bad.any():
         return
-    distance, width = face_distance(x, geometry), _hash_grid.face_width(x, geometry).amax(-1)
-    near = (distance <= width).any(-1)
-    limit = max(1, math.floor(max_flips * len(x)))
+    near, width = family.near_faces(call.inputs, call.options)
+    limit = max(1, math.floor(max_flips * n))
     if (bad & ~near).any():
         raise AssertionError(_describe(label, got, wanted, torch.where(near.unsqueeze(-1), 0.0, share)))
     if int(bad.sum()) > limit:
-        raise AssertionError(
-            f"{label}: {int(bad.sum())} of {len(x)} points show the other side of a cell face, {limit} may"
-        )
+        raise AssertionError(f"{label}: {int(bad.sum())} of {n} points show the other side of a cell face, {limit} may")
     at = bad.nonzero().squeeze(-1)
     slack = rtol + 4 * float(width[at].max())
-    sides = _sides(call, quantity, at, expected, seed)
     s = spread(wanted)
+    sides = family.sides(call.inputs, call.options, quantity, at, ct)
     fits = torch.stack([_share(got[at], side, slack, atol, s) <= 1 for side in sides]).any(0)
     if not fits.all():
         share = torch.where(fits, 0.0, share[at])
         raise AssertionError(_describe(f"{label} (neither side of a cell face)", got[at], wanted[at], share))
-
-
-def _sides(call: Call, quantity: str, at: Tensor, expected: Tensor, seed: int) -> list[Tensor]:
-    """What each side of the faces would give at the points `at`: tensors [len(at), ...] in float64."""
-    geometry: GridGeometry = call.options["geometry"]
-    x = call.inputs["x"].reshape(-1, geometry.dims)[at]
-    inputs = {"x": x, "table": call.inputs["table"]}
-    levels = [_hash_grid.one_sided(inputs, call.options, level) for level in range(geometry.n_levels)]
-    shape = call.inputs["x"].shape[:-1]
-    count = count_levels(call.options["max_level"], geometry.n_levels, shape, x.dtype)
-    count = count.reshape(-1, 1)[at] if torch.is_tensor(count) else torch.full((len(at), 1), count, device=x.device)
-    active = [level < count for level in range(geometry.n_levels)]
-    values = [[y * active[level] for y in values] for level, (values, _) in enumerate(levels)]
-    jacobians = [[j * active[level].unsqueeze(-1) for j in found] for level, (_, found) in enumerate(levels)]
-    if quantity == "value":
-        return [torch.cat(side, -1) for side in zip(*values, strict=True)]
-    if quantity == "jacobian":
-        return [torch.cat(side, -2).flatten(1) for side in zip(*jacobians, strict=True)]
-    value = call.inputs["table"].new_empty(*call.inputs["x"].shape[:-1], geometry.output_dim)
-    ct = _cotangent(value, torch.Generator().manual_seed(seed + 1), None).double()
-    ct = ct.reshape(-1, geometry.n_levels, geometry.n_features_per_level)[at]
-    sums = [torch.zeros_like(x, dtype=torch.float64)]
-    for level, found in enumerate(jacobians):  # any side at each level
-        sums = [total + (ct[:, level, :, None] * j).sum(1) for total in sums for j in found]
-    return sums
 
 
 # ---- goldens ---------------------------------------------------------------------------------------------------------

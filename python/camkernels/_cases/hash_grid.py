@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .._geometry import GridGeometry, geometry_support
 from .._grid_conventions import CONVENTIONS, KINDS, OUTSIDE
-from ..reference.hash_grid import BLENDS, hash_grid
+from ..reference.hash_grid import BLENDS, count_levels, hash_grid
 from .golden import Golden
 from .pairwise import pairwise
 
@@ -244,6 +244,38 @@ def one_sided(inputs: dict[str, Tensor], options: dict[str, Any], level: int) ->
         values.append(y)
         jacobians.append(jacobian)
     return values, jacobians
+
+
+def near_faces(inputs: dict[str, Tensor], options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Points within rounding of a cell face, and the width of that in cells: [n] each."""
+    geometry = options["geometry"]
+    x = inputs["x"].reshape(-1, geometry.dims)
+    width = face_width(x, geometry).amax(-1)
+    return (face_distance(x, geometry) <= width).any(-1), width.amax(-1)
+
+
+def sides(inputs: dict[str, Tensor], options: dict[str, Any], quantity: str, at: Tensor, ct: Tensor) -> list[Tensor]:
+    """What each side of the faces would give at the points `at`: tensors [len(at), ...] in float64.
+
+    quantity: "value", "jacobian", or "grad.points" of the cotangent ct of the value."""
+    geometry: GridGeometry = options["geometry"]
+    x = inputs["x"].reshape(-1, geometry.dims)[at]
+    levels = [one_sided(inputs | {"x": x}, options, level) for level in range(geometry.n_levels)]
+    shape = inputs["x"].shape[:-1]
+    count = count_levels(options["max_level"], geometry.n_levels, shape, x.dtype)
+    count = count.reshape(-1, 1)[at] if torch.is_tensor(count) else torch.full((len(at), 1), count, device=x.device)
+    active = [level < count for level in range(geometry.n_levels)]
+    values = [[y * active[level] for y in values] for level, (values, _) in enumerate(levels)]
+    jacobians = [[j * active[level].unsqueeze(-1) for j in found] for level, (_, found) in enumerate(levels)]
+    if quantity == "value":
+        return [torch.cat(side, -1) for side in zip(*values, strict=True)]
+    if quantity == "jacobian":
+        return [torch.cat(side, -2).flatten(1) for side in zip(*jacobians, strict=True)]
+    ct = ct.double().reshape(-1, geometry.n_levels, geometry.n_features_per_level)[at]
+    sums = [torch.zeros_like(x, dtype=torch.float64)]
+    for level, found in enumerate(jacobians):  # any side at each level
+        sums = [total + (ct[:, level, :, None] * j).sum(1) for total in sums for j in found]
+    return sums
 
 
 def golden_options(golden: Golden) -> dict[str, Any]:

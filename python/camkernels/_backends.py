@@ -34,7 +34,7 @@ def can_run(backend: str, call: Call) -> str | None:
     if backend != call.device_type:
         return f"the tensors are on {call.device_type}, backend {backend!r} computes on {backend}"
     if not _ops.has_kernel(call.op, backend):
-        missing = _ops.cpu_missing if backend == "cpu" else _ops.cuda_missing
+        missing = {"cpu": _ops.cpu_missing, "cuda": _ops.cuda_missing}[backend] if _ops.is_declared(call.op) else None
         return missing or f"{call.op} has no {backend} kernels yet"
     return _gpu.reason_against(call.index) if backend == "cuda" else None
 

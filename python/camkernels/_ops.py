@@ -66,9 +66,14 @@ def declare(schema: str, fake: Callable) -> Callable:
     return getattr(operators, name).default
 
 
+def is_declared(name: str) -> bool:
+    """Whether there is an operator of this name, with kernels or without."""
+    return name in _kernels
+
+
 def has_kernel(name: str, device_type: str) -> bool:
     """Whether there is an operator of this name with a kernel for tensors on a type of device."""
-    if torch.compiler.is_compiling() or name not in _kernels:  # a trace cannot ask the dispatcher
+    if torch.compiler.is_compiling() or not is_declared(name):  # a trace cannot ask the dispatcher
         return device_type in _kernels.get(name, ())
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
     return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)

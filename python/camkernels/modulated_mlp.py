@@ -82,8 +82,11 @@ def modulated_mlp(
     output_activation; False: it is a hidden layer too. omega: of "sine", a number or one per hidden layer. frequencies
     [width]: constants of "residual_sine". backend: None takes the best that can run; only "reference" does so far.
 
-    First and second derivatives in x, weights, biases and modulation. Hidden values are float32, or float64 if a tensor
-    is float64. Raises ValueError for shapes, values and mixed devices, TypeError for dtypes, RuntimeError where a
+    First and second derivatives in x, weights, biases and modulation; call backward outside of autocast, as PyTorch
+    advises: inside, the products of its own backward are rounded.
+    Hidden values are float32, or float64 if a tensor is float64.
+
+    Raises ValueError for shapes, values and mixed devices, TypeError for dtypes, RuntimeError where a
     backend that was asked for cannot run.
 
     Source: Lee et al., "Coordinate-Aware Modulation for Neural Fields", ICLR 2024.

@@ -30,7 +30,7 @@ PYTHON_FILES := $(wildcard python tests bench setup.py)
 CXX_FILES := $(shell find $(wildcard csrc tests/sim) -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 export CAMKERNELS_CUDA ?= $(if $(shell command -v nvcc)$(wildcard $(CUDA_HOME)/bin/nvcc),1,auto)
 
-.PHONY: help demo test check build bench lint format clean distclean
+.PHONY: help demo test check build bench gpu lint format clean distclean
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 11
 
@@ -48,6 +48,11 @@ build: $(VENV)/.packages ## the libraries, in place
 
 bench: build ## measure on this machine
 	$(BENCH) $(ARGS)
+
+# No set-up: a machine with a GPU may have no network. The environment is used where it is, else $(PYTHON) as it is.
+gpu: ## on a machine with a GPU: build, test, check and measure there, nine minutes; ARGS=--dry-run on any machine
+	@PYTHONPATH=python$${PYTHONPATH:+:$$PYTHONPATH} \
+		$(if $(wildcard $(VENV_PYTHON)),$(VENV_PYTHON),$(PYTHON)) -m bench.gpu $(ARGS)
 
 lint: $(VENV)/.lint ## style of Python and C++
 	$(VENV)/bin/ruff check $(PYTHON_FILES)

@@ -49,8 +49,10 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def available_bytes() -> int | None:
-    """Memory that can be taken without swapping; None where unknown."""
+def available_bytes(device: str = "cpu") -> int | None:
+    """Memory that can be taken without swapping, or is free on the GPU; None where unknown."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
     for line in _lines("/proc/meminfo"):
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024

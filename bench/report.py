@@ -155,9 +155,10 @@ def _machine(records: list[dict]) -> list[str]:
     facts, limits = last["machine"], last["ceilings"]
     rates = ", ".join(f"{rate / 1e6:.0f} M/s in {int(size) / 2**20:g} MB" for size, rate in limits["lookups"].items())
     caches = " ".join(f"{name} {size}" for name, size in facts["caches"].items())
+    gpu = f"{facts['gpu']}, " if facts.get("gpu") else ""
     lines = [
         "",
-        f"{facts['cpu']}, {facts['isa']} (kernels: {facts['camkernels_isa']}), {facts['cores']} cores, {caches}; "
+        f"{gpu}{facts['cpu']}, {facts['isa']} (kernels: {facts['camkernels_isa']}), {facts['cores']} cores, {caches}; "
         f"torch {facts['torch']}, commit {facts['commit']}, load {facts['load']}. Ceilings of {limits['threads']} "
         f"thread(s): {limits['fma_gflops']:.0f} GF/s, copy {limits['copy_gbs']:.1f} GB/s, lookups {rates}.",
     ]

@@ -23,6 +23,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from camkernels import _gpu
+
 from . import ROOT, cases, gate, machine, memory, providers, report, worker
 from .cases import Case
 
@@ -129,7 +131,8 @@ def measure_memory(case: Case, options: argparse.Namespace) -> list[dict]:
     for task in gate.MEMORY_PASSES if options.gate else options.passes:
         for name in options.providers if task in case.passes else ():
             provider = providers.find(name)
-            reason = provider.missing(case, case.passes[task], options.device) or worker.too_large(case, provider)
+            device = options.device
+            reason = provider.missing(case, case.passes[task], device) or worker.too_large(case, provider, device)
             if reason is None and not (options.gate and name not in gate.MEMORY_PROVIDERS):
                 print(f"  {case.name} {task} memory of {name}", file=sys.stderr, flush=True)
                 for regime in memory.REGIMES:
@@ -172,6 +175,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.list:
         print(describe())
         return 0
+    if options.device == "cuda" and (reason := _gpu.no_gpu()) is not None:
+        print(f"bench: --device cuda: {reason}", file=sys.stderr)
+        return 2
     load, count = machine.load(), machine.cores()
     if load is not None and load > max(1, count - options.threads):
         print(f"bench: the load is {load} on {count} cores; times will be marked contended", file=sys.stderr)

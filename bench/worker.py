@@ -20,7 +20,7 @@ from torch import Tensor
 
 import camkernels
 
-from . import cases, ceilings, machine, providers, timing
+from . import cases, ceilings, gpu_rates, machine, providers, timing
 from .cases import Case, Inputs, Pass
 from .providers import Outputs, Provider, Task
 
@@ -117,9 +117,9 @@ def check_sample(case: Case, task: Pass, provider: Provider, inputs: Inputs, dev
 # ---- one pass --------------------------------------------------------------------------------------------------------
 
 
-def too_large(case: Case, provider: Provider) -> str | None:
+def too_large(case: Case, provider: Provider, device: str = "cpu") -> str | None:
     """Why a provider would need more memory than there is."""
-    available, needed = machine.available_bytes(), provider.scratch * case.scratch * case.points
+    available, needed = machine.available_bytes(device), provider.scratch * case.scratch * case.points
     if available is None or needed <= MEMORY_SHARE * available:
         return None
     return f"would need about {needed / 1e9:.0f} GB of memory, {available / 1e9:.0f} GB are available"
@@ -147,7 +147,8 @@ def gather(case: Case, task: Pass, job: Job, inputs: Inputs, cotangent: Tensor |
     found, anchor = [], None
     for name in job.providers:
         provider = providers.find(name)
-        candidate = Candidate(provider, reason=provider.missing(case, task, job.device) or too_large(case, provider))
+        reason = provider.missing(case, task, job.device) or too_large(case, provider, job.device)
+        candidate = Candidate(provider, reason=reason)
         found.append(candidate)
         if candidate.reason is not None:
             continue
@@ -284,7 +285,8 @@ def work(job: Job) -> Iterator[dict]:
     """All records of a job."""
     torch.set_num_threads(job.threads)
     case = cases.find(job.case)
-    facts, limits = machine.facts(job.device), ceilings.measure(job.threads)
+    facts = machine.facts(job.device)
+    limits = gpu_rates.ceilings() if job.device == "cuda" else ceilings.measure(job.threads)
     inputs = case.inputs(job.seed, job.device)
     passes = [case.passes[name] for name in job.passes if name in case.passes]
     allowance = Allowance(job.seconds, len(passes) * len(job.variants))

@@ -76,6 +76,33 @@ def test_build_facts(tmp_path):
         assert ("pure Python" in text) == (build is None) and ("_cpu_avx2" in text) == (build is not None)
 
 
+def test_second_order_of_triton_is_the_reference_formula(capsys):
+    from camkernels.triton import SECOND_ORDER
+
+    assert info(capsys)["second_order"]["triton"] == SECOND_ORDER == "reference formula"
+    main(["info"])
+    text = capsys.readouterr().out
+    assert "triton: reference formula" in text and "cuda: own kernels" in text
+
+
+def test_hardware_on_which_kernels_have_run(tmp_path):
+    assert "with a checkout" in _info.hardware(tmp_path / "none")["reason"]
+    nothing = _info.hardware(tmp_path)
+    assert nothing["runs"] == [] and "no result of `make gpu`" in nothing["reason"]
+    backends = {"cuda": {"passed": 500, "failed": 2, "skipped": 1}, "triton": {"passed": 7, "failed": 0, "skipped": 0}}
+    result = {"gpu": "A Card", "time": "2026-01-01", "commit": "abc", "tests": {"backends": backends}}
+    (tmp_path / "a-card.json").write_text(json.dumps(result))
+    (tmp_path / "stopped.json").write_text(json.dumps({"gpu": "B Card", "time": "2026-01-02", "commit": "abd"}))
+    (tmp_path / "broken.json").write_text("[]")
+    found = _info.hardware(tmp_path)
+    assert [run["gpu"] for run in found["runs"]] == ["A Card", "B Card"] and "broken.json" in found["reason"]
+    text = _info.describe(_info.collect() | {"hardware": found})
+    line = next(line for line in text.splitlines() if "A Card" in line and "cuda" in line)
+    assert "500 tests passed, 2 failed" in line and "commit abc" in line
+    assert "no backend" in next(line for line in text.splitlines() if "B Card" in line)
+    assert "none known: no result" in _info.describe(_info.collect() | {"hardware": nothing})
+
+
 # ---- check -----------------------------------------------------------------------------------------------------------
 
 

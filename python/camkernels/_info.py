@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ._backends import BACKENDS, Call, can_run
 from ._geometry import geometry_table
 from ._gpu import build_facts
 from .testing import CASES
+from .triton import SECOND_ORDER as TRITON_SECOND_ORDER
 
 KNOWN_VARIABLES = ("CAMKERNELS_BACKEND", "CAMKERNELS_CPU_ISA")
 
@@ -49,8 +51,39 @@ def collect() -> dict[str, Any]:
         "build": build_facts(_ops.FOLDER),
         "environment": {name: variables.get(name) for name in sorted({*KNOWN_VARIABLES, *variables})},
         "ops": {op: {backend: reason_against(backend, op) for backend in BACKENDS} for op in CASES},
+        "second_order": {backend: second_order(backend) for backend in BACKENDS},
+        "hardware": hardware(_ops.FOLDER.parents[1] / "bench" / "results"),
         "hash_grid_geometries": geometry_table(),
     }
+
+
+def second_order(backend: str) -> str:
+    """What computes the derivatives of a backend's derivatives."""
+    return {"triton": TRITON_SECOND_ORDER, "reference": "itself"}.get(backend, "own kernels")
+
+
+def hardware(results: Path) -> dict[str, Any]:
+    """{runs, reason}: on which GPUs the kernels have run, from the files that `make gpu` leaves in a checkout.
+
+    A run is {gpu, time, commit, backends: {name: {passed, failed, skipped} tests}, file}; reason: why there is none.
+    """
+    if not results.is_dir():
+        return {
+            "runs": [],
+            "reason": f"no folder {results}: results come with a checkout, not with an installed package",
+        }
+    runs, broken = [], []
+    for file in sorted(results.glob("*.json")):
+        try:
+            result = json.loads(file.read_text())
+            found = {name: result[name] for name in ("gpu", "time", "commit")}
+            runs.append(found | {"backends": result.get("tests", {}).get("backends", {}), "file": str(file)})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            broken.append(file.name)
+    reason = None if runs else f"no result of `make gpu` in {results}"
+    if broken:
+        reason = f"not results of `make gpu`: {', '.join(broken)}"
+    return {"runs": runs, "reason": reason}
 
 
 def print_info(as_json: bool) -> int:
@@ -81,7 +114,21 @@ def describe(facts: dict[str, Any]) -> str:
     for op, backends in facts["ops"].items():
         for backend, reason in backends.items():
             lines.append(f"  {op:24} {backend:10} {'yes' if reason is None else 'no: ' + reason}")
+    lines += [f"second order: {', '.join(f'{b}: {by}' for b, by in facts['second_order'].items())}", ""]
+    lines += _hardware_lines(facts["hardware"])
     return "\n".join([*lines, "", *_geometry_lines(facts["hash_grid_geometries"])])
+
+
+def _hardware_lines(hardware: dict[str, Any]) -> list[str]:
+    """Which kernels have run on which GPU, and how their tests ended."""
+    lines = ["GPUs on which the kernels have run:"]
+    for run in hardware["runs"]:
+        for name, count in run["backends"].items() or [("no backend", None)]:
+            tests = f"{count['passed']} tests passed, {count['failed']} failed" if count else "no tests recorded"
+            lines.append(f"  {run['gpu']:30} {name:10} {tests} ({run['time']}, commit {run['commit']})")
+    if hardware["reason"]:
+        lines.append(f"  {'also' if hardware['runs'] else 'none known'}: {hardware['reason']}")
+    return lines
 
 
 def _geometry_lines(rows: list[dict[str, Any]]) -> list[str]:

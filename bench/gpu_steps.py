@@ -77,6 +77,9 @@ def execute(step: Step, seconds: float, folder: Path | None = None) -> dict[str,
         output, _ = process.communicate(timeout=max(0.0, seconds))
     except subprocess.TimeoutExpired:
         late, output = True, _end(process)
+    except BaseException:  # Ctrl-C does not reach the other group
+        _end(process)
+        raise
     tail = [line.rstrip() for line in (output or "").splitlines() if line.strip()][-TAIL:]
     outcome, reason = "ok", None
     if late:

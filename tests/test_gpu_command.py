@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -126,6 +128,24 @@ def test_outcomes_of_steps(played):
     assert seconds < 40
     text = gpu.summary(result)
     assert "A Card" in text and all(name in text for name in found)
+
+
+def test_ctrl_c_ends_the_step_too(tmp_path):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    pid = tmp_path / "pid"
+    script = f"import os, pathlib, time; pathlib.Path({str(pid)!r}).write_text(str(os.getpid())); time.sleep(60)"
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 2.0)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            gpu_steps.execute(python("sleeps", script), 60.0)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
 
 
 # ---- the result file -------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import camkernels
-from camkernels import _gpu, testing
+from camkernels import _gpu, _ops, testing
 
 from . import machine
 
@@ -28,9 +28,14 @@ PASSES = ({"order": 1}, {"order": 0, "jacobian": True})
 PROCESSES = 8  # each holds some hundred MB of GPU memory
 
 
+def ops() -> list[str]:
+    """Those that have Triton kernels."""
+    return [op for op in testing.CASES if _ops.is_declared(f"triton_{op}")]
+
+
 def run_share(share: int, shares: int, function: Callable[..., Any] | None = None, device: str = "cuda") -> int:
     """Runs every `shares`-th call of the registry on Triton, whatever comes out; how many."""
-    calls = [(op, case, dtype) for dtype in DTYPES for op in testing.CASES for case in testing.cases(op)]
+    calls = [(op, case, dtype) for dtype in DTYPES for op in ops() for case in testing.cases(op)]
     mine = calls[share::shares]
     for op, case, dtype in mine:
         call = case.make(dtype, device)

@@ -44,20 +44,29 @@ def test_launches_from_several_threads_take_turns(sim: library.Library) -> None:
 
 
 @pytest.fixture(scope="module")
-def old_and_portable() -> library.Library:
-    """sm_80, and threads switched by the C library instead of assembly."""
-    names = ("atomics.cu", "reduction.cu")
-    return library.load(build.Recipe("portable", tuple(build.SELFTEST / n for n in names), arch=80, portable=True))
+def portable() -> library.Library:
+    """Threads switched by the C library instead of assembly."""
+    return library.load(build.Recipe("portable", (build.SELFTEST / "reduction.cu",), portable=True))
 
 
-def test_vector_reductions_exist_on_sm_90_only(sim: library.Library, old_and_portable: library.Library) -> None:
+def test_vector_reductions_exist_on_sm_90_only(sim: library.Library) -> None:
     found = {}
-    for name, kernels in (("sm_90", sim), ("sm_80", old_and_portable)):
-        kernels.counters()
-        scatter(kernels, 4)
-        counted = kernels.counters()
-        found[name] = counted["vector_reductions"], counted["atomics"]
-    assert found == {"sm_90": (1000, 0), "sm_80": (0, 4000)}
+    for sm in (90, 80):
+        with sim.architecture(sm):
+            sim.counters()
+            scatter(sim, 4)
+        counted = sim.counters()
+        found[sm] = counted["vector_reductions"], counted["atomics"]
+    assert found == {90: (1000, 0), 80: (0, 4000)}
+
+
+def test_architectures_are_80_and_90(sim: library.Library) -> None:
+    with pytest.raises(ValueError, match="80 and 90, not 75"), sim.architecture(75):
+        pass
+    shared = 200 << 10  # more than sm_80 has
+    sim.call("selftest_launch", 1, 64, shared, torch.ones(80))
+    with sim.architecture(80), pytest.raises(library.SimulationError, match="sm_80 allows 166912"):
+        sim.call("selftest_launch", 1, 64, shared, torch.ones(80))
 
 
 def test_bytes_are_counted(sim: library.Library) -> None:
@@ -72,13 +81,13 @@ def test_bytes_are_counted(sim: library.Library) -> None:
     assert (counted["bytes_loaded"], counted["atomics"], counted["threads"]) == (300 * 8, 300, 384)
 
 
-def test_portable_switch(old_and_portable: library.Library) -> None:
+def test_portable_switch(portable: library.Library) -> None:
     for schedule in library.SCHEDULES:
-        with old_and_portable.schedule(schedule):
-            got, expected = dot(old_and_portable)
+        with portable.schedule(schedule):
+            got, expected = dot(portable)
             assert got == pytest.approx(expected, abs=1e-3)
             with pytest.raises(library.SimulationError, match="divergent"):
-                dot(old_and_portable, DIVERGENT_BARRIER)
+                dot(portable, DIVERGENT_BARRIER)
 
 
 ASAN_RUN = """

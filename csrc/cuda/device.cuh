@@ -4,7 +4,7 @@
 //
 // Every function has two bodies: the CUDA instruction, and what the instruction means, for the CPU simulator
 // (CAMK_SIMULATE, tests/sim). Architecture code is gated on CAMK_ARCH, because __CUDA_ARCH__ exists in nvcc
-// alone.
+// alone; in the simulator it is a number of the run, so that one build serves every architecture.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -16,7 +16,7 @@
 
 // 80 for sm_80, 90 for sm_90, ...; 0 in the host pass of nvcc.
 #if defined(CAMK_SIMULATE)
-#define CAMK_ARCH CAMK_SIMULATE
+#define CAMK_ARCH (::camk::sim::state.architecture)
 #elif defined(__CUDA_ARCH__)
 #define CAMK_ARCH (__CUDA_ARCH__ / 10)
 #else
@@ -224,7 +224,7 @@ struct Word<16> {
 #define CAMK_LOAD_BODY(name, instruction)          \
   sim::require_global(p, name, where);             \
   sim::require_aligned(p, sizeof(T), name, where); \
-  sim::state.statistics.bytes_loaded += sizeof(T); \
+  sim::count_load(sizeof(T));                      \
   T value;                                         \
   memcpy(&value, p, sizeof(T));                    \
   return value
@@ -252,7 +252,7 @@ CAMK_DEVICE void store_streaming(T* p, const T& value CAMK_WHERE) {
 #ifdef CAMK_SIMULATE
   sim::require_global(p, "store_streaming", where);
   sim::require_aligned(p, sizeof(T), "store_streaming", where);
-  sim::state.statistics.bytes_stored += sizeof(T);
+  sim::count_store(sizeof(T));
   memcpy(p, &value, sizeof(T));
 #else
   using Word = typename detail::Word<sizeof(T)>::Type;

@@ -4,7 +4,7 @@
 A `Recipe` says what; `build(recipe)` gives the path of the shared library and compiles only what changed. Objects live
 in build/sim (CAMKERNELS_SIM_BUILD overrides) beside a record of the content hashes of everything they were made from.
 
-    python -m sim.build [plain|asan|cov] [--arch 80|90]     builds the production kernels (run in tests/)
+    python -m sim.build [plain|asan|cov|checked]     builds the production kernels (run in tests/)
 """
 
 from __future__ import annotations
@@ -39,10 +39,15 @@ KERNEL = ("-x", "c++", "-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas", 
 KERNEL += ("-Wno-class-memaccess", "-Wno-unused-function", "-Wno-maybe-uninitialized", "-Wno-uninitialized")
 # Undefined behaviour of kernels becomes a sentence: faults.cpp has the handlers, the sanitizer's library is not linked.
 UNDEFINED = "-fsanitize=alignment,null,bounds,shift,signed-integer-overflow,integer-divide-by-zero,float-cast-overflow"
+ADDRESS = "-fsanitize=address"
 VARIANTS = {
-    "plain": ("-O2", UNDEFINED),
-    "asan": ("-O1", "-fsanitize=address", "-fno-omit-frame-pointer"),
+    # -O2 takes twice as long to compile with all those checks.
+    "plain": ("-O1", UNDEFINED),
+    "asan": ("-O1", ADDRESS, "-fno-omit-frame-pointer"),
     "cov": ("-O0", "--coverage"),
+    # Both of them for many kernels: -Og compiles in a third of the time, and what lies on a thread's stack is left to
+    # the array bounds of the plain variant.
+    "checked": ("-Og", ADDRESS, "-fno-omit-frame-pointer", "--param=asan-stack=0", "--coverage"),
 }
 
 
@@ -55,31 +60,30 @@ class Recipe:
     """One simulated library.
 
     sources: .cu files. glue: stable-ABI .cpp files that register operators (they see CAMK_NAMESPACE = `namespace` and
-    CAMK_DISPATCH_KEY = CPU). arch: the architecture simulated. variant: "plain", "asan" (only for `run_under_asan`) or
-    "cov" (see coverage.py). portable: the ucontext switch instead of assembly.
+    CAMK_DISPATCH_KEY = CPU). variant: "plain", "cov" (see coverage.py), "asan", or "checked", which is both; these two
+    serve `run_under_asan` only. portable: the ucontext switch instead of assembly.
     """
 
     name: str
     sources: tuple[Path, ...]
     glue: tuple[Path, ...] = ()
-    arch: int = 90
     variant: str = "plain"
     namespace: str = "camkernels_sim"
     defines: tuple[str, ...] = ()
     portable: bool = False
 
 
-def production(variant: str = "plain", arch: int = 90, namespace: str = "camkernels_sim") -> Recipe:
+def production(variant: str = "plain", namespace: str = "camkernels_sim") -> Recipe:
     """The kernels and the glue of csrc/cuda, exactly the files a CUDA build takes."""
     sources, glue = (tuple(sorted((CSRC / "cuda").glob(f"*.{suffix}"))) for suffix in ("cu", "cpp"))
-    return Recipe("camkernels", sources, glue, arch, variant, namespace)
+    return Recipe("camkernels", sources, glue, variant, namespace)
 
 
-def selftest(variant: str = "plain", arch: int = 90) -> Recipe:
+def selftest(variant: str = "plain") -> Recipe:
     """The simulator's own kernels behind a C interface; in the plain variant also as operators."""
     sources = (*sorted(SELFTEST.glob("*.cu")), SIM / "broken" / "faults.cu")
     glue = (SELFTEST / "glue.cpp",) if variant == "plain" else ()
-    return Recipe("selftest", sources, glue, arch, variant, "camkernels_selftest_sim")
+    return Recipe("selftest", sources, glue, variant, "camkernels_selftest_sim")
 
 
 @lru_cache(maxsize=1)
@@ -150,13 +154,13 @@ def _commands(recipe: Recipe) -> list[tuple[tuple[str | Path, ...], Path]]:
     if (reason := toolkit.why_no_simulator()) or found is None:
         raise BuildError(str(reason))
     headers = [f"-isystem{path}" for path in found.includes]
-    defines = [f"-D{name}" for name in recipe.defines] + [f"-DCAMK_SIMULATE={recipe.arch}"]
+    defines = [f"-D{name}" for name in recipe.defines] + ["-DCAMK_SIMULATE"]
     if recipe.portable:
         defines.append("-DCAMK_SIM_UCONTEXT")
     base = (str(toolkit.compiler()), *COMMON, *defines, *headers, f"-I{CSRC}", f"-I{SIM}")
     variant = VARIANTS[recipe.variant]
     # Only kernels are counted and checked for undefined behaviour; the simulator itself is always optimised.
-    own = variant[1:] if recipe.variant == "asan" else ()
+    own = [flag for flag in variant if flag == ADDRESS]
     jobs = [((*base, "-O2", "-Wall", *own), source) for source in SIMULATOR]
     jobs += [((*base, *KERNEL, *variant, "-include", SIM / "simulator.h"), source) for source in recipe.sources]
     if recipe.glue:
@@ -176,7 +180,7 @@ def _torch_folder() -> Path:
 def build(recipe: Recipe) -> Path:
     """The shared library of `recipe`, compiled as far as needed. Raises BuildError."""
     key = hashlib.sha256(repr(recipe).encode()).hexdigest()[:8]
-    library = folder() / f"{recipe.name}-sm{recipe.arch}-{recipe.variant}-{key}.so"
+    library = folder() / f"{recipe.name}-{recipe.variant}-{key}.so"
     (folder() / "objects").mkdir(exist_ok=True)
     with locked():
         workers = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
@@ -195,11 +199,12 @@ def made_from(output: Path) -> list[Path]:
 def _link(recipe: Recipe, objects: list[Path], library: Path) -> None:
     flags = ["-shared", "-Wl,-Bsymbolic", f"-Wl,-T,{SIM / 'shared.ld'}"]
     libraries: list[str] = []
-    if recipe.variant == "asan":
-        flags.append("-fsanitize=address")
+    variant = VARIANTS[recipe.variant]
+    if ADDRESS in variant:
+        flags.append(ADDRESS)
     else:
         flags.append("-Wl,--no-undefined")  # under AddressSanitizer the preloaded run time defines the rest
-    if recipe.variant == "cov":
+    if "--coverage" in variant:
         flags += ["--coverage", "-Wl,-u,__gcov_dump", "-Wl,-u,__gcov_reset"]
     if recipe.glue:
         torch = _torch_folder() / "lib"
@@ -213,9 +218,7 @@ def _link(recipe: Recipe, objects: list[Path], library: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Builds the kernels of csrc/cuda for the CPU simulator.")
     parser.add_argument("variant", nargs="?", default="plain", choices=sorted(VARIANTS))
-    parser.add_argument("--arch", type=int, default=90, choices=(80, 90))
-    options = parser.parse_args()
-    print(build(production(options.variant, options.arch)))
+    print(build(production(parser.parse_args().variant)))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A built simulated library in use: loading, schedules, counters, sentences, and runs under AddressSanitizer."""
+"""A built simulated library in use: schedules, architectures, counters, sentences, runs under AddressSanitizer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,15 @@ from . import build, toolkit
 
 SCHEDULES = ("forward", "reverse", "random:7")
 COUNTERS = ("launches", "blocks", "threads", "switches", "barriers", "warp_operations", "atomics", "vector_reductions")
-COUNTERS += ("asynchronous_copies", "matrix_products", "matrix_loads", "bytes_loaded", "bytes_stored")
+COUNTERS += (
+    "asynchronous_copies",
+    "matrix_products",
+    "matrix_loads",
+    "loads",
+    "bytes_loaded",
+    "stores",
+    "bytes_stored",
+)
 
 
 class SimulationError(RuntimeError):
@@ -57,9 +65,19 @@ class Library:
         finally:
             self.set_schedule(None)
 
+    @contextmanager
+    def architecture(self, sm: int) -> Iterator[None]:
+        """Simulates sm_80 or sm_90; 90 outside of this."""
+        if self.handle.camk_sim_architecture(sm):
+            raise ValueError(self.handle.camk_sim_last_error().decode())
+        try:
+            yield
+        finally:
+            self.handle.camk_sim_architecture(90)
+
     def counters(self) -> dict[str, int]:
         """What was executed since the last call: blocks, barriers, atomics, ... (a vector reduction counts as one);
-        bytes are those of the load and store functions of device.cuh."""
+        loads, stores and their bytes are those of the functions of device.cuh."""
         values = (ctypes.c_uint64 * 64)()
         count = self.handle.camk_sim_statistics(values)
         return dict(zip(COUNTERS, values[:count], strict=True))

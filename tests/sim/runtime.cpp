@@ -42,6 +42,14 @@ CAMK_SIM_EXPORT int camk_sim_schedule(const char* name) {
   return camk::sim::guarded([&] { camk::sim::set_schedule(name); });
 }
 
+// What the next launches simulate: 80 or 90. 0 on success.
+CAMK_SIM_EXPORT int camk_sim_architecture(int sm) {
+  return camk::sim::guarded([&] {
+    if (sm != 80 && sm != 90) throw camk::sim::Error("architectures are 80 and 90, not " + std::to_string(sm));
+    camk::sim::state.architecture = sm;
+  });
+}
+
 // Copies the counters in the order of `struct Statistics`, sets them to zero, returns how many there are.
 CAMK_SIM_EXPORT int camk_sim_statistics(std::uint64_t* values) {
   std::memcpy(values, &camk::sim::state.statistics, sizeof(camk::sim::Statistics));
@@ -78,7 +86,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
       *value = 4;
       break;  // few, so that grid-stride loops do loop
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = (CAMK_SIMULATE >= 90 ? 227 : 163) * 1024;
+      *value = static_cast<int>(camk::sim::shared_limit());
       break;
     case cudaDevAttrMaxSharedMemoryPerBlock:
       *value = 48 * 1024;
@@ -93,10 +101,10 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
       *value = 32;
       break;
     case cudaDevAttrComputeCapabilityMajor:
-      *value = CAMK_SIMULATE / 10;
+      *value = camk::sim::state.architecture / 10;
       break;
     case cudaDevAttrComputeCapabilityMinor:
-      *value = CAMK_SIMULATE % 10;
+      *value = camk::sim::state.architecture % 10;
       break;
     default:
       return cudaErrorInvalidValue;

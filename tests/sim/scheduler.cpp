@@ -180,7 +180,7 @@ void run_block(const Schedule& schedule) {
 
 void check_configuration(dim3 grid, dim3 block, std::size_t shared_bytes, const Where& where) {
   const std::uint64_t threads = std::uint64_t{block.x} * block.y * block.z;
-  const std::size_t limit = (CAMK_SIMULATE >= 90 ? 227 : 163) * 1024;  // opt-in limit of sm_90, of sm_80
+  const std::size_t limit = shared_limit();
   if (threads < 1 || threads > 1024 || block.z > 64)
     fail(text("a block of %u x %u x %u threads: a device allows 1 to 1024, at most 64 in z", block.x, block.y, block.z),
          where);
@@ -188,7 +188,7 @@ void check_configuration(dim3 grid, dim3 block, std::size_t shared_bytes, const 
     fail(text("a grid of %u x %u x %u blocks: a device allows 2147483647 x 65535 x 65535", grid.x, grid.y, grid.z),
          where);
   if (shared_bytes > limit)
-    fail(text("%zu bytes of dynamic shared memory: sm_%d allows %zu", shared_bytes, CAMK_SIMULATE, limit), where);
+    fail(text("%zu bytes of dynamic shared memory: sm_%d allows %zu", shared_bytes, state.architecture, limit), where);
 }
 
 Schedule current_schedule() {

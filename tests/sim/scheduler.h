@@ -67,10 +67,11 @@ struct Warp {
 struct Statistics {
   std::uint64_t launches, blocks, threads, switches, barriers, warp_operations;
   std::uint64_t atomics, vector_reductions, asynchronous_copies, matrix_products, matrix_loads;
-  std::uint64_t bytes_loaded, bytes_stored;  // by the load and store functions of device.cuh
+  std::uint64_t loads, bytes_loaded, stores, bytes_stored;  // by the load and store functions of device.cuh
 };
 
 struct State {
+  int architecture = 90;      // 80 or 90
   Thread* current = nullptr;  // null outside kernels
   uint3 block_index{};
   dim3 block_size, grid_size;
@@ -85,6 +86,12 @@ struct State {
   Statistics statistics{};
 };
 extern State state;
+
+// Dynamic shared memory a kernel can opt in to: that of sm_90, of sm_80.
+inline std::size_t shared_limit() { return std::size_t{state.architecture >= 90 ? 227u : 163u} * 1024; }
+
+inline void count_load(std::size_t bytes) { ++state.statistics.loads, state.statistics.bytes_loaded += bytes; }
+inline void count_store(std::size_t bytes) { ++state.statistics.stores, state.statistics.bytes_stored += bytes; }
 
 bool in_kernel();  // whether the caller is a thread of a kernel (other threads of the process may be none)
 inline Thread& self() { return *state.current; }

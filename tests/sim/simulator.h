@@ -2,8 +2,8 @@
 // Runs the project's CUDA C++ kernels on the host, unmodified:   g++ -x c++ -include simulator.h kernel.cu
 //
 // NVIDIA's headers compile under a host compiler and bring float4, dim3, __half, __nv_bfloat16; the files
-// included here bring what a device adds. CAMK_SIMULATE is the architecture whose instruction set is
-// simulated, 80 or 90.
+// included here bring what a device adds. CAMK_SIMULATE is defined; which architecture's instruction set is
+// simulated, 80 or 90, is chosen at run time (camk_sim_architecture).
 //
 // Not modelled: two blocks at the same time, weak memory order, bank conflicts, the order of additions inside
 // a tensor core, __activemask (its value is unspecified on a device). __CUDA_ARCH__ stays undefined: gate on
@@ -11,7 +11,7 @@
 #pragma once
 
 #ifndef CAMK_SIMULATE
-#define CAMK_SIMULATE 90
+#define CAMK_SIMULATE
 #endif
 #define CAMK_SIMULATOR_INCLUDED 1
 

@@ -10,7 +10,8 @@
 namespace camk::cuda {
 namespace {
 
-// The output rows of a thread, gathered in shared memory and written in words of 16 bytes.
+// The output rows of a thread, gathered in shared memory and written in words of 16 bytes; launch_regular stages only
+// where they fill whole words.
 template <class T, int F>
 struct Staged {
   Row<T, F>* stage;
@@ -28,19 +29,14 @@ struct Staged {
     if constexpr (F * sizeof(T) < 16) {
       if (stage == nullptr) return;
       constexpr int kPerWord = 16 / int(sizeof(Row<T, F>));
-      int k = 0;
 #pragma unroll 1
-      for (; k + kPerWord <= count; k += kPerWord) {
+      for (int k = 0; k < count; k += kPerWord) {
         Row<T, F * kPerWord> word;
 #pragma unroll
         for (int p = 0; p < kPerWord; ++p) {
           memcpy(word.v + p * F, stage[(k + p) * kThreads + threadIdx.x].v, sizeof(Row<T, F>));
         }
         store_streaming(reinterpret_cast<Row<T, F * kPerWord>*>(out + k * F), word);
-      }
-#pragma unroll 1
-      for (; k < count; ++k) {
-        store_streaming(reinterpret_cast<Row<T, F>*>(out + k * F), stage[k * kThreads + threadIdx.x]);
       }
     }
   }
@@ -148,6 +144,7 @@ cudaError_t launch_regular(const Job<float>& job, cudaStream_t stream) {
     if (job.j) return launch(jacobian<T, D, F>, {grid, kThreads, 0, stream}, job);
   }
   const int64_t row = int64_t(job.features) * int64_t(sizeof(T));
+  // A last group of fewer levels is whole words too, for all levels are, and those of an earlier launch.
   const bool words = job.levels_per_thread * row % 16 == 0 && job.channels * int64_t(sizeof(T)) % 16 == 0;
   const bool staged = words && F * sizeof(T) < 16;
   const size_t bytes = staged ? size_t(kThreads) * job.levels_per_thread * row : 0;

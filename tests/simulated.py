@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any
 from unittest import mock
 
 import torch
@@ -72,6 +73,29 @@ class Simulated:
             actual = testing.evaluate(self.hash_grid, call, **options)
             expected = testing.evaluate(camkernels.reference.hash_grid, call, **options)
             testing.compare(case, call, actual, expected)
+        actual, expected = (jacobian_gradients(f, call) for f in (self.hash_grid, camkernels.reference.hash_grid))
+        testing.compare(case, call, actual, expected)
+
+    def agree(self, call: testing.Call, order: int = 2) -> None:
+        """`check` for a call that is no case, of points that are far enough from faces."""
+        functions = (self.hash_grid, camkernels.reference.hash_grid)
+        actual, expected = (testing.evaluate(f, call, order=order) for f in functions)
+        if order == 2:
+            for results, function in zip((actual, expected), functions, strict=True):
+                results |= {f"jacobian {name}": g for name, g in jacobian_gradients(function, call).items()}
+        rtol, atol = testing.tolerance(call.inputs["table"].dtype, "second")
+        for name, wanted in expected.items():
+            testing.assert_close(actual[name], wanted, rtol=10 * rtol, atol=10 * atol, name=name)
+
+
+def jacobian_gradients(function: Callable[..., Any], call: testing.Call) -> dict[str, Tensor]:
+    """Gradients of <random, value> + <random, Jacobian>, named as the second derivatives they are."""
+    inputs = {name: tensor.detach().requires_grad_() for name, tensor in call.inputs.items()}
+    outputs = function(**inputs, **call.options, return_jacobian=True)
+    generator = torch.Generator().manual_seed(2)
+    cotangents = [(torch.rand(out.shape, generator=generator) * 2 - 1).to(out.dtype) for out in outputs]
+    grads = torch.autograd.grad(outputs, list(inputs.values()), cotangents, materialize_grads=True)
+    return {f"second.{name}": grad for name, grad in zip(inputs, grads, strict=True)}
 
 
 @lru_cache(maxsize=1)
@@ -96,6 +120,13 @@ def regular_call(dims: int, features: int, dtype: torch.dtype, n: int, levels: i
     x = torch.rand(n, dims, generator=generator)
     table = (torch.rand(geometry.n_entries, features, generator=generator) * 2 - 1).to(dtype)
     return testing.Call({"x": x, "table": table}, {"geometry": geometry, "interpolation": "linear", "max_level": None})
+
+
+def shifted(tensor: Tensor) -> Tensor:
+    """The same numbers at an address that no vector access may use."""
+    moved = torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view_as(tensor)
+    assert moved.data_ptr() % 16 != 0 and moved.is_contiguous()
+    return moved
 
 
 def table_gradient(sim: Simulated, call: testing.Call, schedule: str) -> Tensor:

@@ -162,7 +162,9 @@ def _commands(recipe: Recipe) -> list[tuple[tuple[str | Path, ...], Path]]:
     # Only kernels are counted and checked for undefined behaviour; the simulator itself is always optimised.
     own = [flag for flag in variant if flag == ADDRESS]
     jobs = [((*base, "-O2", "-Wall", *own), source) for source in SIMULATOR]
-    jobs += [((*base, *KERNEL, *variant, "-include", SIM / "simulator.h"), source) for source in recipe.sources]
+    for source in recipe.sources:
+        tree = f"-I{source.parent.parent}"  # before csrc: a changed copy of it includes its own files
+        jobs.append(((base[0], tree, *base[1:], *KERNEL, *variant, "-include", SIM / "simulator.h"), source))
     if recipe.glue:
         torch = _torch_folder() / "include"
         macros = (TORCH_TARGET, f"-DCAMK_NAMESPACE={recipe.namespace}", "-DCAMK_DISPATCH_KEY=CPU")

@@ -2,7 +2,8 @@
 """Line coverage of kernels: which lines of csrc/cuda a simulated test run executed.
 
 `library.load(build.production("cov", namespace="camkernels_cov"))`, run operators of `torch.ops.camkernels_cov`, then
-`measure` that library. One process may load it beside the plain one.
+`measure` that library. One process may load it beside the plain one. What a process of its own recorded, as variant
+'checked' needs, is there when it has ended: `forget` before, `read` after.
 """
 
 from __future__ import annotations
@@ -46,24 +47,33 @@ def gcov() -> str | None:
 
 
 def reset(library: Library) -> None:
-    """Forgets earlier runs."""
+    """Forgets earlier runs, also what this process counted so far."""
     library.write_coverage()
+    forget(library.path)
+
+
+def forget(library: Path) -> None:
     for file in _data(library):
         file.unlink()
 
 
-def _data(library: Library) -> list[Path]:
-    counters = (path.with_suffix(".gcda") for path in build.made_from(library.path))
+def _data(library: Path) -> list[Path]:
+    counters = (path.with_suffix(".gcda") for path in build.made_from(library))
     return sorted(path for path in counters if path.is_file())
 
 
 def measure(library: Library, under: Path = build.ROOT) -> list[FileCoverage]:
-    """Coverage of every project file (.cu, .cuh, .h below `under`, the simulator left out) of a "cov" library."""
+    """Coverage by this process and those before it."""
     library.write_coverage()
+    return read(library.path, under)
+
+
+def read(library: Path, under: Path = build.ROOT) -> list[FileCoverage]:
+    """Coverage of every project file (.cu, .cuh, .h below `under`, the simulator left out) of a library on disk."""
     data = _data(library)
     tool = gcov()
     if not data or tool is None:
-        raise RuntimeError("no coverage was recorded: build with variant 'cov', and have gcov beside g++")
+        raise RuntimeError("no coverage was recorded: build with variant 'cov' or 'checked', and have gcov beside g++")
     hits: dict[Path, dict[int, int]] = defaultdict(lambda: defaultdict(int))
     for line in build.run((tool, "--json-format", "--stdout", *data), "gcov").splitlines():
         for file in json.loads(line)["files"] if line.startswith("{") else ():

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: MIT
+"""One run of the hash grid's CUDA kernels in the simulator reaches their lines, and no byte beyond their memory.
+
+Both are seen by one build, with AddressSanitizer and line counters, in a process of its own. No GPU takes part.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+
+from camkernels import testing
+from sim import build, coverage, library, toolkit
+from simulated import CASES, Simulated, deterministic, regular_call, shifted
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(toolkit.why_no_simulator() is not None, reason=str(toolkit.why_no_simulator())),
+    pytest.mark.skipif(library.why_no_asan() is not None, reason=str(library.why_no_asan())),
+]
+FILES = ("hash_grid.cu", "hash_grid_any.cu", "hash_grid_backward.cu", "hash_grid.cuh", "hash_grid_launch.h")
+
+
+def recipe() -> build.Recipe:
+    return build.production("checked", namespace="camkernels_checked")
+
+
+def infinite_gradients(sim: Simulated, dtype: torch.dtype) -> None:
+    call = regular_call(2, 1, dtype, 30)
+    x, table = call.inputs["x"].to(dtype), call.inputs["table"].requires_grad_()
+    with deterministic():
+        y = sim.hash_grid(x, table, call.options["geometry"])
+        (gradient,) = torch.autograd.grad(y, table, torch.full_like(y, torch.inf))
+    assert gradient.isinf().any()
+
+
+def exercise() -> None:
+    """Every kernel: forward, backward, Jacobian, second order; odd sizes, tensors that begin anywhere."""
+    sim = Simulated(recipe())
+    for k, case in enumerate(CASES[::5]):
+        with sim.library.schedule(library.SCHEDULES[k % 3]), (deterministic if k % 2 else nullcontext)():
+            sim.check(case, (torch.float32, torch.float16, torch.float64)[k // 2 % 3])
+    for dims in (2, 3, 4):
+        for features in (1, 2, 3, 4, 8):
+            for dtype in (torch.float32, torch.bfloat16):
+                sim.agree(regular_call(dims, features, dtype, 133))
+    sim.agree(regular_call(3, 2, torch.float32, 2101), order=1)  # threads that take several levels
+    sim.agree(regular_call(2, 2, torch.float32, 37, levels=40))  # several launches
+    for n in (0, 1):
+        sim.agree(regular_call(3, 2, torch.float32, n))
+    call = regular_call(3, 2, torch.float32, 50)
+    sim.agree(testing.Call({**call.inputs, "table": shifted(call.inputs["table"])}, call.options))
+    for dtype in (torch.float32, torch.float64):
+        infinite_gradients(sim, dtype)
+    sim.library.write_coverage()
+    print("clean")
+
+
+@pytest.fixture(scope="module")
+def built() -> Path:
+    path = build.build(recipe())
+    coverage.forget(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(built: Path) -> subprocess.CompletedProcess[str]:
+    return library.run_under_asan("import test_cuda_checked; test_cuda_checked.exercise()", OMP_NUM_THREADS="1")
+
+
+def test_address_sanitizer(run: subprocess.CompletedProcess[str]) -> None:
+    assert run.stdout.strip() == "clean", run.stderr[-6000:]
+
+
+@pytest.mark.skipif(coverage.gcov() is None, reason="line coverage needs gcov beside g++")
+def test_line_coverage(built: Path, run: subprocess.CompletedProcess[str]) -> None:
+    files = {file.path.name: file for file in coverage.read(built) if file.path.name in FILES}
+    assert sorted(files) == sorted(FILES)
+    total, missed = (sum(n) for n in zip(*((f.lines, len(f.uncovered)) for f in files.values()), strict=True))
+    assert 100 * (total - missed) / total >= 95, "\n".join(map(str, files.values()))

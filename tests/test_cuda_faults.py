@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: MIT
+"""Faults put into the hash grid's CUDA kernels are found by what the other tests look at.
+
+A copy of the kernels holds all faults, each behind a switch, so that it is compiled once. Each runs in a process of its
+own, for some overwrite memory. No GPU takes part.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import sys
+import traceback
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from camkernels import testing
+from sim import build, library, toolkit
+from simulated import Simulated, regular_call
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(toolkit.why_no_simulator() is not None, reason=str(toolkit.why_no_simulator())),
+    pytest.mark.skipif(library.why_no_asan() is not None, reason=str(library.why_no_asan())),
+]
+
+
+class Fault(NamedTuple):
+    """`text` stands once in a file of csrc/cuda and is replaced; ON is true while the fault is switched on."""
+
+    file: str
+    text: str
+    replacement: str
+    finding: str  # what the run says
+
+
+OVERRUN = "AddressSanitizer: heap-buffer-overflow"
+FAULTS = {
+    "points beyond the last": Fault(
+        "hash_grid.cu",
+        "CAMK_DYNAMIC_SHARED(Stage, stage);\n  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;\n"
+        "  if (i >= job.points) return;",
+        "CAMK_DYNAMIC_SHARED(Stage, stage);\n  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;\n"
+        "  if (i >= job.points && !ON) return;",
+        OVERRUN,
+    ),
+    "levels beyond the last": Fault(
+        "hash_grid.cu",
+        "last = min(first + job.levels_per_thread, job.n_levels);\n  const int64_t channel",
+        "last = min(first + job.levels_per_thread, job.n_levels + ON);\n  const int64_t channel",
+        f"{OVERRUN}|value: .* differ",
+    ),
+    "the first row for the whole word": Fault(
+        "hash_grid.cu",
+        "stage[(k + p) * kThreads + threadIdx.x]",
+        "stage[(k + (ON ? 0 : p)) * kThreads + threadIdx.x]",
+        "value: .* differ",
+    ),
+    "pairs of rows swapped": Fault(
+        "hash_grid.cuh",
+        "pair[f] = i & 1 ? held[f] : row[f];",
+        "pair[f] = (i & 1) != ON ? held[f] : row[f];",
+        "grad.table: .* differ",
+    ),
+    "every other corner read from its neighbour": Fault(
+        "hash_grid.cuh", "(i ^ first) == 1;\n", "(i ^ first) <= (ON ? 3 : 1);\n", "value: .* differ"
+    ),
+    "clamped axes with a slope": Fault(
+        "hash_grid.cuh", "if (status == math::kClamped)", "if (status == math::kClamped && !ON)", "grad.x: .* differ"
+    ),
+    "no barrier after the zeros": Fault(
+        "hash_grid_backward.cu",
+        "sums[k] = 0.0f;\n  __syncthreads();",
+        "sums[k] = 0.0f;\n  if (!ON) __syncthreads();",
+        "grad.table: .* differ",
+    ),
+    "no barrier before the sums are written": Fault(
+        "hash_grid_backward.cu",
+        "__syncthreads();\n  constexpr int W",
+        "if (!ON) __syncthreads();\n  constexpr int W",
+        "grad.table: .* differ",
+    ),
+    "sums that start as they are": Fault(
+        "hash_grid_backward.cu", "sums[k] = 0.0f;", "sums[ON ? k & ~1 : k] = 0.0f;", "grad.table: .* got nan"
+    ),
+    "levels summed twice": Fault(
+        "hash_grid_backward.cu",
+        "in_shared) continue;\n    float*",
+        "in_shared && !ON) continue;\n    float*",
+        "grad.table",
+    ),
+    "too little shared memory": Fault(
+        "hash_grid_backward.cu",
+        "size_t(needed));",
+        "size_t(needed / (ON ? 2 : 1)));",
+        f"{OVERRUN}|asked for too little",
+    ),
+    "a launch that forgets the one before": Fault(
+        "hash_grid_backward.cu", "*to = job.accumulate ?", "*to = job.accumulate && !ON ?", "grad.x: .* differ"
+    ),
+    "clamped axes with a second derivative": Fault(
+        "hash_grid_any.cu",
+        "point.mend(load_readonly(job.v + i * job.dims + a), a)",
+        "point.mend(load_readonly(job.v + i * job.dims + a), ON ? -1 : a)",
+        "second.ct: .* differ",
+    ),
+}
+NAMES = ["none", *FAULTS]  # a fault's place here is its switch
+
+
+def recipe() -> build.Recipe:
+    """The kernels with switches, written below the build folder, so that they are compiled only when they change."""
+    texts = {path.name: path.read_text() for path in (build.CSRC / "cuda").iterdir()}
+    for name, fault in FAULTS.items():
+        assert texts[fault.file].count(fault.text) == 1, f"{name}: not once in {fault.file}"
+        switched = fault.replacement.replace("ON", f"(camk_fault == {NAMES.index(name)})")
+        texts[fault.file] = texts[fault.file].replace(fault.text, switched)
+    switch = 'extern "C" {\ninline __attribute__((visibility("default"), used)) int camk_fault = 0;\n}\n'
+    texts["hash_grid.cuh"] = texts["hash_grid.cuh"].replace(
+        "namespace camk::cuda {", f"{switch}namespace camk::cuda {{", 1
+    )
+    folder = build.folder() / "faults" / "cuda"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    honest = build.production("checked", namespace="camkernels_checked")
+    return replace(honest, name="faults", sources=tuple(folder / path.name for path in honest.sources))
+
+
+def judge(sim: Simulated) -> None:
+    """Agreement in all schedules: odd sizes, points outside, partial groups of levels, whole words, two launches."""
+    near = regular_call(3, 2, torch.float32, 133)
+    around = testing.Call({**near.inputs, "x": near.inputs["x"] * 1.5 - 0.25}, near.options)
+    for schedule in library.SCHEDULES:
+        with sim.library.schedule(schedule):
+            sim.agree(near)
+            sim.agree(around)
+            for levels in (4, 5):  # threads take two of them, and four of which the last group has one
+                sim.agree(regular_call(3, 2, torch.float32, 2101, levels), order=1)
+            sim.agree(regular_call(2, 2, torch.float32, 37, levels=40), order=1)
+
+
+def trial(folder: str) -> None:
+    """`judge` with every fault, in a child each, which says into a file what it found."""
+    sim = Simulated(recipe())
+    switch = ctypes.c_int.in_dll(sim.library.handle, "camk_fault")
+    for number in range(len(NAMES)):
+        child = os.fork()
+        if child:
+            os.waitpid(child, 0)
+            continue
+        said = os.open(Path(folder) / f"{number}.txt", os.O_WRONLY | os.O_CREAT)
+        os.dup2(said, 1), os.dup2(said, 2)
+        switch.value = number
+        try:
+            judge(sim)
+            print("clean", flush=True)
+        except Exception:
+            traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("faults")
+    build.build(recipe())  # not under AddressSanitizer
+    code = "import sys, test_cuda_faults; test_cuda_faults.trial(*sys.argv[1:])"
+    done = library.run_under_asan(code, str(folder), OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {name: (folder / f"{number}.txt").read_text() for number, name in enumerate(NAMES)}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_fault_is_found(reports: dict[str, str], name: str) -> None:
+    assert reports["none"].strip() == "clean", reports["none"][-3000:]
+    assert re.search(FAULTS[name].finding, reports[name]), reports[name][-3000:]

@@ -2,10 +2,6 @@
 // What the hash-grid kernels share: a thread's point and levels, rows of a table in and out of registers, and how a
 // thread adds to the table gradient. Formulas are csrc/math's.
 #pragma once
-#ifdef __CUDACC__
-// unroll() passes std::integral_constant, whose conversion to int nvcc evaluates here and warns about.
-#pragma nv_diag_suppress 20013
-#endif
 #include "cuda/device.cuh"
 #include "cuda/hash_grid.h"
 

@@ -26,9 +26,16 @@ struct Vec {
   CAMK_HD const T& operator[](int i) const { return v[i]; }
 };
 
+// An int that is part of its type. std::integral_constant is none for a device: its conversion is a host function,
+// which nvcc evaluates there all the same, but with a warning.
+template <int I>
+struct Constant {
+  CAMK_HD constexpr operator int() const { return I; }
+};
+
 template <class Body, int... I>
 CAMK_HD void unroll_over(Body&& body, std::integer_sequence<int, I...>) {
-  (body(std::integral_constant<int, I>{}), ...);
+  (body(Constant<I>{}), ...);
 }
 
 // body(0), ..., body(N - 1). Up to 16 the front end writes them out, so that every index is a constant and small arrays

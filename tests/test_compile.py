@@ -4,6 +4,7 @@
 import copy
 import io
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -61,6 +62,12 @@ def test_value_and_gradients(case):
     for a, b in zip(gradients(compiled, inputs), gradients(function, inputs), strict=True):
         close(a, b)
     assert counter.frame_count == 2  # without and with gradients
+
+
+def test_compiling_warns_of_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # Dynamo tells so of what it follows but does not trust
+        torch.compile(layer(), fullgraph=True, backend="aot_eager")(torch.rand(5, 2)).sum().backward()
 
 
 @pytest.mark.parametrize("case", SOME)

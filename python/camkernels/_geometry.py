@@ -168,6 +168,10 @@ class GridGeometry:
                 raise ValueError(f"GridGeometry: every item of {name} must have dims={self.dims} numbers")
         if min(self.sizes) < 1 or self.offsets != tuple(accumulate(self.sizes, initial=0)):
             raise ValueError("GridGeometry: offsets must be the running sum of the positive sizes, starting with 0")
+        # As the operators take it, noted once: scales [L * D]; layout, per level D strides, size, offset, hashed.
+        levels = zip(self.strides, self.sizes, self.offsets[:-1], self.hashed, strict=True)
+        layout = [number for strides, *rest in levels for number in (*strides, *map(int, rest))]
+        object.__setattr__(self, "flat", ([scale for level in self.scales for scale in level], layout))
 
     @property
     def n_entries(self) -> int:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from typing import Any
 
@@ -69,21 +68,10 @@ for _name, _module in (("jacobian", "hash_grid"), ("jacobian_backward", "second_
 
 
 def _settings(geometry: GridGeometry, interpolation: str, active_levels: int) -> tuple:
-    scales, layout = _flat(geometry)
+    scales, layout = geometry.flat
     outside, kind = OUTSIDE.index(geometry.outside), INTERPOLATIONS.index(interpolation)
     deterministic = torch.are_deterministic_algorithms_enabled()
     return (scales, geometry.shift, layout, geometry.ceil_corner, outside, kind, active_levels, deterministic)
-
-
-@functools.lru_cache(maxsize=64)
-def _flat(geometry: GridGeometry) -> tuple[list[float], list[int]]:
-    """Scales and layout of all levels as the operators take them."""
-    scales = [value for level in geometry.scales for value in level]
-    layout: list[int] = []
-    for level in range(geometry.n_levels):
-        layout += geometry.strides[level]
-        layout += (geometry.sizes[level], geometry.offsets[level], int(geometry.hashed[level]))
-    return scales, layout
 
 
 # ---- function --------------------------------------------------------------------------------------------------------

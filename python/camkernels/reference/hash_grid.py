@@ -22,6 +22,7 @@ PRIMES = (1, 2654435761, 805459861, 3674653429, 2097192037, 1434869437, 21652197
 UINT32 = 0xFFFFFFFF
 FAR = float(torch.tensor(1e28))  # how far a wrapped coordinate may be: its positions are still finite in float32
 CELL_MIN, CELL_MAX = -2147483648, 2147483520  # what float32 to int32 conversion saturates at
+LIMITS = (CELL_MIN, CELL_MAX, FAR)
 
 
 def hash_grid(

@@ -255,7 +255,8 @@ def hash_grid_mlp(
     max_level: int | float | Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """y = modulated_mlp(hash_grid(x, table, geometry), weights, biases, modulation), with the options of both.
+    """y = modulated_mlp(hash_grid(x, table, geometry), weights, biases, modulation), with the options of both
+    but return_jacobian.
 
     x [..., D] in [0, 1] -> [..., out] in the weights' dtype; between the two the features are in the table's dtype.
 

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference.hash_grid import PRIMES
+from ..reference.hash_grid import LIMITS, PRIMES
 
 # One point per thread, four warps. Chosen from machine code (nothing spills on sm_80 and sm_90, which
 # tests/test_triton_compiled.py checks), not from measurements: none of this has run on a GPU yet.
@@ -35,8 +35,7 @@ UNROLLED_CORNERS = 8  # up to so many are written out, so that their loads are u
 
 LINEAR, SMOOTHSTEP, NEAREST = (tl.constexpr(i) for i in range(3))  # as hash_grid.INTERPOLATIONS
 CLAMP, ZERO, WRAP = (tl.constexpr(i) for i in range(3))  # as hash_grid.OUTSIDE
-FAR = tl.constexpr(1e28)  # as in the reference
-CELL_MIN, CELL_MAX = tl.constexpr(-2147483648.0), tl.constexpr(2147483520.0)  # as in the reference
+CELL_MIN, CELL_MAX, FAR = (tl.constexpr(float(limit)) for limit in LIMITS)
 # Columns of a level's row in the layout, behind D factors.
 SIZE, INVERSE, OFFSET, HASHED, COLUMNS = (tl.constexpr(i) for i in range(5))
 

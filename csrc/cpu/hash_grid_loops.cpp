@@ -10,7 +10,7 @@ namespace {
 // to 1.4 times as long; one, two and four blocks differ by less than the noise.
 constexpr int64_t kBlocksAhead = 2;
 // How far ahead coordinates and gradients are: between random rows the processor does not see that these are read in
-// order, and waits a third of the scattering pass for them.
+// order. Without, the scattering pass over 16 levels takes 1.3 times as long (Zen 3); other distances were not tried.
 constexpr int64_t kNumbersAhead = 128;
 
 // What all loops share. D axes (0: any number, and nearest lookups too), F features at a time.

@@ -173,7 +173,8 @@ def hash_grid_mlp(
     backend: str | None = None,
     **options: Any,
 ) -> Tensor:
-    """y = modulated_mlp(hash_grid(x, table, geometry), weights, biases, modulation), with the options of both.
+    """y = modulated_mlp(hash_grid(x, table, geometry), weights, biases, modulation), with the options of both
+    but return_jacobian.
 
     x [..., D] in [0, 1] -> [..., out] in the weights' dtype. Nothing is fused yet: each of the two ops takes its best
     backend, or the one that is asked for.

@@ -94,7 +94,7 @@ def _print(text: str) -> None:
 
 
 def _nothing(text: str) -> None:
-    pass
+    """Prints nothing, for --quiet."""
 
 
 # ---- argument types --------------------------------------------------------------------------------------------------

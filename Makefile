@@ -122,5 +122,5 @@ $(VENV)/.packages: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.lint: $(VENV)/.made pyproject.toml
 	@echo "== installing $(LINT_TOOLS)"
-	$(PIP) -q $(LINT_TOOLS)
+	$(PIP) -q --ignore-installed $(LINT_TOOLS) # inherited ones have their programs elsewhere
 	touch $@

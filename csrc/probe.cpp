@@ -10,7 +10,9 @@
 #include <stdexcept>
 #include <vector>
 
+#include "cpu/lane_functions.h"
 #include "cpu/storage.h"
+#include "math/activation.h"
 #include "math/hash_grid.h"
 
 namespace py = pybind11;
@@ -160,6 +162,22 @@ py::array_t<Out> map_lanes(F f, const py::array_t<In>& first, const auto&... res
   return y;
 }
 
+// An activation with its derivatives at z, in the arithmetic C: as many at a time as C has lanes.
+template <class C, class T = typename scalar_of<C>::type>
+py::tuple activation(int kind, double rate, const py::array_t<T>& z) {
+  if (z.size() % lanes_of<C> != 0) throw std::invalid_argument("the size must be a multiple of the lanes");
+  py::array_t<T> value(z.size()), first(z.size()), second(z.size());
+  math::with_activation(math::Activation(kind), [&](auto a) {
+    for (py::ssize_t i = 0; i < z.size(); i += lanes_of<C>) {
+      const auto f = math::activate<2>(a, load_lanes<C>(z.data() + i), C(T(rate)));
+      store_lanes<C>(value.mutable_data() + i, f.value);
+      store_lanes<C>(first.mutable_data() + i, f.first);
+      store_lanes<C>(second.mutable_data() + i, f.second);
+    }
+  });
+  return py::make_tuple(value, first, second);
+}
+
 // Virtual memory of which only the touched pages exist, for rows far behind 2^31.
 struct Far {
   void* base;
@@ -241,14 +259,19 @@ PYBIND11_MODULE(CAMK_PROBE, m) {
     return map_lanes<float>([](Floats a, Floats b, Floats c) { return multiply_add(a, b, c); }, x, y, z);
   });
 
+  m.def("activation", activation<double>);
+  m.def("activation_float", activation<float>);
+  m.def("lanes_activation", activation<Floats>);
+  m.def("lanes_activation_double", activation<Doubles>);
+
   using Bits = py::array_t<uint16_t>;
-  using Doubles = py::array_t<double>;
+  using Doubles1 = py::array_t<double>;
   m.def("from_half", [](const Bits& x) { return map_items<float>(x, [](uint16_t b) { return to_number(Half{b}); }); });
   m.def("from_bfloat16",
         [](const Bits& x) { return map_items<float>(x, [](uint16_t b) { return to_number(BFloat16{b}); }); });
   m.def("to_half",
-        [](const Doubles& x) { return map_items<uint16_t>(x, [](double v) { return from_number<Half>(v).bits; }); });
-  m.def("to_bfloat16", [](const Doubles& x) {
+        [](const Doubles1& x) { return map_items<uint16_t>(x, [](double v) { return from_number<Half>(v).bits; }); });
+  m.def("to_bfloat16", [](const Doubles1& x) {
     return map_items<uint16_t>(x, [](double v) { return from_number<BFloat16>(v).bits; });
   });
 

@@ -309,9 +309,7 @@ def test_layers(layer, error, sentence, arguments):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "cuda", "triton"])
-@pytest.mark.parametrize(
-    ("op", "arguments"), [("modulated_mlp", MLP), ("modulate", MODULATE), ("coordinate_modulation", LOOKUP)]
-)
+@pytest.mark.parametrize(("op", "arguments"), [("modulate", MODULATE), ("coordinate_modulation", LOOKUP)])
 def test_a_backend_that_cannot_run_says_why_and_what_can(op, arguments, backend, monkeypatch):
     for missing in ("cpu_missing", "cuda_missing"):  # a library that could not help is no reason
         monkeypatch.setattr(_ops, missing, "was not built")

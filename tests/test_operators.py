@@ -16,6 +16,11 @@ GRID = (
     "float[] scales, float shift, int[] layout, bool ceil_corner, int outside, int interpolation, int active_levels, "
     "bool deterministic"
 )
+MLP = (
+    "Tensor x, Tensor[] weights, Tensor[] biases, Tensor? modulation, Tensor? frequencies, "
+    "{}int[] activations, float[] omegas, bool[] skips, bool output_layer, bool point_norm, float eps, bool keep, "
+    "bool deterministic"
+)
 SCHEMAS = {
     "hash_grid": f"(Tensor x, Tensor table, Tensor? level_counts, {GRID}) -> Tensor",
     "hash_grid_backward": f"(Tensor grad_y, Tensor x, Tensor table, Tensor? level_counts, {GRID}, bool[] mask)"
@@ -25,6 +30,12 @@ SCHEMAS = {
     "hash_grid_jacobian": f"(Tensor x, Tensor table, Tensor? level_counts, {GRID}) -> (Tensor, Tensor)",
     "hash_grid_jacobian_backward": "(Tensor? grad_y, Tensor? grad_jacobian, Tensor x, Tensor table, "
     f"Tensor? level_counts, {GRID}, bool[] mask) -> (Tensor, Tensor)",
+    "modulated_mlp": f"({MLP.format('')}) -> (Tensor, Tensor)",
+    "modulated_mlp_backward": f"(Tensor grad_y, {MLP.format('Tensor hidden, ')}, bool[] mask)"
+    " -> (Tensor, Tensor[], Tensor[], Tensor)",
+    "modulated_mlp_backward_backward": "(Tensor? grad_x, Tensor[] grad_weights, Tensor[] grad_biases, "
+    f"Tensor? grad_modulation, Tensor grad_y, {MLP.format('Tensor hidden, ')}, bool[] mask)"
+    " -> (Tensor, Tensor, Tensor[], Tensor[], Tensor)",
 }
 
 

@@ -37,6 +37,11 @@ struct raw_lanes<int32_t> {
   typedef int32_t type __attribute__((vector_size(4 * kLanes)));
 };
 
+template <>
+struct raw_lanes<double> {
+  typedef double type __attribute__((vector_size(4 * kLanes)));
+};
+
 template <class T>
 struct Lanes {
   using Raw = typename raw_lanes<T>::type;
@@ -53,11 +58,13 @@ struct Lanes {
   CAMK_HD friend Lanes operator+(Lanes a, Lanes b) { return a.v + b.v; }
   CAMK_HD friend Lanes operator-(Lanes a, Lanes b) { return a.v - b.v; }
   CAMK_HD friend Lanes operator*(Lanes a, Lanes b) { return a.v * b.v; }
+  CAMK_HD friend Lanes operator/(Lanes a, Lanes b) { return a.v / b.v; }
   CAMK_HD friend Lanes operator&(Lanes a, Lanes b) { return a.v & b.v; }
   CAMK_HD friend Lanes operator^(Lanes a, Lanes b) { return a.v ^ b.v; }
 };
 
 using Floats = Lanes<float>;
+using Doubles = Lanes<double>;  // half as many
 using Words = Lanes<uint32_t>;
 
 template <>
@@ -67,6 +74,10 @@ struct index_of<Floats> {
 template <>
 struct scalar_of<Floats> {
   using type = float;
+};
+template <>
+struct scalar_of<Doubles> {
+  using type = double;
 };
 
 CAMK_HD Floats multiply_add(Floats x, Floats y, Floats z) {

@@ -94,4 +94,24 @@ CAMK_HD uint32_t one_if_positive(C x) {
   return x > C(0) ? 1u : 0u;
 }
 
+// a < b ? yes : no
+template <class C>
+CAMK_HD C choose_below(C a, C b, C yes, C no) {
+  return a < b ? yes : no;
+}
+
+CAMK_HD float sqrt_of(float x) { return sqrtf(x); }
+CAMK_HD double sqrt_of(double x) { return sqrt(x); }
+CAMK_HD float exp_of(float x) { return expf(x); }
+CAMK_HD double exp_of(double x) { return exp(x); }
+CAMK_HD float tanh_of(float x) { return tanhf(x); }
+CAMK_HD double tanh_of(double x) { return tanh(x); }
+CAMK_HD float erf_of(float x) { return erff(x); }
+CAMK_HD double erf_of(double x) { return erf(x); }
+// ln(1 + x) for x in [0, 1]
+CAMK_HD float log_one_plus(float x) { return log1pf(x); }
+CAMK_HD double log_one_plus(double x) { return log1p(x); }
+CAMK_HD Vec<float, 2> sine_and_cosine(float x) { return {{sinf(x), cosf(x)}}; }
+CAMK_HD Vec<double, 2> sine_and_cosine(double x) { return {{sin(x), cos(x)}}; }
+
 }  // namespace camk

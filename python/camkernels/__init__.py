@@ -3,16 +3,10 @@
 
 from . import reference
 from ._version import __version__
+from .coordinate_modulation import CoordinateModulation, coordinate_modulation
 from .hash_grid import GridGeometry, HashGrid, hash_grid
-from .modulated_mlp import (
-    CoordinateModulation,
-    Modulate,
-    ModulatedMLP,
-    coordinate_modulation,
-    hash_grid_mlp,
-    modulate,
-    modulated_mlp,
-)
+from .modulate import Modulate, modulate
+from .modulated_mlp import ModulatedMLP, hash_grid_mlp, modulated_mlp
 
 __all__ = [
     "CoordinateModulation",

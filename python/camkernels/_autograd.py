@@ -11,6 +11,9 @@ because a traced graph should hold operators; `register_autograd` differentiates
 
 A gradient that its bool[] mask does not want is empty(0). A list of tensors ("Tensor[]") counts as one argument; its
 gradients are all or none, an unwanted one and a cotangent that is absent are empty lists.
+
+What name computes on its way may be kept for the derivatives: outputs of one axis that only they see, behind their
+tensors. A call that torch.vmap folded differently finds them of another size, and computes them again.
 """
 
 from __future__ import annotations
@@ -52,11 +55,14 @@ class Operator:
         outputs: Sequence[Argument],
         fake: Callable[..., Any],
         order: int = 0,
+        kept: Sequence[Argument] = (),
     ):
         self.name, self.arguments, self.settings, self.outputs = name, tuple(arguments), settings, tuple(outputs)
         self.order, self.next = order, None
+        self.kept = tuple(k._replace(differentiable=False) for k in kept)
+        self.saved = self.arguments + self.kept
         declared = ", ".join([f"{a.type} {a.name}" for a in arguments] + [settings])
-        results = ["Tensor[]" if o.is_list else "Tensor" for o in outputs]
+        results = ["Tensor[]" if o.is_list else "Tensor" for o in (*outputs, *kept)]
         returned = results[0] if len(results) == 1 else f"({', '.join(results)})"
         self.call = _ops.declare(f"{name}({declared}) -> {returned}", fake)
         torch.library.register_autograd(
@@ -79,7 +85,7 @@ class Operator:
 
         self.next = Operator(
             f"{self.name}_backward",
-            [*cotangents, *self.arguments],
+            [*cotangents, *self.saved],
             self.settings.removesuffix(", bool[] mask") + ", bool[] mask",
             [a for a in self.arguments if a.differentiable],
             fake,
@@ -92,8 +98,13 @@ class Operator:
     def __call__(self, *tensors: Any, settings: tuple) -> Any:
         """Differentiable call; a "Tensor[]" argument is a list."""
         if torch.compiler.is_compiling():
-            return self.run(self.lengths(tensors), settings, _flat(tensors))
-        return _Call.apply(self, self.lengths(tensors), settings, *_flat(tensors))
+            results = self.run(self.lengths(tensors), settings, _flat(tensors))
+        else:
+            results = _Call.apply(self, self.lengths(tensors), settings, *_flat(tensors))
+        if not self.kept:
+            return results
+        found = results[: -len(self.kept)]
+        return found[0] if len(self.outputs) == 1 else found
 
     def run(self, lengths: Sequence[int], settings: tuple, flat: Flat) -> Any:
         """Calls the operator itself."""
@@ -108,25 +119,27 @@ class Operator:
     def backpropagate(
         self, lengths: tuple, settings: tuple, grads: Flat, saved: Flat, needs: Sequence[bool], call: Callable
     ) -> list[Tensor | None]:
-        """Gradients of the flat arguments, by call(operator, lengths, settings, arguments) of the next operator."""
+        """Gradients of the flat arguments, by call(operator, lengths, settings, arguments) of the next operator.
+
+        saved: the arguments and what was kept."""
         if self.next is None:
             raise RuntimeError(
                 f"{self.name.split('_backward')[0]}: no derivatives beyond {self.name} (second order of a value, first "
                 "order of a Jacobian); use backend='reference' for more, or detach"
             )
-        arguments = _grouped(saved, self.arguments, lengths)
+        arguments = _grouped(saved, self.saved, lengths)
         needed = zip(_grouped(needs, self.arguments, lengths), self.arguments, strict=True)
         wanted = [a.differentiable and any(_flat([need])) for need, a in needed]
         mask = [w for w, a in zip(wanted, self.arguments, strict=True) if a.differentiable]
         arrived = self._arrived(grads, settings, lengths, arguments)
         if arrived is None or not any(mask):
-            return [None] * len(saved)
+            return [None] * len(needs)
         plain = settings[:-1] if self.order > 0 else settings
         inputs = [*arrived, *arguments]
         results = call(self.next, self.next.lengths(inputs), (*plain, tuple(mask)), _flat(inputs))
         items = iter(results if isinstance(results, (tuple, list)) else [results])
         found: list[Tensor | None] = []
-        for argument, value, wish in zip(self.arguments, arguments, wanted, strict=True):
+        for argument, value, wish in zip(self.arguments, arguments[: len(wanted)], wanted, strict=True):
             count = len(value) if argument.is_list else 1
             if argument.differentiable and not (argument.is_list and not wish):
                 taken = [next(items) for _ in range(count)]
@@ -158,8 +171,12 @@ class Operator:
     def _traced_setup(self, ctx: Any, inputs: tuple, output: Any) -> None:
         tensors, ctx.settings = inputs[: len(self.arguments)], inputs[len(self.arguments) :]
         ctx.lengths = self.lengths(tensors)
-        ctx.save_for_backward(*_flat(tensors))
+        ctx.save_for_backward(*_flat(tensors), *self.kept_of(output))
         ctx.set_materialize_grads(False)
+
+    def kept_of(self, results: Any) -> Sequence[Tensor]:
+        """What is kept, of the flat outputs."""
+        return results[-len(self.kept) :] if self.kept else ()
 
     def _traced_backward(self, ctx: Any, *grads: Any) -> tuple:
         def call(op: Operator, lengths: tuple, settings: tuple, flat: Flat) -> Any:
@@ -167,7 +184,8 @@ class Operator:
             return _flat(results) if isinstance(results, (tuple, list)) else results
 
         needs = _flat(ctx.needs_input_grad[: len(self.arguments)])
-        found = self.backpropagate(ctx.lengths, ctx.settings, _flat(grads), ctx.saved_tensors, needs, call)
+        grads = _flat(grads[: len(grads) - len(self.kept)])
+        found = self.backpropagate(ctx.lengths, ctx.settings, grads, ctx.saved_tensors, needs, call)
         return (*_grouped(found, self.arguments, ctx.lengths), *(None,) * len(ctx.settings))
 
     # ---- vmap ------------------------------------------------------------------------------------------------------
@@ -241,12 +259,14 @@ class _Call(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
         ctx.op, ctx.lengths, ctx.settings, *flat = inputs
-        ctx.save_for_backward(*flat)
+        kept = ctx.op.kept_of(output)
+        ctx.save_for_backward(*flat, *kept)
+        ctx.mark_non_differentiable(*kept)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
-        needs = ctx.needs_input_grad[3:]
+        needs, grads = ctx.needs_input_grad[3:], grads[: len(grads) - len(ctx.op.kept)]
         found = ctx.op.backpropagate(ctx.lengths, ctx.settings, grads, ctx.saved_tensors, needs, _apply)
         return (None, None, None, *found)
 

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,3 +67,11 @@ def round_to_autocast(y: Tensor) -> Tensor:
     """Under autocast an output is rounded to its dtype; arguments are read as they are: nothing is copied or lost."""
     dtype = autocast_dtype(y.device.type)
     return y if dtype is None or y.dtype == torch.float64 else y.to(dtype)
+
+
+def define(definition: Callable[..., Tensor], x: Tensor, *args: Any, **options: Any) -> Tensor:
+    """The result of a definition, without autocast, which would round each product inside."""
+    if autocast_dtype(x.device.type) is None:
+        return definition(x, *args, **options)
+    with torch.autocast(x.device.type, enabled=False):
+        return definition(x, *args, **options)

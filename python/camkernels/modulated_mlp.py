@@ -1,57 +1,146 @@
 # SPDX-License-Identifier: MIT
-"""Modulated MLP: the functions `modulated_mlp`, `modulate`, `coordinate_modulation`, `hash_grid_mlp` and the layers."""
+"""Modulated MLP: the functions `modulated_mlp` and `hash_grid_mlp`, the layer `ModulatedMLP`, and the operators."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import reference
-from ._backends import BACKENDS, Call, autocast_dtype, choose, round_to_autocast
+from ._autograd import Argument, Operator
+from ._backends import BACKENDS, Call, choose, define, round_to_autocast
 from ._checks import check_choice, check_dtype, check_floating, check_size
 from ._geometry import GridGeometry
-from ._layers import KeepsGeometry
 from ._modulation import (
     ACTIVATIONS,
-    COMBINES,
-    NORMS,
-    PADDINGS,
     Activation,
     Omega,
+    Plan,
     check_frequencies,
-    check_number,
+    check_list,
+    check_mlp,
+    compute_dtype,
+    is_per_channel,
     plan_layers,
 )
 from .hash_grid import hash_grid
 
-__all__ = [
-    "CoordinateModulation",
-    "Modulate",
-    "ModulatedMLP",
-    "coordinate_modulation",
-    "hash_grid_mlp",
-    "modulate",
-    "modulated_mlp",
-]
+__all__ = ["ModulatedMLP", "hash_grid_mlp", "modulated_mlp"]
+
+# ---- operators -------------------------------------------------------------------------------------------------------
+# C: the dtype of hidden values, float64 where a tensor is, else float32. x [N, in] and modulation [M, hidden, 2] or
+# [M, hidden, 2, width] are in C or the weights' dtype; M divides N, point i has row i // (N // M). weights [out, in],
+# biases [out] each, or no item, of one dtype; frequencies [width] in C. Of each linear layer, the output layer last:
+# the number of its activation (as csrc/math/activation.h), its omega, and whether x is appended behind it.
+# keep: the linear layers' results may be kept for the backward pass, in C: [N, out rounded up to PADDING] of each layer
+# whose derivative needs them, one after the other. On other devices than the CPU nothing is kept.
+
+PADDING = 16
+KEPT_BYTES = 2 << 30  # values are kept up to this size, beyond it computed again; CAMKERNELS_RECOMPUTE=0|1 overrides
+
+_TENSORS = (
+    Argument("x", points=True),
+    Argument("weights", "Tensor[]"),
+    Argument("biases", "Tensor[]"),
+    Argument("modulation", "Tensor?", points=True),
+    Argument("frequencies", "Tensor?", differentiable=False),
+)
+_SETTINGS = (
+    "int[] activations, float[] omegas, bool[] skips, bool output_layer, bool point_norm, float eps, bool keep, "
+    "bool deterministic"
+)
+
+
+def _kept_values(x: Tensor, weights: Sequence[Tensor], activations: Sequence[int], output_layer: bool) -> int:
+    """How many values a call keeps at most."""
+    needed = len(weights) - (output_layer and activations[-1] == 0)
+    return x.shape[0] * sum((w.shape[0] + PADDING - 1) // PADDING * PADDING for w in weights[:needed])
+
+
+def _meta(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], modulation: Tensor | None,
+    frequencies: Tensor | None, *settings: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    activations, _, skips, output_layer, _, _, keep, _ = settings
+    width = weights[-1].shape[0] + (x.shape[1] if skips[-1] else 0)
+    kept = _kept_values(x, weights, activations, output_layer) if keep else 0
+    dtype = compute_dtype(x, modulation, frequencies, *weights)
+    return weights[0].new_empty(x.shape[0], width), x.new_empty(kept, dtype=dtype)
+
+
+def _declare(prefix: str) -> Operator:
+    y, kept = Argument("y", points=True), Argument("hidden")
+    op = Operator(f"{prefix}modulated_mlp", _TENSORS, _SETTINGS, [y], _meta, kept=[kept])
+    op.differentiate().differentiate()
+    return op
+
+
+_COMPILED = _declare("")  # "cpu" and "cuda": the dispatcher tells them apart
+
+
+def _settings(plan: Plan, keep: bool) -> tuple:
+    names, omegas = list(plan.activations), list(plan.omegas)
+    if plan.output_layer:
+        names, omegas = [*names, plan.output_activation], [*omegas, plan.output_omega]
+    skips = [i in plan.skips for i in range(len(names))]
+    numbers = [ACTIVATIONS.index(name) for name in names]
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return (numbers, omegas, skips, plan.output_layer, plan.norm == "point", plan.eps, keep, deterministic)
+
+
+def _per_group(modulation: Tensor, leading: torch.Size, tail: int) -> Tensor:
+    """[..., *tail axes] with leading axes that broadcast to those of x -> [M, *tail axes]; M divides the points."""
+    axes = [1] * (len(leading) - modulation.ndim + tail) + list(modulation.shape[: modulation.ndim - tail])
+    equal = [a == b for a, b in zip(axes, leading, strict=True)]
+    groups = equal.index(False) if False in equal else len(equal)
+    if all(a == 1 for a in axes[groups:]):  # the same row for all points of a group
+        leading = leading[:groups]
+    return (
+        modulation.expand(*leading, *modulation.shape[modulation.ndim - tail :]).flatten(0, len(leading) - 1)
+        if (leading)
+        else modulation.reshape(1, *modulation.shape[modulation.ndim - tail :])
+    )
+
+
+def _keep(tensors: Sequence[Tensor | None], values: int, dtype: torch.dtype) -> bool:
+    """Whether values of the forward pass are kept for the backward pass."""
+    if tensors[0].device.type != "cpu" or not torch.is_grad_enabled():
+        return False
+    if not any(t is not None and t.requires_grad for t in tensors):
+        return False
+    forced = os.environ.get("CAMKERNELS_RECOMPUTE")
+    return values * dtype.itemsize <= KEPT_BYTES if forced not in ("0", "1") else forced == "0"
+
+
+def _kernels(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, modulation: Tensor | None, plan: Plan
+) -> Tensor:
+    """modulated_mlp by the operators."""
+    dtype = compute_dtype(x, modulation, *weights)
+    usable = (dtype, weights[0].dtype)
+    widths = [w.shape[0] for w in weights[: plan.hidden]]
+    if modulation is not None:
+        tail = 3 if is_per_channel("modulated_mlp", modulation, x.shape[:-1], widths) else 2
+        modulation = _per_group(modulation, x.shape[:-1], tail)
+        modulation = modulation if modulation.dtype in usable else modulation.to(dtype)
+    frequencies = plan.frequencies if "residual_sine" in plan.activations else None
+    frequencies = None if frequencies is None else frequencies.to(dtype)
+    points = x.reshape(-1, x.shape[-1])
+    points = points if x.dtype in usable else points.to(dtype)
+    biases = list(biases or ())
+    settings = _settings(plan, False)
+    values = _kept_values(points, weights, settings[0], plan.output_layer)
+    settings = _settings(plan, _keep([points, *weights, *biases, modulation], values, dtype))
+    y = _COMPILED(points, list(weights), biases, modulation, frequencies, settings=settings)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
 
 # ---- functions -------------------------------------------------------------------------------------------------------
-
-
-def _compute(
-    op: str, x: Tensor, name: str, backend: str | None, definition: Callable[..., Tensor], *args: Any, **options: Any
-) -> Tensor:
-    """Computes an op on the backend that is asked for: so far its definition, which also checks the arguments."""
-    check_floating(op, name, x)
-    choose(Call(op, x.device.type), backend)
-    if autocast_dtype(x.device.type) is None:
-        return definition(x, *args, **options)
-    with torch.autocast(x.device.type, enabled=False):  # or PyTorch would round each product inside
-        y = definition(x, *args, **options)
-    return round_to_autocast(y)
 
 
 def modulated_mlp(
@@ -95,69 +184,20 @@ def modulated_mlp(
     >>> modulated_mlp(torch.rand(5, 3), weights, modulation=torch.rand(5, 2, 2), norm="point").shape
     torch.Size([5, 1])
     """
-    return _compute(
-        "modulated_mlp", x, "x", backend, reference.modulated_mlp, weights, biases, modulation, norm=norm, eps=eps,
-        activation=activation, output_activation=output_activation, output_layer=output_layer, skips=skips, omega=omega,
-        frequencies=frequencies,
-    )  # fmt: skip
-
-
-def modulate(
-    h: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    *,
-    norm: str | None = None,
-    eps: float = 1e-5,
-    activation: str | None = "relu",
-    omega: float = 1.0,
-    frequencies: Tensor | None = None,
-    backend: str | None = None,
-) -> Tensor:
-    """y = act(gamma * norm(h) + beta), the middle of a modulated layer, also where the linear part is a convolution.
-
-    gamma and beta broadcast to h as in PyTorch: [..., 1] per point, [..., C] per channel, [N, C, 1, 1] for frames.
-    norm: None, "point" (last axis), "ray" (last two axes together), "frame" (H and W of h [N, C, H, W]). The result has
-    h's shape and dtype, or autocast's. Activations, dtypes and exact definition: `camkernels.reference.modulate`;
-    backend and errors as in `modulated_mlp`.
-
-    Source: Lee et al., "Coordinate-Aware Modulation for Neural Fields", ICLR 2024; Perez et al., "FiLM", 2018.
-
-    >>> modulate(torch.randn(2, 3, 4, 4), torch.rand(2, 3, 1, 1), torch.zeros(3, 1, 1), norm="frame").shape
-    torch.Size([2, 3, 4, 4])
-    """
-    return _compute(
-        "modulate", h, "h", backend, reference.modulate, gamma, beta, norm=norm, eps=eps, activation=activation,
-        omega=omega, frequencies=frequencies,
-    )  # fmt: skip
-
-
-def coordinate_modulation(
-    coords: Tensor,
-    grids: Tensor,
-    *,
-    padding: str = "border",
-    align_corners: bool = True,
-    combine: str = "single",
-    backend: str | None = None,
-) -> Tensor:
-    """gamma and beta of every layer, interpolated linearly in small grids at the coordinates.
-
-    coords [..., d] in [-1, 1], exactly as torch.nn.functional.grid_sample reads them: slot 0 is the LAST axis of a
-    grid. grids [layers, 2, *nodes] -> [..., layers, 2], or [layers, 2, C, *nodes] -> [..., layers, 2, C]; of the 2, the
-    first is gamma. combine="plane_product": d = 3, grids [layers, 2, 3, (C,) h, w], the product over planes xy, xz, yz.
-    The result has the grids' dtype, or autocast's; gradients flow to coords too: detach them where they should not.
-    Exact definition, padding, NaN: `camkernels.reference.coordinate_modulation`; backend and errors: `modulated_mlp`.
-
-    Source: Lee et al., "Coordinate-Aware Modulation for Neural Fields", ICLR 2024.
-
-    >>> coordinate_modulation(torch.rand(5, 2) * 2 - 1, torch.rand(3, 2, 32, 32)).shape
-    torch.Size([5, 3, 2])
-    """
-    return _compute(
-        "coordinate_modulation", coords, "coords", backend, reference.coordinate_modulation, grids, padding=padding,
-        align_corners=align_corners, combine=combine,
-    )  # fmt: skip
+    op = "modulated_mlp"
+    check_floating(op, "x", x)
+    check_list(op, "weights", weights)
+    options = {
+        "norm": norm, "eps": eps, "activation": activation, "output_activation": output_activation,
+        "output_layer": output_layer, "skips": skips, "omega": omega, "frequencies": frequencies,
+    }  # fmt: skip
+    if choose(Call(op, x.device.type, x.device.index), backend) == "reference":
+        y = define(reference.modulated_mlp, x, weights, biases, modulation, **options)
+    else:
+        plan = plan_layers(op, len(weights), **options)
+        check_mlp(op, x, weights, biases, modulation, plan)
+        y = _kernels(x, weights, biases, modulation, plan)
+    return round_to_autocast(y)
 
 
 def hash_grid_mlp(
@@ -278,120 +318,3 @@ class ModulatedMLP(nn.Module):
     def extra_repr(self) -> str:
         options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
         return f"{self.in_features}, {self.out_features}, {options}"
-
-
-class CoordinateModulation(KeepsGeometry):
-    """Trainable grids of scales and shifts: coords [..., d] in [-1, 1] -> [..., hidden_layers, 2], or with channels
-    [..., hidden_layers, 2, channels]: what `ModulatedMLP` takes as modulation.
-
-    resolution: the nodes along each axis, in the order of the grid's axes: slot 0 of coords is the last one; for
-    combine="plane_product" those of one plane (h, w). The parameter is `grids`, gamma 1 and beta 0, so that at first
-    nothing is modulated. A product of three beta planes of 0 would stay 0, as its gradient is: they are drawn from
-    U(-0.5, 0.5) unless beta_init="zeros". A state_dict also holds the options; one with others is refused, one without
-    them (a bare parameter) is accepted.
-
-    The other arguments, and the errors: `coordinate_modulation`.
-
-    >>> modulation = CoordinateModulation(hidden_layers=3, resolution=(32, 32))
-    >>> modulation(torch.rand(5, 2) * 2 - 1).shape, modulation.grids.shape
-    (torch.Size([5, 3, 2]), torch.Size([3, 2, 32, 32]))
-    """
-
-    def __init__(
-        self,
-        hidden_layers: int,
-        resolution: int | Sequence[int] = (32, 32),
-        *,
-        channels: int | None = None,
-        padding: str = "border",
-        combine: str = "single",
-        align_corners: bool = True,
-        beta_init: str = "auto",
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
-        backend: str | None = None,
-    ):
-        super().__init__()
-        op = "CoordinateModulation"
-        nodes = (resolution,) if isinstance(resolution, int) else tuple(resolution)
-        check_size(op, "hidden_layers", hidden_layers)
-        for size in nodes:
-            check_size(op, "resolution", size)
-        if channels is not None:
-            check_size(op, "channels", channels)
-        check_choice(op, "padding", padding, PADDINGS)
-        check_choice(op, "combine", combine, COMBINES)
-        check_choice(op, "beta_init", beta_init, ("auto", "zeros"))
-        check_choice(op, "backend", backend, (None, *BACKENDS))
-        check_dtype(op, "dtype", dtype)
-        if not isinstance(align_corners, bool):
-            raise TypeError(f"{op}: align_corners must be True or False, got {align_corners!r}")
-        planes = combine == "plane_product"
-        if len(nodes) != 2 if planes else not nodes:
-            wanted = "two sizes (h, w) of a plane" if planes else "at least one size"
-            raise ValueError(f"{op}: resolution must be {wanted} for combine={combine!r}, got {nodes}")
-        self.options = {"padding": padding, "align_corners": align_corners, "combine": combine}
-        self.beta_init, self.backend = beta_init, backend
-        shape = (hidden_layers, 2, *([3] * planes), *(() if channels is None else (channels,)), *nodes)
-        self.grids = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """gamma 1, beta 0; the beta planes of a product from U(-0.5, 0.5) unless beta_init="zeros"."""
-        nn.init.ones_(self.grids[:, 0])
-        nn.init.zeros_(self.grids[:, 1])
-        if self.options["combine"] == "plane_product" and self.beta_init == "auto":
-            nn.init.uniform_(self.grids[:, 1], -0.5, 0.5)
-
-    def forward(self, coords: Tensor) -> Tensor:
-        """coords [..., d] -> [..., hidden_layers, 2] or [..., hidden_layers, 2, channels]."""
-        return coordinate_modulation(coords, self.grids, **self.options, backend=self.backend)
-
-    def get_extra_state(self) -> dict[str, Any]:
-        return dict(self.options)
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        if state != self.options:
-            raise ValueError(
-                f"CoordinateModulation: the state_dict is of a layer with {state}, this one has {self.options}; build "
-                "it with those options"
-            )
-
-    def extra_repr(self) -> str:
-        options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
-        return f"grids={list(self.grids.shape)}, {options}, dtype={self.grids.dtype}"
-
-
-class Modulate(nn.Module):
-    """act(gamma * norm(h) + beta) as a layer without parameters; arguments, shapes and errors: `modulate`.
-
-    >>> Modulate(norm="ray", eps=1e-6)(torch.randn(4, 6, 8), torch.rand(4, 1, 1), torch.zeros(4, 1, 1)).shape
-    torch.Size([4, 6, 8])
-    """
-
-    def __init__(
-        self,
-        norm: str | None = None,
-        eps: float = 1e-5,
-        activation: str | None = "relu",
-        omega: float = 1.0,
-        frequencies: Tensor | Sequence[float] | None = None,
-        backend: str | None = None,
-    ):
-        super().__init__()
-        check_choice("Modulate", "norm", norm, NORMS)
-        check_choice("Modulate", "activation", activation, ACTIVATIONS)
-        check_choice("Modulate", "backend", backend, (None, *BACKENDS))
-        check_number("Modulate", "eps", eps, least=0.0)
-        check_number("Modulate", "omega", omega)
-        self.options = {"norm": norm, "eps": eps, "activation": activation, "omega": omega}
-        self.backend = backend
-        constants = None if frequencies is None else torch.as_tensor(frequencies)
-        self.register_buffer("frequencies", constants, persistent=False)
-
-    def forward(self, h: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-        """h, gamma and beta that broadcast to it -> h's shape."""
-        return modulate(h, gamma, beta, **self.options, frequencies=self.frequencies, backend=self.backend)
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

@@ -1,0 +1,133 @@
+// SPDX-License-Identifier: MIT
+// The functions of csrc/math/portable.h for packs of lanes: polynomials in float32, the C library in float64. Errors
+// are those of float32 rounding (tests/test_math.py); NaN stays NaN.
+#pragma once
+#include <cmath>
+
+#include "cpu/lanes.h"
+
+namespace camk {
+
+template <class T>
+CAMK_HD Lanes<T> choose_below(Lanes<T> a, Lanes<T> b, Lanes<T> yes, Lanes<T> no) {
+  return Lanes<T>(a.v < b.v ? yes.v : no.v);
+}
+
+CAMK_HD Doubles multiply_add(Doubles x, Doubles y, Doubles z) { return x * y + z; }
+
+// f(lane) for every lane.
+template <class T, class Function>
+CAMK_HD Lanes<T> lane_by_lane(Lanes<T> x, const Function& f) {
+  for (int k = 0; k < int(sizeof(x.v) / sizeof(T)); ++k) x.v[k] = f(x.v[k]);
+  return x;
+}
+
+// c[0] + c[1] x + ... by Horner's rule
+template <int N>
+CAMK_HD Floats polynomial(Floats x, const float (&c)[N]) {
+  Floats sum(c[N - 1]);
+  unroll<N - 1>([&](int i) CAMK_INLINED { sum = multiply_add(sum, x, Floats(c[N - 2 - i])); });
+  return sum;
+}
+
+template <class T>
+CAMK_HD Lanes<T> sqrt_of(Lanes<T> x) {
+  return lane_by_lane(x, [](T a) CAMK_INLINED { return std::sqrt(a); });
+}
+
+// 2^n for whole n in [-126, 127]
+CAMK_HD Floats power_of_two(Floats n) {
+  const Lanes<int32_t>::Raw whole = __builtin_convertvector(n.v, Lanes<int32_t>::Raw);
+  return Floats((Floats::Raw)((whole + 127) << 23));
+}
+
+// e^x = 2^n e^r with |r| <= ln(2) / 2; in two steps of n, so that subnormals and infinity come out
+CAMK_HD Floats exp_of(Floats x) {
+  const Floats high(89.f), low(-104.f);
+  const Floats bounded = choose_below(high, x, high, choose_below(x, low, low, x));
+  const Floats n = round_down(multiply_add(bounded, Floats(1.44269504f), Floats(0.5f)));
+  const Floats r = multiply_add(n, Floats(-1.42860677e-6f), multiply_add(n, Floats(-0.693145752f), bounded));
+  const Floats e = polynomial(r, {1.f, 1.f, 1.f / 2, 1.f / 6, 1.f / 24, 1.f / 120, 1.f / 720, 1.f / 5040});
+  const Floats some = round_down(n * Floats(0.5f));
+  return e * power_of_two(some) * power_of_two(n - some);
+}
+
+// The continued fraction of tanh for small x, (e - 1) / (e + 1) with e = exp(2x) beyond.
+CAMK_HD Floats tanh_of(Floats x) {
+  const Floats square = x * x, one(1.f), zero(0.f), bound(9.1f), two(2.f);
+  const Floats size = choose_below(x, zero, zero - x, x);
+  const Floats near =
+      x * polynomial(square, {10395.f, 1260.f, 21.f}) / polynomial(square, {10395.f, 4725.f, 210.f, 1.f});
+  const Floats far = one - two / (exp_of(two * choose_below(bound, size, bound, size)) + one);
+  return choose_below(size, Floats(0.625f), near, choose_below(x, zero, zero - far, far));
+}
+
+// 1 - exp(-x^2) t P(t), t = 1 / (1 + 0.34 |x|): absolute error, not relative, of one rounding
+CAMK_HD Floats erf_of(Floats x) {
+  const Floats one(1.f), zero(0.f), size = choose_below(x, zero, zero - x, x);
+  const Floats t = one / multiply_add(size, Floats(0.34f), one);
+  const Floats tail = t * polynomial(t, {0.180147641f, 0.305061568f, -0.286043336f, 1.2111981f, -1.25099644f,
+                                         1.08761626f, -0.246983788f});
+  const Floats value = multiply_add(zero - exp_of(zero - x * x), tail, one);
+  return choose_below(x, zero, zero - value, value);
+}
+
+// 2 artanh(s), s = x / (2 + x) in [0, 1/3]
+CAMK_HD Floats log_one_plus(Floats x) {
+  const Floats s = x / (x + Floats(2.f)), square = s * s;
+  return Floats(2.f) * s * polynomial(square, {1.f, 1.f / 3, 1.f / 5, 1.f / 7, 1.f / 9, 1.f / 11, 1.f / 13});
+}
+
+// x - k pi/2 in float64, so that phases of thousands of radians keep their digits.
+CAMK_HD Vec<Floats, 2> sine_and_cosine(Floats x) {
+#if defined(__FMA__)
+  typedef float Half __attribute__((vector_size(2 * kLanes)));
+  typedef double Wide __attribute__((vector_size(4 * kLanes)));
+  typedef int32_t HalfInt __attribute__((vector_size(2 * kLanes)));
+  Half part[2], rest[2];
+  HalfInt quarter[2];
+  memcpy(part, &x.v, sizeof(part));
+  bool far = false;
+  for (int k = 0; k < kLanes; ++k) far |= !(x.v[k] < 1e9f && x.v[k] > -1e9f);
+  if (!far) {
+    for (int h = 0; h < 2; ++h) {
+      const Wide wide = __builtin_convertvector(part[h], Wide);
+      const Wide magic = Wide{} + 0x1.8p52;  // adding it rounds to a whole number
+      const Wide k = (wide * 0.63661977236758134308 + magic) - magic;
+      rest[h] = __builtin_convertvector(wide - k * 1.5707963267948966 - k * 6.123233995736766e-17, Half);
+      quarter[h] = __builtin_convertvector(k, HalfInt);
+    }
+    Floats r;
+    Lanes<int32_t>::Raw q;
+    memcpy(&r.v, rest, sizeof(rest));
+    memcpy(&q, quarter, sizeof(quarter));
+    const Floats square = r * r;
+    const Floats sine = r * polynomial(square, {1.f, -1.f / 6, 1.f / 120, -1.f / 5040, 1.f / 362880});
+    const Floats cosine = polynomial(square, {1.f, -1.f / 2, 1.f / 24, -1.f / 720, 1.f / 40320, -1.f / 3628800});
+    const Lanes<int32_t>::Raw odd = (q & 1) != 0, negative = (q & 2) << 30, other = ((q + 1) & 2) << 30;
+    const Floats::Raw s = odd ? cosine.v : sine.v, c = odd ? sine.v : cosine.v;
+    return {{Floats((Floats::Raw)((Lanes<int32_t>::Raw)s ^ negative)),
+             Floats((Floats::Raw)((Lanes<int32_t>::Raw)c ^ other))}};
+  }
+#endif
+  return {{lane_by_lane(x, [](float a) { return std::sin(a); }), lane_by_lane(x, [](float a) { return std::cos(a); })}};
+}
+
+CAMK_HD Doubles exp_of(Doubles x) {
+  return lane_by_lane(x, [](double a) { return std::exp(a); });
+}
+CAMK_HD Doubles tanh_of(Doubles x) {
+  return lane_by_lane(x, [](double a) { return std::tanh(a); });
+}
+CAMK_HD Doubles erf_of(Doubles x) {
+  return lane_by_lane(x, [](double a) { return std::erf(a); });
+}
+CAMK_HD Doubles log_one_plus(Doubles x) {
+  return lane_by_lane(x, [](double a) { return std::log1p(a); });
+}
+CAMK_HD Vec<Doubles, 2> sine_and_cosine(Doubles x) {
+  return {
+      {lane_by_lane(x, [](double a) { return std::sin(a); }), lane_by_lane(x, [](double a) { return std::cos(a); })}};
+}
+
+}  // namespace camk

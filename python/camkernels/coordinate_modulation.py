@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: MIT
+"""Scales and shifts from coordinate grids: the function `coordinate_modulation`, the layer `CoordinateModulation`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import reference
+from ._backends import BACKENDS, Call, choose, define, round_to_autocast
+from ._checks import check_choice, check_dtype, check_floating, check_size
+from ._layers import KeepsGeometry
+from ._modulation import COMBINES, PADDINGS
+
+__all__ = ["CoordinateModulation", "coordinate_modulation"]
+
+
+def coordinate_modulation(
+    coords: Tensor,
+    grids: Tensor,
+    *,
+    padding: str = "border",
+    align_corners: bool = True,
+    combine: str = "single",
+    backend: str | None = None,
+) -> Tensor:
+    """gamma and beta of every layer, interpolated linearly in small grids at the coordinates.
+
+    coords [..., d] in [-1, 1], exactly as torch.nn.functional.grid_sample reads them: slot 0 is the LAST axis of a
+    grid. grids [layers, 2, *nodes] -> [..., layers, 2], or [layers, 2, C, *nodes] -> [..., layers, 2, C]; of the 2, the
+    first is gamma. combine="plane_product": d = 3, grids [layers, 2, 3, (C,) h, w], the product over planes xy, xz, yz.
+    The result has the grids' dtype, or autocast's; gradients flow to coords too: detach them where they should not.
+    Exact definition, padding, NaN: `camkernels.reference.coordinate_modulation`; backend and errors: `modulated_mlp`.
+
+    Source: Lee et al., "Coordinate-Aware Modulation for Neural Fields", ICLR 2024.
+
+    >>> coordinate_modulation(torch.rand(5, 2) * 2 - 1, torch.rand(3, 2, 32, 32)).shape
+    torch.Size([5, 3, 2])
+    """
+    check_floating("coordinate_modulation", "coords", coords)
+    choose(Call("coordinate_modulation", coords.device.type, coords.device.index), backend)
+    options = {"padding": padding, "align_corners": align_corners, "combine": combine}
+    return round_to_autocast(define(reference.coordinate_modulation, coords, grids, **options))
+
+
+class CoordinateModulation(KeepsGeometry):
+    """Trainable grids of scales and shifts: coords [..., d] in [-1, 1] -> [..., hidden_layers, 2], or with channels
+    [..., hidden_layers, 2, channels]: what `ModulatedMLP` takes as modulation.
+
+    resolution: the nodes along each axis, in the order of the grid's axes: slot 0 of coords is the last one; for
+    combine="plane_product" those of one plane (h, w). The parameter is `grids`, gamma 1 and beta 0, so that at first
+    nothing is modulated. A product of three beta planes of 0 would stay 0, as its gradient is: they are drawn from
+    U(-0.5, 0.5) unless beta_init="zeros". A state_dict also holds the options; one with others is refused, one without
+    them (a bare parameter) is accepted.
+
+    The other arguments, and the errors: `coordinate_modulation`.
+
+    >>> modulation = CoordinateModulation(hidden_layers=3, resolution=(32, 32))
+    >>> modulation(torch.rand(5, 2) * 2 - 1).shape, modulation.grids.shape
+    (torch.Size([5, 3, 2]), torch.Size([3, 2, 32, 32]))
+    """
+
+    def __init__(
+        self,
+        hidden_layers: int,
+        resolution: int | Sequence[int] = (32, 32),
+        *,
+        channels: int | None = None,
+        padding: str = "border",
+        combine: str = "single",
+        align_corners: bool = True,
+        beta_init: str = "auto",
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        backend: str | None = None,
+    ):
+        super().__init__()
+        op = "CoordinateModulation"
+        nodes = (resolution,) if isinstance(resolution, int) else tuple(resolution)
+        check_size(op, "hidden_layers", hidden_layers)
+        for size in nodes:
+            check_size(op, "resolution", size)
+        if channels is not None:
+            check_size(op, "channels", channels)
+        check_choice(op, "padding", padding, PADDINGS)
+        check_choice(op, "combine", combine, COMBINES)
+        check_choice(op, "beta_init", beta_init, ("auto", "zeros"))
+        check_choice(op, "backend", backend, (None, *BACKENDS))
+        check_dtype(op, "dtype", dtype)
+        if not isinstance(align_corners, bool):
+            raise TypeError(f"{op}: align_corners must be True or False, got {align_corners!r}")
+        planes = combine == "plane_product"
+        if len(nodes) != 2 if planes else not nodes:
+            wanted = "two sizes (h, w) of a plane" if planes else "at least one size"
+            raise ValueError(f"{op}: resolution must be {wanted} for combine={combine!r}, got {nodes}")
+        self.options = {"padding": padding, "align_corners": align_corners, "combine": combine}
+        self.beta_init, self.backend = beta_init, backend
+        shape = (hidden_layers, 2, *([3] * planes), *(() if channels is None else (channels,)), *nodes)
+        self.grids = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """gamma 1, beta 0; the beta planes of a product from U(-0.5, 0.5) unless beta_init="zeros"."""
+        nn.init.ones_(self.grids[:, 0])
+        nn.init.zeros_(self.grids[:, 1])
+        if self.options["combine"] == "plane_product" and self.beta_init == "auto":
+            nn.init.uniform_(self.grids[:, 1], -0.5, 0.5)
+
+    def forward(self, coords: Tensor) -> Tensor:
+        """coords [..., d] -> [..., hidden_layers, 2] or [..., hidden_layers, 2, channels]."""
+        return coordinate_modulation(coords, self.grids, **self.options, backend=self.backend)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return dict(self.options)
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        if state != self.options:
+            raise ValueError(
+                f"CoordinateModulation: the state_dict is of a layer with {state}, this one has {self.options}; build "
+                "it with those options"
+            )
+
+    def extra_repr(self) -> str:
+        options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        return f"grids={list(self.grids.shape)}, {options}, dtype={self.grids.dtype}"

@@ -30,6 +30,7 @@ struct Vec {
 // which nvcc evaluates there all the same, but with a warning.
 template <int I>
 struct Constant {
+  static constexpr int value = I;
   CAMK_HD constexpr operator int() const { return I; }
 };
 

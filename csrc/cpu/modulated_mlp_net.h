@@ -1,0 +1,186 @@
+// SPDX-License-Identifier: MIT
+// A modulated MLP made ready for its tiles: weights in panels, in the arithmetic type C, and what its tensors look
+// like.
+#pragma once
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+#include "cpu/modulated_mlp_rows.h"
+#include "cpu/parallel.h"
+#include "cpu/storage.h"
+
+namespace camk::cpu {
+
+using TensorList = std::vector<Tensor>;
+using OptionalTensor = std::optional<Tensor>;
+
+// Points that pass through all layers together; a multiple of kBlockRows on every instruction set.
+inline constexpr int64_t kTile = 48;
+
+// Zeros, aligned for every load, as long as the object lives.
+template <class C>
+class Scratch {
+ public:
+  C* take(int64_t count) {
+    const size_t bytes = size_t(padded(std::max<int64_t>(count, 1))) * sizeof(C);
+    C* made = static_cast<C*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
+    STD_TORCH_CHECK(made, "modulated_mlp: no memory for ", bytes, " bytes");
+    std::memset(made, 0, bytes);
+    owned_.emplace_back(made);
+    return made;
+  }
+  Rows<C> rows(int64_t width) { return {take(kTile * padded(width)), padded(width)}; }
+
+ private:
+  struct Free {
+    void operator()(C* p) const { std::free(p); }
+  };
+  std::vector<std::unique_ptr<C, Free>> owned_;
+};
+
+// body(Tag<T>) for the number type of a tensor.
+template <class Body>
+void with_numbers(ScalarType dtype, const Body& body) {
+  switch (dtype) {
+    case ScalarType::Double:
+      return body(Tag<double>{});
+    case ScalarType::Float:
+      return body(Tag<float>{});
+    case ScalarType::Half:
+      return body(Tag<Half>{});
+    case ScalarType::BFloat16:
+      return body(Tag<BFloat16>{});
+    default:
+      STD_TORCH_CHECK(false, "modulated_mlp: tensors must be float16, bfloat16, float32 or float64");
+  }
+}
+
+template <class To, class From>
+CAMK_HD void convert(const From* from, int64_t count, To* to) {
+  if constexpr (std::is_same_v<To, From>) {
+    std::memcpy(to, from, size_t(count) * sizeof(To));
+  } else if constexpr (std::is_floating_point_v<To>) {
+    for (int64_t i = 0; i < count; ++i) to[i] = To(to_number(from[i]));
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i] = from_number<To>(double(from[i]));
+  }
+}
+
+// `count` rows of `width` numbers of a tensor, from row `first` on, read as C or written.
+template <class C>
+void read_rows(const Tensor& t, int64_t first, int64_t count, int64_t width, Rows<C> to) {
+  with_numbers(t.scalar_type(), [&]<class T>(Tag<T>) {
+    const T* from = read<T>(t) + first * width;
+    for (int64_t i = 0; i < count; ++i) convert(from + i * width, width, to[i]);
+  });
+}
+template <class C>
+void write_rows(Rows<C> from, int64_t first, int64_t count, int64_t width, const Tensor& t) {
+  with_numbers(t.scalar_type(), [&]<class T>(Tag<T>) {
+    T* to = write<T>(t) + first * width;
+    for (int64_t i = 0; i < count; ++i) convert(from[i], width, to + i * width);
+  });
+}
+
+// A weight in panels, its transpose, the bias [padded]; null where there is none or nobody reads it.
+template <class C>
+struct Panels {
+  const C *forward = nullptr, *backward = nullptr, *bias = nullptr;
+};
+
+template <class C>
+struct Layer : RowLayer<C> {
+  int64_t in, next;  // values that it takes and gives, x of a skip included
+  bool skip, modulated;
+  Panels<C> panels;
+  int64_t sums;  // where the gradients of weight, then bias, begin among a part's sums
+};
+
+// The operator's settings, as in python/camkernels/modulated_mlp.py.
+struct NetLists {
+  const std::vector<int64_t>& activations;
+  const std::vector<double>& omegas;
+  const std::vector<bool>& skips;
+  bool output_layer, point_norm;
+  double eps;
+};
+
+// Panels of weight [out, in]; centred: of W - mean(W) over its rows, which makes the mean of z = W h + b zero. Those of
+// the transpose are of W as it is: gradients that come through a norm have mean zero, too.
+template <class C>
+void pack_weight(const Tensor& weight, bool centred, bool transposed, Scratch<C>& memory, Panels<C>& to) {
+  const int64_t out = weight.size(0), in = weight.size(1);
+  std::vector<C> w(out * in), mean(in);
+  read_rows(weight, 0, 1, out * in, Rows<C>{w.data()});
+  for (int64_t i = 0; centred && i < out * in; ++i) mean[i % in] += w[i] / C(out);
+  C* forward = memory.take(in * padded(out));
+  fill_panels(in, out, forward, [&](int64_t k, int64_t o) { return w[o * in + k] - mean[k]; });
+  to.forward = forward;
+  if (!transposed) return;
+  C* backward = memory.take(out * padded(in));
+  fill_panels(out, in, backward, [&](int64_t o, int64_t k) { return w[o * in + k]; });
+  to.backward = backward;
+}
+
+template <class C>
+const C* pack_bias(const Tensor& bias, bool centred, Scratch<C>& memory) {
+  const int64_t out = bias.numel();
+  C* b = memory.take(out);
+  read_rows(bias, 0, 1, out, Rows<C>{b});
+  C mean = 0;
+  for (int64_t o = 0; centred && o < out; ++o) mean += b[o] / C(out);
+  for (int64_t o = 0; o < out; ++o) b[o] -= mean;
+  return b;
+}
+
+template <class C>
+struct Net {
+  int64_t points, in, out, hidden, groups, values;  // values: of a scale, 1 or the width of the layers
+  std::vector<Layer<C>> layers;
+  int64_t sums = 0;  // numbers that the gradients of weights and biases take
+  Scratch<C> memory;
+
+  Net(const Tensor& x, const TensorList& weights, const TensorList& biases, const OptionalTensor& modulation,
+      const OptionalTensor& frequencies, const NetLists& lists, bool transposed)
+      : points(x.size(0)),
+        in(x.size(1)),
+        hidden(int64_t(weights.size()) - lists.output_layer),
+        groups(modulation ? modulation->size(0) : 1),
+        values(modulation && modulation->dim() == 4 ? modulation->size(3) : 1) {
+    C* waves = nullptr;
+    if (frequencies) {
+      waves = memory.take(padded(frequencies->numel()));
+      read_rows(*frequencies, 0, 1, frequencies->numel(), Rows<C>{waves});
+    }
+    int64_t given = in;
+    for (size_t l = 0; l < weights.size(); ++l) {
+      const int64_t width = weights[l].size(0);
+      Layer<C> layer{};
+      layer.modulated = int64_t(l) < hidden;
+      layer.width = width, layer.padded = padded(width), layer.in = given;
+      layer.skip = lists.skips[l], layer.next = width + (layer.skip ? in : 0);
+      layer.activation = math::Activation(lists.activations[l]), layer.omega = C(lists.omegas[l]);
+      layer.frequencies = waves, layer.eps = C(lists.eps);
+      layer.norm = lists.point_norm && layer.modulated;
+      layer.per_channel = modulation && modulation->dim() == 4 && layer.modulated;
+      pack_weight(weights[l], layer.norm, transposed || l > 0, memory, layer.panels);
+      if (!biases.empty()) layer.panels.bias = pack_bias(biases[l], layer.norm, memory);
+      layer.sums = sums;
+      sums += width * padded(given) + padded(width);
+      layers.push_back(layer), given = layer.next;
+    }
+    out = given;
+  }
+
+  // Whether a layer's z is wanted for derivatives: of all but a plain output layer.
+  bool is_plain(const Layer<C>& layer) const { return !layer.modulated && layer.activation == math::Activation::kNone; }
+  int64_t kept_values() const {
+    int64_t sum = 0;
+    for (const Layer<C>& layer : layers) sum += is_plain(layer) ? 0 : layer.padded;
+    return sum;
+  }
+  int64_t group_of(int64_t point) const { return groups == points ? point : point / (points / groups); }
+};
+
+}  // namespace camk::cpu

@@ -1,0 +1,226 @@
+// SPDX-License-Identifier: MIT
+// What a layer of the modulated MLP does to the rows of a tile between its products: norm, scale, shift, activation,
+// and their derivatives. Rows are padded to whole packs of lanes with zeros, or with values that nobody reads.
+#pragma once
+#include "cpu/products.h"
+#include "math/activation.h"
+#include "math/norm.h"
+
+namespace camk::cpu {
+
+// A matrix in scratch memory.
+template <class C>
+struct Rows {
+  C* data = nullptr;
+  int64_t stride = 0;
+  CAMK_HD C* operator[](int64_t row) const { return data + row * stride; }
+};
+
+// Scale and shift of each row of a tile, `values` of both: one, or per channel one per column. Stride 0: all rows
+// alike.
+template <class C>
+struct Modulation {
+  Rows<C> rows;
+  int64_t values = 0;
+  CAMK_HD C* scale(int64_t row) const { return rows[row]; }
+  CAMK_HD C* shift(int64_t row) const { return rows[row] + values; }
+};
+
+template <class C>
+struct RowLayer {
+  int64_t width, padded;
+  math::Activation activation;
+  C omega;
+  const C* frequencies;  // [padded], of a residual sine
+  bool norm, per_channel;
+  C eps;
+};
+
+template <class C>
+CAMK_HD C sum_of_lanes(Lanes<C> x) {
+  C sum = x.v[0];
+  for (int k = 1; k < lanes_of<Lanes<C>>; ++k) sum += x.v[k];
+  return sum;
+}
+
+// The scale or shift of the columns from `column` on.
+template <bool PerChannel, class C>
+CAMK_HD Lanes<C> columns_of(const C* values, int64_t column) {
+  if constexpr (PerChannel) return Lanes<C>::load(values + column);
+  return Lanes<C>(*values);
+}
+
+template <int I, class C>
+CAMK_HD Lanes<C> rate_of(const RowLayer<C>& layer, int64_t column) {
+  if constexpr (math::Activation{I} == math::Activation::kResidualSine) {
+    return Lanes<C>::load(layer.frequencies + column);
+  }
+  return Lanes<C>(layer.omega);
+}
+
+// body(Constant<per channel>)
+template <class Body>
+void with_form(bool per_channel, const Body& body) {
+  per_channel ? body(Constant<1>{}) : body(Constant<0>{});
+}
+
+// body(column) for every pack of columns.
+template <class C, class Body>
+CAMK_HD void each_pack(const RowLayer<C>& layer, const Body& body) {
+  for (int64_t o = 0; o < layer.padded; o += lanes_of<Lanes<C>>) body(o);
+}
+
+template <class C>
+C inverse_deviation_of(const RowLayer<C>& layer, const C* z) {
+  Lanes<C> squares(C(0));
+  each_pack(layer, [&](int64_t o) CAMK_INLINED {
+    const auto v = Lanes<C>::load(z + o);
+    squares = multiply_add(v, v, squares);
+  });
+  return math::inverse_deviation(sum_of_lanes(squares) / C(layer.width), layer.eps);
+}
+
+// y = f(scale n + shift), n = r z; Order 1: also slope = f'. Under a norm z has mean 0.
+template <int Order, class C>
+void activate_rows(const RowLayer<C>& layer, int64_t count, Rows<C> z, const Modulation<C>& modulation, C* r, Rows<C> y,
+                   Rows<C> slope) {
+  using Pack = Lanes<C>;
+  math::with_activation(layer.activation, [&](auto activation) {
+    with_form(layer.per_channel, [&](auto per_channel) {
+      constexpr bool kChannels = decltype(per_channel)::value;
+      for (int64_t i = 0; i < count; ++i) {
+        r[i] = layer.norm ? inverse_deviation_of(layer, z[i]) : C(1);
+        each_pack(layer, [&](int64_t o) CAMK_INLINED {
+          const Pack factor = columns_of<kChannels>(modulation.scale(i), o) * Pack(r[i]);
+          const Pack s = multiply_add(Pack::load(z[i] + o), factor, columns_of<kChannels>(modulation.shift(i), o));
+          const auto f = math::activate<Order>(activation, s, rate_of<decltype(activation)::value>(layer, o));
+          f.value.store(y[i] + o);
+          if constexpr (Order > 0) f.first.store(slope[i] + o);
+        });
+      }
+    });
+  });
+}
+
+// d: gradient of y -> of z; change: of scale and shift.
+template <class C>
+void deactivate_rows(const RowLayer<C>& layer, int64_t count, Rows<C> z, Rows<C> slope, const Modulation<C>& modulation,
+                     const C* r, Rows<C> d, const Modulation<C>& change) {
+  using Pack = Lanes<C>;
+  with_form(layer.per_channel, [&](auto per_channel) {
+    constexpr bool kChannels = decltype(per_channel)::value;
+    for (int64_t i = 0; i < count; ++i) {
+      Pack sum_g(C(0)), sum_gn(C(0)), sum_w(C(0)), sum_nw(C(0));
+      each_pack(layer, [&](int64_t o) CAMK_INLINED {
+        const Pack g = Pack::load(d[i] + o) * Pack::load(slope[i] + o), n = Pack::load(z[i] + o) * Pack(r[i]);
+        const Pack w = columns_of<kChannels>(modulation.scale(i), o) * g;
+        w.store(d[i] + o);
+        sum_w = sum_w + w, sum_nw = multiply_add(n, w, sum_nw);
+        if constexpr (kChannels) {
+          (g * n).store(change.scale(i) + o), g.store(change.shift(i) + o);
+        } else {
+          sum_g = sum_g + g, sum_gn = multiply_add(g, n, sum_gn);
+        }
+      });
+      if (!kChannels) *change.scale(i) = sum_of_lanes(sum_gn), *change.shift(i) = sum_of_lanes(sum_g);
+      if (!layer.norm) continue;
+      const Pack mean_w(sum_of_lanes(sum_w) / C(layer.width)), mean_nw(sum_of_lanes(sum_nw) / C(layer.width));
+      each_pack(layer, [&](int64_t o) CAMK_INLINED {
+        const Pack n = Pack::load(z[i] + o) * Pack(r[i]);
+        math::norm_jacobian(Pack::load(d[i] + o), n, Pack(r[i]), mean_w, mean_nw).store(d[i] + o);
+      });
+    }
+  });
+}
+
+// ---- second order: a layer together with its tangent along given directions
+// ------------------------------------------
+
+template <class C>
+struct TangentRows {
+  Rows<C> n, dn;                        // z and dz until they are activated
+  Rows<C> dz;                           // as it came
+  Rows<C> slope, bend;                  // f', and f'' times the tangent of its argument
+  C *r, *mean_ndz;                      // per row
+  Modulation<C> modulation, direction;  // scale and shift, and their tangents
+};
+
+// y = f(scale n + shift) and its tangent dy.
+template <class C>
+void activate_tangents(const RowLayer<C>& layer, int64_t count, const TangentRows<C>& t, Rows<C> y, Rows<C> dy) {
+  using Pack = Lanes<C>;
+  math::with_activation(layer.activation, [&](auto activation) {
+    with_form(layer.per_channel, [&](auto per_channel) {
+      constexpr bool kChannels = decltype(per_channel)::value;
+      for (int64_t i = 0; i < count; ++i) {
+        t.r[i] = layer.norm ? inverse_deviation_of(layer, t.n[i]) : C(1);
+        const Pack r(t.r[i]), zero(C(0));
+        Pack sum = zero;
+        each_pack(layer, [&](int64_t o) CAMK_INLINED {
+          sum = multiply_add(Pack::load(t.n[i] + o) * r, Pack::load(t.dn[i] + o), sum);
+        });
+        t.mean_ndz[i] = sum_of_lanes(sum) / C(layer.width);
+        each_pack(layer, [&](int64_t o) CAMK_INLINED {
+          const Pack n = Pack::load(t.n[i] + o) * r, dz = Pack::load(t.dn[i] + o);
+          const Pack dn = layer.norm ? math::norm_jacobian(dz, n, r, zero, Pack(t.mean_ndz[i])) : dz;
+          const Pack scale = columns_of<kChannels>(t.modulation.scale(i), o);
+          const Pack s = multiply_add(scale, n, columns_of<kChannels>(t.modulation.shift(i), o));
+          const Pack ds = multiply_add(columns_of<kChannels>(t.direction.scale(i), o), n,
+                                       multiply_add(scale, dn, columns_of<kChannels>(t.direction.shift(i), o)));
+          const auto f = math::activate<2>(activation, s, rate_of<decltype(activation)::value>(layer, o));
+          n.store(t.n[i] + o), dn.store(t.dn[i] + o), dz.store(t.dz[i] + o);
+          f.first.store(t.slope[i] + o), (f.second * ds).store(t.bend[i] + o);
+          f.value.store(y[i] + o), (f.first * ds).store(dy[i] + o);
+        });
+      }
+    });
+  });
+}
+
+// d, e: gradients of y and dy -> of z and dz; change: of scale and shift.
+template <class C>
+void deactivate_tangents(const RowLayer<C>& layer, int64_t count, const TangentRows<C>& t, Rows<C> d, Rows<C> e,
+                         const Modulation<C>& change) {
+  using Pack = Lanes<C>;
+  const auto mean = [&](Pack sum) { return Pack(sum_of_lanes(sum) / C(layer.width)); };
+  with_form(layer.per_channel, [&](auto per_channel) {
+    constexpr bool kChannels = decltype(per_channel)::value;
+    for (int64_t i = 0; i < count; ++i) {
+      const Pack zero(C(0)), r(t.r[i]), mean_ndz(t.mean_ndz[i]);
+      Pack sum_scale = zero, sum_shift = zero, sum_v = zero, sum_nv = zero, sum_vdn = zero;
+      each_pack(layer, [&](int64_t o) CAMK_INLINED {
+        const Pack n = Pack::load(t.n[i] + o), dn = Pack::load(t.dn[i] + o), slope = Pack::load(t.slope[i] + o);
+        const Pack of_ds = slope * Pack::load(e[i] + o);
+        const Pack of_s = multiply_add(Pack::load(t.bend[i] + o), Pack::load(e[i] + o), slope * Pack::load(d[i] + o));
+        const Pack scale = columns_of<kChannels>(t.modulation.scale(i), o), v = scale * of_ds;
+        multiply_add(columns_of<kChannels>(t.direction.scale(i), o), of_ds, scale * of_s).store(d[i] + o);
+        v.store(e[i] + o);
+        sum_v = sum_v + v, sum_nv = multiply_add(n, v, sum_nv), sum_vdn = multiply_add(v, dn, sum_vdn);
+        const Pack of_scale = multiply_add(of_s, n, of_ds * dn);
+        if constexpr (kChannels) {
+          of_scale.store(change.scale(i) + o), of_s.store(change.shift(i) + o);
+        } else {
+          sum_scale = sum_scale + of_scale, sum_shift = sum_shift + of_s;
+        }
+      });
+      if (!kChannels) *change.scale(i) = sum_of_lanes(sum_scale), *change.shift(i) = sum_of_lanes(sum_shift);
+      if (!layer.norm) continue;
+      const Pack mean_v = mean(sum_v), mean_nv = mean(sum_nv), rest = math::norm_second_order_rest(r, mean(sum_vdn));
+      Pack sum_w = zero, sum_nw = zero;
+      each_pack(layer, [&](int64_t o) CAMK_INLINED {
+        const Pack u = Pack::load(d[i] + o), v = Pack::load(e[i] + o), dz = Pack::load(t.dz[i] + o);
+        const Pack w = math::norm_second_order(u, v, dz, r, mean_ndz, mean_nv);
+        w.store(d[i] + o);
+        sum_w = sum_w + w, sum_nw = multiply_add(Pack::load(t.n[i] + o), w, sum_nw);
+      });
+      const Pack mean_w = mean(sum_w), mean_nw = mean(sum_nw);
+      each_pack(layer, [&](int64_t o) CAMK_INLINED {
+        const Pack n = Pack::load(t.n[i] + o);
+        multiply_add(rest, n, math::norm_jacobian(Pack::load(d[i] + o), n, r, mean_w, mean_nw)).store(d[i] + o);
+        math::norm_jacobian(Pack::load(e[i] + o), n, r, mean_v, mean_nv).store(e[i] + o);
+      });
+    }
+  });
+}
+
+}  // namespace camk::cpu

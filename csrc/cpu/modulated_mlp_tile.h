@@ -1,0 +1,256 @@
+// SPDX-License-Identifier: MIT
+// A tile of points on its way through a modulated MLP and back. One tile object serves one thread.
+#pragma once
+#include "cpu/modulated_mlp_net.h"
+
+namespace camk::cpu {
+
+// The rows of a tensor [N, width] that belong to a tile: in `room`, with zeros behind the last one, or where they lie
+// if they can stay there. whole_packs: if packs of lanes are read of them.
+template <class C>
+Rows<C> tile_of(const Tensor& t, int64_t begin, int64_t count, Rows<C> room, bool whole_packs) {
+  const int64_t width = t.size(1);
+  const bool same = t.scalar_type() == (std::is_same_v<C, double> ? ScalarType::Double : ScalarType::Float);
+  if (same && count == kTile && (!whole_packs || width % kPanel == 0)) {
+    return {const_cast<C*>(read<C>(t)) + begin * width, width};
+  }
+  const Rows<C> to{room.data, padded(width)};
+  read_rows(t, begin, count, width, to);
+  std::memset(to[count], 0, size_t((kTile - count) * to.stride) * sizeof(C));
+  return to;
+}
+
+template <class C>
+void copy_columns(Rows<C> from, int64_t columns, int64_t count, Rows<C> to, int64_t at) {
+  for (int64_t i = 0; i < count; ++i) std::memcpy(to[i] + at, from[i], size_t(columns) * sizeof(C));
+}
+
+// Scale and shift of every layer for the points of a tile. Where there is no tensor: 1 and 0, or 0 and 0.
+template <class C>
+class TileModulation {
+ public:
+  TileModulation(const Net<C>& net, Scratch<C>& memory, C scale = 1) : net_(net) {
+    const Modulation<C> neutral{{memory.take(2), 0}, 1};
+    *neutral.scale(0) = scale;
+    for (const Layer<C>& layer : net.layers) {
+      made_.push_back(layer.modulated ? rows_for(layer, memory) : neutral);
+      if (!layer.per_channel) *made_.back().scale(0) = scale;
+      made_.back().rows.stride = 0;
+    }
+  }
+
+  void read(const OptionalTensor& modulation, int64_t begin, int64_t count) {
+    if (!modulation) return;
+    const bool alike = net_.group_of(begin) == net_.group_of(begin + count - 1);
+    with_numbers(modulation->scalar_type(), [&]<class T>(Tag<T>) {
+      for (int64_t l = 0; l < net_.hidden; ++l) {
+        Modulation<C>& m = made_[l];
+        m.rows.stride = alike ? 0 : 2 * m.values;
+        for (int64_t i = 0; i < (alike ? 1 : count); ++i) {
+          const T* from = camk::read<T>(*modulation) + (net_.group_of(begin + i) * net_.hidden + l) * 2 * net_.values;
+          convert(from, net_.values, m.scale(i));
+          convert(from + net_.values, net_.values, m.shift(i));
+        }
+      }
+    });
+  }
+  const Modulation<C>& operator[](size_t layer) const { return made_[layer]; }
+
+  static Modulation<C> rows_for(const Layer<C>& layer, Scratch<C>& memory) {
+    const int64_t values = layer.per_channel ? layer.padded : 1;
+    return {{memory.take(kTile * 2 * values), 2 * values}, values};
+  }
+
+ private:
+  const Net<C>& net_;
+  std::vector<Modulation<C>> made_;
+};
+
+// Sums of one part of the points: gradients of weights (in panels) and biases, then of the modulation's rows that its
+// points share with others, from row `first_group` on.
+template <class C>
+struct PartSums {
+  C* sums;
+  C* modulation;
+  int64_t first_group;
+};
+
+template <class C>
+class Gradients {
+ public:
+  Gradients(const Net<C>& net, const Tensor& modulation, const std::vector<bool>& mask)
+      : net_(net), modulation_(modulation), wants_weights_(mask[1] || mask[2]), wants_modulation_(mask[3]) {}
+
+  // d^T x and the sum of d, for a layer.
+  void add(const Layer<C>& layer, Rows<C> d, Rows<C> x, int64_t count, const PartSums<C>& to, bool bias = true) const {
+    if (!wants_weights_) return;
+    C* sums = to.sums + layer.sums;
+    add_outer(d.data, d.stride, layer.width, x.data, x.stride, layer.in, count, sums);
+    sums += layer.width * padded(layer.in);
+    for (int64_t i = 0; bias && i < count; ++i) {
+      each_pack<C>(layer, [&](int64_t o)
+                              CAMK_INLINED { (Lanes<C>::load(sums + o) + Lanes<C>::load(d[i] + o)).store(sums + o); });
+    }
+  }
+
+  // Gradients of scale and shift of layer l, for points from `begin` on.
+  void add_modulation(int64_t l, const Modulation<C>& change, int64_t begin, int64_t count,
+                      const PartSums<C>& to) const {
+    if (!wants_modulation_ || l >= net_.hidden) return;
+    const int64_t values = net_.values, row = net_.hidden * 2 * values;
+    if (net_.groups < net_.points) {
+      for (int64_t i = 0; i < count; ++i) {
+        C* sums = to.modulation + (net_.group_of(begin + i) - to.first_group) * row + l * 2 * values;
+        for (int64_t v = 0; v < values; ++v) sums[v] += change.scale(i)[v], sums[values + v] += change.shift(i)[v];
+      }
+      return;
+    }
+    with_numbers(modulation_.scalar_type(), [&]<class T>(Tag<T>) {
+      for (int64_t i = 0; i < count; ++i) {
+        T* to = write<T>(modulation_) + (begin + i) * row + l * 2 * values;
+        convert(change.scale(i), values, to);
+        convert(change.shift(i), values, to + values);
+      }
+    });
+  }
+
+ private:
+  const Net<C>& net_;
+  Tensor modulation_;
+  bool wants_weights_, wants_modulation_;
+};
+
+// ---- forward
+// ---------------------------------------------------------------------------------------------------------
+
+template <class C>
+class ForwardTile {
+ public:
+  explicit ForwardTile(const Net<C>& net) : net_(net), modulation_(net, memory_) {
+    int64_t widest = net.in;
+    for (const Layer<C>& layer : net.layers) widest = std::max({widest, layer.padded, layer.next});
+    x_ = memory_.rows(net.in), z_ = memory_.rows(widest);
+    h_[0] = memory_.rows(widest), h_[1] = memory_.rows(widest);
+    r_ = memory_.take(kTile);
+  }
+
+  // kept: where z of the layers is to stay, or null.
+  void run(const Tensor& x, const OptionalTensor& modulation, int64_t begin, int64_t count, const Tensor& y, C* kept) {
+    const Rows<C> input = tile_of(x, begin, count, x_, false);
+    modulation_.read(modulation, begin, count);
+    Rows<C> h = input;
+    for (size_t l = 0; l < net_.layers.size(); ++l) {
+      const Layer<C>& layer = net_.layers[l];
+      const bool keep = kept && !net_.is_plain(layer);
+      const Rows<C> own{z_.data, layer.padded}, room{keep ? kept + begin * layer.padded : nullptr, layer.padded};
+      const Rows<C> z = keep && count == kTile ? room : own;
+      multiply(h.data, h.stride, kTile, layer.panels.forward, layer.in, layer.width, layer.panels.bias, z.data,
+               z.stride);
+      if (keep && count < kTile) copy_columns(z, layer.padded, count, room, 0);
+      if (keep) kept += net_.points * layer.padded;
+      h = z;
+      if (!net_.is_plain(layer)) {
+        h = {h_[l % 2].data, padded(layer.next)};
+        activate_rows<0>(layer, count, z, modulation_[l], r_, h, Rows<C>{});
+      }
+      if (layer.skip) copy_columns(input, net_.in, count, h, layer.width);
+    }
+    write_rows(h, begin, count, net_.out, y);
+  }
+
+ private:
+  const Net<C>& net_;
+  Scratch<C> memory_;
+  TileModulation<C> modulation_;
+  Rows<C> x_, z_, h_[2];
+  C* r_;
+};
+
+// ---- backward
+// --------------------------------------------------------------------------------------------------------
+
+template <class C>
+class BackwardTile {
+ public:
+  explicit BackwardTile(const Net<C>& net) : net_(net), modulation_(net, memory_) {
+    int64_t widest = net.in;
+    for (const Layer<C>& layer : net.layers) {
+      widest = std::max({widest, layer.padded, layer.next});
+      z_.push_back(memory_.rows(layer.width)), slope_.push_back(memory_.rows(layer.width));
+      h_.push_back(memory_.rows(layer.next)), r_.push_back(memory_.take(kTile));
+      change_.push_back(TileModulation<C>::rows_for(layer, memory_));
+    }
+    x_ = memory_.rows(net.in), gx_ = memory_.rows(net.in);
+    d_[0] = memory_.rows(widest), d_[1] = memory_.rows(widest);
+  }
+
+  // kept: z of the layers from the forward pass; null: computed again.
+  void run(const Tensor& grad, const Tensor& x, const OptionalTensor& modulation, int64_t begin, int64_t count,
+           const C* kept, const Gradients<C>& gradients, const PartSums<C>& sums, const Tensor* gx) {
+    const Rows<C> input = tile_of(x, begin, count, x_, true);
+    modulation_.read(modulation, begin, count);
+    activate(input, begin, count, kept);
+    Rows<C> d = widened(d_[0], net_.out);
+    read_rows(grad, begin, count, net_.out, d);
+    std::memset(gx_.data, 0, size_t(kTile * gx_.stride) * sizeof(C));
+    for (int64_t l = int64_t(net_.layers.size()) - 1; l >= 0; --l) {
+      const Layer<C>& layer = net_.layers[l];
+      take_skip(layer, d, gx_, count);
+      if (!net_.is_plain(layer)) {
+        deactivate_rows(layer, count, seen_[l], slope_[l], modulation_[l], r_[l], d, change_[l]);
+        gradients.add_modulation(l, change_[l], begin, count, sums);
+      }
+      gradients.add(layer, d, l ? h_[l - 1] : input, count, sums);
+      if (l == 0 && !gx) return;
+      const Rows<C> below = widened(d_[d.data == d_[0].data], layer.in);
+      multiply(d.data, d.stride, kTile, layer.panels.backward, layer.width, layer.in, (const C*)nullptr, below.data,
+               below.stride);
+      d = below;
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t k = 0; k < net_.in; ++k) d[i][k] += gx_[i][k];
+    }
+    write_rows(d, begin, count, net_.in, *gx);
+  }
+
+  static Rows<C> widened(Rows<C> rows, int64_t width) { return {rows.data, padded(width)}; }
+
+  // The gradient of a layer's output: x's part of it goes to gx, zeros take its place.
+  static void take_skip(const Layer<C>& layer, Rows<C> d, Rows<C> gx, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t k = 0; k < layer.next - layer.width; ++k) gx[i][k] += d[i][layer.width + k];
+      for (int64_t o = layer.width; o < padded(layer.next); ++o) d[i][o] = 0;
+    }
+  }
+
+ private:
+  void activate(Rows<C> input, int64_t begin, int64_t count, const C* kept) {
+    seen_ = z_;
+    Rows<C> h = input;
+    for (size_t l = 0; l < net_.layers.size(); ++l) {
+      const Layer<C>& layer = net_.layers[l];
+      if (net_.is_plain(layer)) {
+        return;
+      } else if (kept) {
+        seen_[l] = {const_cast<C*>(kept) + begin * layer.padded, layer.padded};
+        kept += net_.points * layer.padded;
+      } else {
+        multiply(h.data, h.stride, kTile, layer.panels.forward, layer.in, layer.width, layer.panels.bias, z_[l].data,
+                 z_[l].stride);
+      }
+      h = h_[l];
+      activate_rows<1>(layer, count, seen_[l], modulation_[l], r_[l], h, slope_[l]);
+      if (layer.skip) copy_columns(input, net_.in, count, h, layer.width);
+    }
+  }
+
+  const Net<C>& net_;
+  Scratch<C> memory_;
+  TileModulation<C> modulation_;
+  std::vector<Rows<C>> z_, seen_, slope_, h_;  // per layer; h_: what it gives to the next
+  std::vector<C*> r_;
+  std::vector<Modulation<C>> change_;
+  Rows<C> x_, gx_, d_[2];
+};
+
+}  // namespace camk::cpu

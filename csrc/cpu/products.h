@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: MIT
+// Products of a tile of rows, which stays in cache, with a matrix in panels of kPanel columns: blocks of kBlockRows x
+// kBlockVectors registers, one scalar of the tile times a vector of the panel. No row needs an alignment.
+#pragma once
+#include <algorithm>
+
+#include "cpu/lane_functions.h"
+
+namespace camk::cpu {
+
+inline constexpr int64_t kPanel = 16;
+#if defined(__AVX512F__)
+inline constexpr int kBlockRows = 12;  // 24 sums in 32 registers
+#else
+inline constexpr int kBlockRows = 6;  // 12 sums in 16 registers
+#endif
+inline constexpr int kBlockVectors = 2;
+inline constexpr int64_t kDepth = 256;  // a panel of that many rows of float32 takes half of a first-level cache
+
+inline int64_t padded(int64_t columns) { return (columns + kPanel - 1) / kPanel * kPanel; }
+
+// Where column j of row k lies in panels of `depth` rows.
+inline int64_t in_panels(int64_t depth, int64_t k, int64_t j) { return (j / kPanel * depth + k) * kPanel + j % kPanel; }
+
+// value(k, j) of a [depth, columns] matrix into panels, zeros behind the last column.
+template <class C, class Value>
+void fill_panels(int64_t depth, int64_t columns, C* panels, const Value& value) {
+  for (int64_t first = 0; first < padded(columns); first += kPanel) {
+    for (int64_t k = 0; k < depth; ++k) {
+      for (int64_t j = first; j < first + kPanel; ++j) *panels++ = j < columns ? value(k, j) : C(0);
+    }
+  }
+}
+
+template <int Rows, int Vectors, class C>
+CAMK_HD void multiply_block(const C* a, int64_t a_stride, const C* const (&b)[Vectors], int64_t depth, const C* start,
+                            C* c, int64_t c_stride, bool add) {
+  using Pack = Lanes<C>;
+  constexpr int kWidth = lanes_of<Pack>;
+  Pack sum[Rows][Vectors];
+  unroll<Rows>([&](auto r) CAMK_INLINED {
+    unroll<Vectors>([&](auto v) CAMK_INLINED {
+      const C* from = add ? c + r * c_stride : start;
+      sum[r][v] = from ? Pack::load(from + v * kWidth) : Pack(C(0));
+    });
+  });
+  for (int64_t k = 0; k < depth; ++k) {
+    Pack x[Vectors];
+    unroll<Vectors>([&](auto v) CAMK_INLINED { x[v] = Pack::load(b[v] + k * kPanel); });
+    unroll<Rows>([&](auto r) CAMK_INLINED {
+      const Pack scalar(a[r * a_stride + k]);
+      unroll<Vectors>([&](auto v) CAMK_INLINED { sum[r][v] = multiply_add(scalar, x[v], sum[r][v]); });
+    });
+  }
+  unroll<Rows>([&](auto r) CAMK_INLINED {
+    unroll<Vectors>([&](auto v) CAMK_INLINED { sum[r][v].store(c + r * c_stride + v * kWidth); });
+  });
+}
+
+template <int Vectors, class C>
+void multiply_columns(const C* a, int64_t a_stride, int64_t rows, const C* panels, int64_t depth, int64_t k0,
+                      int64_t column, const C* bias, C* c, int64_t c_stride, bool add) {
+  constexpr int kWidth = lanes_of<Lanes<C>>;
+  const C* b[Vectors];
+  for (int v = 0; v < Vectors; ++v) b[v] = panels + in_panels(depth, k0, column + v * kWidth);
+  const int64_t some = std::min(kDepth, depth - k0);
+  const C* start = bias ? bias + column : nullptr;
+  for (int64_t r = 0; r < rows; r += kBlockRows) {
+    multiply_block<kBlockRows, Vectors>(a + r * a_stride + k0, a_stride, b, some, start, c + r * c_stride + column,
+                                        c_stride, add || k0 > 0);
+  }
+}
+
+// c = a B + bias, or c += a B: a [rows, depth], rows a multiple of kBlockRows, B in panels, c [rows, padded(columns)].
+// bias [padded(columns)] or null.
+template <class C>
+void multiply(const C* a, int64_t a_stride, int64_t rows, const C* panels, int64_t depth, int64_t columns,
+              const C* bias, C* c, int64_t c_stride, bool add = false) {
+  constexpr int64_t kWidth = lanes_of<Lanes<C>>;
+  const int64_t end = padded(columns);
+  for (int64_t k0 = 0; k0 < depth; k0 += kDepth) {
+    int64_t j = 0;
+    for (; j + kBlockVectors * kWidth <= end; j += kBlockVectors * kWidth) {
+      multiply_columns<kBlockVectors>(a, a_stride, rows, panels, depth, k0, j, bias, c, c_stride, add);
+    }
+    for (; j < end; j += kWidth) {
+      multiply_columns<1>(a, a_stride, rows, panels, depth, k0, j, bias, c, c_stride, add);
+    }
+  }
+}
+
+template <int Rows, int Vectors, class C>
+CAMK_HD void add_outer_block(const C* d, int64_t d_stride, const C* x, int64_t x_stride, int64_t n,
+                             C* const (&sums)[Vectors]) {
+  using Pack = Lanes<C>;
+  constexpr int kWidth = lanes_of<Pack>;
+  Pack sum[Rows][Vectors];
+  unroll<Rows>([&](auto r) CAMK_INLINED {
+    unroll<Vectors>([&](auto v) CAMK_INLINED { sum[r][v] = Pack::load(sums[v] + r * kPanel); });
+  });
+  for (int64_t i = 0; i < n; ++i) {
+    Pack row[Vectors];
+    unroll<Vectors>([&](auto v) CAMK_INLINED { row[v] = Pack::load(x + i * x_stride + v * kWidth); });
+    unroll<Rows>([&](auto r) CAMK_INLINED {
+      const Pack scalar(d[i * d_stride + r]);
+      unroll<Vectors>([&](auto v) CAMK_INLINED { sum[r][v] = multiply_add(scalar, row[v], sum[r][v]); });
+    });
+  }
+  unroll<Rows>([&](auto r) CAMK_INLINED {
+    unroll<Vectors>([&](auto v) CAMK_INLINED { sum[r][v].store(sums[v] + r * kPanel); });
+  });
+}
+
+// sums += d^T x: d [n, outs], x [n, padded(columns)], sums [outs, columns] in panels.
+template <class C>
+void add_outer(const C* d, int64_t d_stride, int64_t outs, const C* x, int64_t x_stride, int64_t columns, int64_t n,
+               C* panels) {
+  constexpr int64_t kWidth = lanes_of<Lanes<C>>;
+  const auto over_rows = [&]<int Vectors>(int64_t column) {
+    const auto block = [&]<int Rows>(int64_t o) {
+      C* sums[Vectors];
+      for (int v = 0; v < Vectors; ++v) sums[v] = panels + in_panels(outs, o, column + v * kWidth);
+      add_outer_block<Rows, Vectors>(d + o, d_stride, x + column, x_stride, n, sums);
+    };
+    int64_t o = 0;
+    for (; o + kBlockRows <= outs; o += kBlockRows) block.template operator()<kBlockRows>(o);
+    for (; o + 4 <= outs; o += 4) block.template operator()<4>(o);
+    for (; o < outs; ++o) block.template operator()<1>(o);
+  };
+  int64_t j = 0;
+  for (; j + kBlockVectors * kWidth <= padded(columns); j += kBlockVectors * kWidth) {
+    over_rows.template operator()<kBlockVectors>(j);
+  }
+  for (; j < padded(columns); j += kWidth) over_rows.template operator()<1>(j);
+}
+
+}  // namespace camk::cpu

@@ -36,11 +36,17 @@ struct RowLayer {
   C eps;
 };
 
+// Halves are added to halves: a chain of additions would wait for each of them.
 template <class C>
 CAMK_HD C sum_of_lanes(Lanes<C> x) {
-  C sum = x.v[0];
-  for (int k = 1; k < lanes_of<Lanes<C>>; ++k) sum += x.v[k];
-  return sum;
+  constexpr int kWidth = lanes_of<Lanes<C>>;
+  C part[kWidth];
+  x.store(part);
+  unroll<4>([&](auto step) CAMK_INLINED {
+    constexpr int kHalf = kWidth >> (decltype(step)::value + 1);
+    unroll<kHalf>([&](auto k) CAMK_INLINED { part[k] += part[k + kHalf]; });
+  });
+  return part[0];
 }
 
 // The scale or shift of the columns from `column` on.
@@ -70,14 +76,31 @@ CAMK_HD void each_pack(const RowLayer<C>& layer, const Body& body) {
   for (int64_t o = 0; o < layer.padded; o += lanes_of<Lanes<C>>) body(o);
 }
 
-template <class C>
-C inverse_deviation_of(const RowLayer<C>& layer, const C* z) {
-  Lanes<C> squares(C(0));
+// r of the rows of z; 1 where there is no norm. Several rows at a time, because each is one chain of additions.
+template <int Count, class C>
+CAMK_HD void deviations_of_block(const RowLayer<C>& layer, Rows<C> z, int64_t first, C* r) {
+  Lanes<C> squares[Count];
+  unroll<Count>([&](auto i) CAMK_INLINED { squares[i] = Lanes<C>(C(0)); });
   each_pack(layer, [&](int64_t o) CAMK_INLINED {
-    const auto v = Lanes<C>::load(z + o);
-    squares = multiply_add(v, v, squares);
+    unroll<Count>([&](auto i) CAMK_INLINED {
+      const auto v = Lanes<C>::load(z[first + i] + o);
+      squares[i] = multiply_add(v, v, squares[i]);
+    });
   });
-  return math::inverse_deviation(sum_of_lanes(squares) / C(layer.width), layer.eps);
+  unroll<Count>([&](auto i) CAMK_INLINED {
+    r[first + i] = math::inverse_deviation(sum_of_lanes(squares[i]) / C(layer.width), layer.eps);
+  });
+}
+
+template <class C>
+void deviations(const RowLayer<C>& layer, int64_t count, Rows<C> z, C* r) {
+  if (!layer.norm) {
+    std::fill_n(r, count, C(1));
+    return;
+  }
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4) deviations_of_block<4>(layer, z, i, r);
+  for (; i < count; ++i) deviations_of_block<1>(layer, z, i, r);
 }
 
 // y = f(scale n + shift), n = r z; Order 1: also slope = f'. Under a norm z has mean 0.
@@ -85,11 +108,11 @@ template <int Order, class C>
 void activate_rows(const RowLayer<C>& layer, int64_t count, Rows<C> z, const Modulation<C>& modulation, C* r, Rows<C> y,
                    Rows<C> slope) {
   using Pack = Lanes<C>;
+  deviations(layer, count, z, r);
   math::with_activation(layer.activation, [&](auto activation) {
     with_form(layer.per_channel, [&](auto per_channel) {
       constexpr bool kChannels = decltype(per_channel)::value;
       for (int64_t i = 0; i < count; ++i) {
-        r[i] = layer.norm ? inverse_deviation_of(layer, z[i]) : C(1);
         each_pack(layer, [&](int64_t o) CAMK_INLINED {
           const Pack factor = columns_of<kChannels>(modulation.scale(i), o) * Pack(r[i]);
           const Pack s = multiply_add(Pack::load(z[i] + o), factor, columns_of<kChannels>(modulation.shift(i), o));
@@ -149,11 +172,11 @@ struct TangentRows {
 template <class C>
 void activate_tangents(const RowLayer<C>& layer, int64_t count, const TangentRows<C>& t, Rows<C> y, Rows<C> dy) {
   using Pack = Lanes<C>;
+  deviations(layer, count, t.n, t.r);
   math::with_activation(layer.activation, [&](auto activation) {
     with_form(layer.per_channel, [&](auto per_channel) {
       constexpr bool kChannels = decltype(per_channel)::value;
       for (int64_t i = 0; i < count; ++i) {
-        t.r[i] = layer.norm ? inverse_deviation_of(layer, t.n[i]) : C(1);
         const Pack r(t.r[i]), zero(C(0));
         Pack sum = zero;
         each_pack(layer, [&](int64_t o) CAMK_INLINED {

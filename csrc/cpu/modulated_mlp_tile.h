@@ -48,8 +48,12 @@ class TileModulation {
         m.rows.stride = alike ? 0 : 2 * m.values;
         for (int64_t i = 0; i < (alike ? 1 : count); ++i) {
           const T* from = camk::read<T>(*modulation) + (net_.group_of(begin + i) * net_.hidden + l) * 2 * net_.values;
-          convert(from, net_.values, m.scale(i));
-          convert(from + net_.values, net_.values, m.shift(i));
+          if (net_.values == 1) {
+            *m.scale(i) = C(to_number(from[0])), *m.shift(i) = C(to_number(from[1]));
+          } else {
+            convert(from, net_.values, m.scale(i));
+            convert(from + net_.values, net_.values, m.shift(i));
+          }
         }
       }
     });

@@ -265,10 +265,34 @@ def test_from_dict_refuses_what_to_dict_cannot_return():
         GridGeometry.from_dict({**good, "extra": 1})
     with pytest.raises(ValueError, match="offsets must be the running sum"):
         GridGeometry.from_dict({**good, "offsets": [0, 8, 16]})
-    with pytest.raises(ValueError, match="sizes must have n_levels=2 items, got 1"):
+    with pytest.raises(ValueError, match=r"sizes must have n_levels=2 items, got \(8,\)"):
         GridGeometry.from_dict({**good, "sizes": [8]})
-    with pytest.raises(ValueError, match="every item of strides must have dims=3 numbers"):
+    with pytest.raises(ValueError, match=r"every item of strides must have dims=3 items, got \(0, 0\)"):
         GridGeometry.from_dict({**good, "strides": [[0, 0], [0, 0]]})
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"dims": 9, "scales": [[1] * 9] * 2, "strides": [[1] * 9] * 2}, "dims must be ints between 1 and 7"),
+        ({"dims": 3.0}, "dims must be ints"),
+        ({"n_levels": 0}, "n_levels must be ints between 1 and 128"),
+        ({"n_features_per_level": 0}, "n_features_per_level must be ints between 1"),
+        ({"scales": 5}, "scales must have n_levels=2 items, got 5"),
+        ({"scales": [[float("nan")] * 3] * 2}, "scales must hold finite numbers"),
+        ({"scales": [["1"] * 3] * 2}, "scales must hold finite numbers"),
+        ({"shift": None}, "shift must hold finite numbers"),
+        ({"strides": [[0, -1, 0]] * 2}, "strides must be ints between 0 and 4294967295"),
+        ({"sizes": [1 << 32] * 2, "offsets": [0, 1 << 32, 1 << 33]}, "sizes must be ints between 1 and 2147483648"),
+        ({"sizes": [0, 8], "offsets": [0, 0, 8]}, "sizes must be ints between 1"),
+        ({"outside": "convention"}, "outside must be clamp, zero or wrap"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_from_dict_refuses_numbers_that_no_kernel_could_work_with(changes, sentence):
+    good = GridGeometry.build(3, 2, 2, 8).to_dict()
+    with pytest.raises(ValueError, match=f"^GridGeometry: {sentence}"):
+        GridGeometry.from_dict(good | changes)
 
 
 def test_numpy_numbers_are_accepted_and_stored_plain():

@@ -38,6 +38,7 @@ __all__ = ["GridGeometry", "geometry_support", "geometry_table"]
 
 MAX_LEVELS, MAX_FEATURES, MAX_LOG2_SIZE = 128, 1 << 16, 30
 MAX_ENTRIES, MAX_RESOLUTION = 1 << 40, 1 << 31
+MAX_LEVEL_SIZE, MAX_STRIDE = 1 << 31, (1 << 32) - 1  # an index has 32 bits
 DEFAULT_FINEST = 2048
 
 
@@ -158,20 +159,29 @@ class GridGeometry:
         )
 
     def __post_init__(self) -> None:
-        for name in ("scales", "strides", "sizes", "hashed", "resolutions"):
-            if len(getattr(self, name)) != self.n_levels:
-                raise ValueError(
-                    f"GridGeometry: {name} must have n_levels={self.n_levels} items, got {len(getattr(self, name))}"
-                )
-        for name in ("scales", "strides", "resolutions"):
-            if any(len(item) != self.dims for item in getattr(self, name)):
-                raise ValueError(f"GridGeometry: every item of {name} must have dims={self.dims} numbers")
-        if min(self.sizes) < 1 or self.offsets != tuple(accumulate(self.sizes, initial=0)):
-            raise ValueError("GridGeometry: offsets must be the running sum of the positive sizes, starting with 0")
+        self._check_fields()  # they may come from a damaged checkpoint, and kernels rely on them
         # As the operators take it, noted once: scales [L * D]; layout, per level D strides, size, offset, hashed.
         levels = zip(self.strides, self.sizes, self.offsets[:-1], self.hashed, strict=True)
         layout = [number for strides, *rest in levels for number in (*strides, *map(int, rest))]
         object.__setattr__(self, "flat", ([scale for level in self.scales for scale in level], layout))
+
+    def _check_fields(self) -> None:
+        for name, most in (("dims", MAX_DIMS), ("n_levels", MAX_LEVELS), ("n_features_per_level", MAX_FEATURES)):
+            _check_kept_ints(name, [getattr(self, name)], 1, most)
+        for name in ("scales", "strides", "sizes", "hashed", "resolutions"):
+            _check_kept_length(name, getattr(self, name), "n_levels", self.n_levels)
+        for name in ("scales", "strides", "resolutions"):
+            for item in getattr(self, name):
+                _check_kept_length(f"every item of {name}", item, "dims", self.dims)
+        _check_kept_ints("sizes", self.sizes, 1, MAX_LEVEL_SIZE)
+        _check_kept_ints("strides", [s for strides in self.strides for s in strides], 0, MAX_STRIDE)
+        if self.offsets != tuple(accumulate(self.sizes, initial=0)):
+            raise ValueError("GridGeometry: offsets must be the running sum of the sizes, starting with 0")
+        for name, values in (("scales", [s for scales in self.scales for s in scales]), ("shift", [self.shift])):
+            if not all(isinstance(value, numbers.Real) and math.isfinite(value) for value in values):
+                raise ValueError(f"GridGeometry: {name} must hold finite numbers, got {values}")
+        if self.outside not in OUTSIDE or self.outside == "convention":
+            raise ValueError(f"GridGeometry: outside must be clamp, zero or wrap, got {self.outside!r}")
 
     @property
     def n_entries(self) -> int:
@@ -329,6 +339,16 @@ def _check_number(name: str, value) -> float:
 def _check_choice(name: str, value, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"GridGeometry.build: {name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _check_kept_ints(name: str, values: Sequence[Any], low: int, high: int) -> None:
+    if any(isinstance(v, bool) or not isinstance(v, int) or not low <= v <= high for v in values):
+        raise ValueError(f"GridGeometry: {name} must be ints between {low} and {high}, got {values}")
+
+
+def _check_kept_length(name: str, value: Any, counted: str, count: int) -> None:
+    if not isinstance(value, tuple) or len(value) != count:
+        raise ValueError(f"GridGeometry: {name} must have {counted}={count} items, got {value}")
 
 
 def _plain(value: Any) -> Any:

@@ -168,6 +168,52 @@ def test_an_operator_itself_refuses_strided_tensors(argument):
         _ops.operators.hash_grid(*arguments)
 
 
+def damaged_settings():
+    """What no geometry gives, each beside the settings of a grid of 2 axes."""
+    geometry = camkernels.GridGeometry.build(2, 4, 2, 8, finest_resolution=64)
+    scales, shift, layout, ceil_corner, outside, interpolation, levels, deterministic = settings_of(geometry)
+    rest = (ceil_corner, outside, interpolation, levels, deterministic)
+    far, empty_level = [*layout], [*layout]
+    far[8], empty_level[2] = 1 << 40, 0  # an offset, a size
+    yield "no scales", ([], shift, layout, *rest)
+    yield "an odd layout", (scales, shift, [*layout, 1], *rest)
+    yield "no levels", ([], shift, [], *rest)
+    yield "an offset beyond the table", (scales, shift, far, *rest)
+    yield "a level of no size", (scales, shift, empty_level, *rest)
+    yield "unknown outside", (scales, shift, layout, ceil_corner, 9, *rest[2:])
+    yield "unknown interpolation", (scales, shift, layout, ceil_corner, outside, 7, *rest[3:])
+
+
+def settings_of(geometry):
+    return camkernels.hash_grid.__globals__["_settings"](geometry, "linear", geometry.n_levels)
+
+
+@pytest.mark.parametrize("name", dict(damaged_settings()))
+def test_an_operator_itself_refuses_settings_that_describe_no_grid(name):
+    if "cpu" not in backends("hash_grid"):
+        pytest.skip("there are no CPU kernels that could read a table")
+    geometry = camkernels.GridGeometry.build(2, 4, 2, 8, finest_resolution=64)
+    with pytest.raises(RuntimeError, match="hash_grid: the settings describe no grid of 2 axes"):
+        _ops.operators.hash_grid(
+            torch.rand(5, 2), torch.rand(geometry.n_entries, 2), None, *dict(damaged_settings())[name]
+        )
+
+
+def test_an_operator_itself_refuses_axes_and_masks_that_do_not_fit():
+    if "cpu" not in backends("hash_grid"):
+        pytest.skip("there are no CPU kernels that could read a table")
+    geometry = camkernels.GridGeometry.build(2, 4, 2, 8, finest_resolution=64)
+    x, table, settings = torch.rand(5, 2), torch.rand(geometry.n_entries, 2), settings_of(geometry)
+    with pytest.raises(RuntimeError, match="hash_grid: the settings describe no grid of 40 axes"):
+        _ops.operators.hash_grid(torch.rand(5, 40), table, None, *settings)
+    y = _ops.operators.hash_grid(x, table, None, *settings)
+    for mask in ([], [True], [True] * 3):
+        with pytest.raises(RuntimeError, match="hash_grid: mask must have one entry for each gradient"):
+            _ops.operators.hash_grid_backward(y, x, table, None, *settings, mask)
+        with pytest.raises(RuntimeError, match="hash_grid: mask must have one entry for each gradient"):
+            _ops.operators.hash_grid_backward_backward(x, None, y, x, table, None, *settings, mask[:2])
+
+
 # ---- tensors without memory ------------------------------------------------------------------------------------------
 
 
@@ -190,7 +236,7 @@ def test_meta_tensors_of_any_size():
 
 def test_meta_tensors_through_the_operators():
     x, table, geometry = huge()
-    settings = camkernels.hash_grid.__globals__["_settings"](geometry, "linear", 16)
+    settings = settings_of(geometry)
     y = _ops.operators.hash_grid(x, table, None, *settings)
     assert y.shape == (1 << 28, 128) and y.stride() == (128, 1)
     gx, gtable = _ops.operators.hash_grid_backward(y, x, table, None, *settings, [True, True])

@@ -34,8 +34,8 @@ auto dispatch(const Tensor& x, const Tensor& table, const Body& body) {
 Grid checked_grid(const Tensor& x, const Tensor& table, const OptionalTensor& counts, const GridLists& lists) {
   STD_TORCH_CHECK(x.dim() == 2 && table.dim() == 2, "hash_grid: x and table must have 2 dimensions");
   const Grid grid = launch::unpack_grid(x.size(1), table.size(1), lists);
-  STD_TORCH_CHECK(grid.dims >= 1 && grid.dims <= math::kMaxDims, "hash_grid: 1 to 7 axes");
-  STD_TORCH_CHECK(!grid.levels.empty() && grid.offsets.back() + grid.levels.back().size == table.size(0),
+  STD_TORCH_CHECK(!grid.levels.empty(), "hash_grid: the settings describe no grid of ", x.size(1), " axes");
+  STD_TORCH_CHECK(grid.offsets.back() + grid.levels.back().size == table.size(0),
                   "hash_grid: the table does not fit the geometry");
   STD_TORCH_CHECK(grid.active_levels >= 0 && grid.active_levels <= grid.n_levels, "hash_grid: active_levels");
   const bool number = x.scalar_type() == ScalarType::Double || x.scalar_type() == ScalarType::Float;
@@ -48,6 +48,10 @@ Grid checked_grid(const Tensor& x, const Tensor& table, const OptionalTensor& co
                     "hash_grid: level_counts");
   }
   return grid;
+}
+
+void check_mask(const std::vector<bool>& mask, size_t gradients) {
+  STD_TORCH_CHECK(mask.size() == gradients, "hash_grid: mask must have one entry for each gradient");
 }
 
 void check_like(const Tensor& t, const Tensor& like, int64_t numel, const char* name) {
@@ -109,6 +113,7 @@ std::tuple<Tensor, Tensor> value_and_jacobian_backward(const Grid& grid, const O
                                                        const OptionalTensor& gj, const Tensor& x, const Tensor& table,
                                                        const OptionalTensor& counts, const std::vector<bool>& mask) {
   const int64_t width = grid.channels(), dims = grid.dims;
+  check_mask(mask, 2);
   if (g) check_like(*g, table, x.size(0) * width, "grad");
   if (gj) check_like(*gj, x, x.size(0) * width * dims, "grad_jacobian");
   const Tensor gx = mask[0] ? torch::stable::empty_like(x) : empty(x, {0});
@@ -175,6 +180,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_backward(OptionalTensor ggx, Optiona
   const Grid grid =
       checked_grid(x, table, counts, {scales, shift, layout, ceil_corner, outside, interpolation, active_levels});
   const int64_t width = grid.channels(), dims = grid.dims;
+  check_mask(mask, 3);
   check_like(grad, table, x.size(0) * width, "grad");
   if (ggx) check_like(*ggx, x, x.numel(), "ggx");
   if (ggtable) check_like(*ggtable, table, table.numel(), "ggtable");

@@ -369,3 +369,19 @@ def test_levels_of_each_point(backend):
         assert torch.allclose(y.reshape(6, -1)[n], wanted, rtol=1e-14, atol=0)
     row = function(x.reshape(2, 3, 3), table, geometry, max_level=m[:3])  # broadcast over the first axis
     assert torch.equal(row[1, 2], function(x[5], table, geometry, max_level=0.5))
+
+
+@pytest.mark.parametrize("backend", GRID_BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_levels_of_each_point_at_the_edge_of_a_level(backend, dtype):
+    """m L + 1e-3 next to a whole number: read in the dtype of the computation, as the definition reads it."""
+    geometry = grid()
+    x, table = arguments(60, geometry, dtype)
+    x = x.to(dtype)
+    m = ((torch.arange(60, dtype=torch.float64) % 3 - 1e-3) / 3 + torch.linspace(-1e-8, 1e-8, 60).double()).clamp(0, 1)
+    y = function_of("hash_grid", backend)(x, table, geometry, max_level=m)
+    expected = camkernels.reference.hash_grid(x, table, geometry, max_level=m)
+    assert torch.equal(y == 0, expected == 0)
+    if dtype == torch.float64:
+        wanted = [camkernels.hash_grid(a, table, geometry, max_level=b.item()) for a, b in zip(x, m, strict=True)]
+        assert torch.equal(y == 0, torch.stack(wanted) == 0)

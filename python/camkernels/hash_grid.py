@@ -114,8 +114,8 @@ def hash_grid(
     torch.Size([100, 8])
     """
     _check(x, table, geometry, interpolation, max_level)
-    count = count_levels(max_level, geometry.n_levels, x.shape[:-1])
     compute = torch.float64 if torch.float64 in (x.dtype, table.dtype) else torch.float32
+    count = count_levels(max_level, geometry.n_levels, x.shape[:-1], compute)
     chosen = choose(Call("hash_grid", x.device.type, x.device.index), backend)
     if chosen == "reference":
         options = {"interpolation": interpolation, "max_level": max_level, "return_jacobian": return_jacobian}

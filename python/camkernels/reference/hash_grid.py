@@ -142,9 +142,9 @@ def active_levels(x: Tensor, n_levels: int, max_level: int | float | Tensor | No
 
 
 def count_levels(
-    max_level: int | float | Tensor | None, n_levels: int, leading: torch.Size, dtype: torch.dtype = torch.float32
+    max_level: int | float | Tensor | None, n_levels: int, leading: torch.Size, dtype: torch.dtype
 ) -> int | Tensor:
-    """How many levels are computed: an int, or int32 of the leading shape for a max_level per point."""
+    """How many levels are computed: an int, or int32 of the leading shape for a max_level per point, read in dtype."""
     if max_level is None:
         return n_levels
     if isinstance(max_level, Tensor):

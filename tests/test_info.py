@@ -148,6 +148,21 @@ def test_help(command, capsys):
     assert leave.value.code == 0 and command in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--threads", "0"], "--threads must be at least 1"),
+        (["--device", "cpu", "--backend", "cuda"], "hash_grid: backend 'cuda' cannot run: the tensors are on cpu"),
+        (["--device", "cuda"], "use --device cpu"),
+    ],
+)
+def test_bench_refuses_in_a_sentence(options, sentence, capsys):
+    if options == ["--device", "cuda"] and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert main(["bench", *options]) == 2
+    assert sentence in capsys.readouterr().err
+
+
 def test_unknown_command(capsys):
     with pytest.raises(SystemExit) as leave:
         main(["dance"])

@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 
 from . import _ops, reference
-from ._backends import Call, choose
+from ._backends import BACKENDS, Call, choose
 from ._geometry import GridGeometry
+from .fit.errors import UserError
+from .fit.image import check_backend, check_device
 from .hash_grid import hash_grid
 
-__all__ = ["Row", "add_arguments", "main", "measure", "run"]
+__all__ = ["Row", "add_arguments", "measure", "run"]
 
 SECONDS = 20.0
 POINTS = (1 << 13, 1 << 15)  # the definition takes seconds beyond
@@ -150,17 +152,22 @@ def measure(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `python -m camkernels bench`."""
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="time to take, about (20)")
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, help="time to take, about (20), at least two calls each"
+    )
     parser.add_argument("--threads", type=int, help="CPU threads (PyTorch's choice)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
-    parser.add_argument("--backend", help="default: what the ops choose")
+    parser.add_argument("--backend", choices=BACKENDS, help="default: what the ops choose")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measures and prints the table."""
-    if options.threads:
+    """Measures and prints the table. UserError for what this machine cannot run."""
+    if options.threads is not None:
+        if options.threads < 1:
+            raise UserError(f"--threads must be at least 1, got {options.threads}")
         torch.set_num_threads(options.threads)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_backend(options.backend, check_device(device))
     where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU thread(s)"
     isa = f", kernels for {_ops.cpu_isa}" if device == "cpu" and _ops.cpu_isa else ""
     print(f"torch {torch.__version__}, {where}{isa}; ns per point, medians; reference = the same in plain PyTorch\n")
@@ -172,9 +179,3 @@ def run(options: argparse.Namespace) -> int:
 
     measure(options.seconds, device, options.backend, on_row=show)
     return 0
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m camkernels bench", description=__doc__.splitlines()[0])
-    add_arguments(parser)
-    return run(parser.parse_args(arguments))

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: MIT
+"""What the documents show runs: the examples of every docstring, the README's example, commands and make targets."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import camkernels
+from camkernels.__main__ import main
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+TEXTS = {name: (ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md", "bench/README.md")}
+
+
+def modules():
+    """Every module with examples."""
+    package = Path(camkernels.__file__).parent
+    files = [path for path in sorted(package.rglob("*.py")) if ">>> " in path.read_text()]
+    return [".".join(["camkernels", *path.relative_to(package).with_suffix("").parts]) for path in files]
+
+
+@pytest.mark.parametrize("name", modules())
+def test_examples_of_docstrings(name):
+    torch.manual_seed(0)
+    module = importlib.import_module(name)
+    assert doctest.testmod(module).failed == 0
+
+
+def test_public_names_have_an_example():
+    without = [
+        name
+        for name in camkernels.__all__
+        if callable(getattr(camkernels, name)) and ">>>" not in (getattr(camkernels, name).__doc__ or "")
+    ]
+    assert not without
+
+
+def test_example_of_the_readme():
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(example.strip().splitlines()) <= 15
+    found: dict = {}
+    exec(example.replace("range(100)", "range(2)").replace("log2_hashmap_size=19", "log2_hashmap_size=10"), found)
+    assert found["loss"].isfinite() and found["grid"].table.grad.any()
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_commands_exist(name, capsys):
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"(?:^|`)make ([a-z]+)", TEXTS[name], re.MULTILINE)) <= set(targets)
+    for command in sorted(set(re.findall(r"python -m camkernels ([a-z]+)", TEXTS[name]))):
+        with pytest.raises(SystemExit) as leave:
+            main([command, "--help"])
+        assert leave.value.code == 0
+    for module in re.findall(r"python -m (bench\.[a-z]+)", TEXTS[name]):
+        assert (ROOT / f"{module.replace('.', '/')}.py").is_file()
+    shown = capsys.readouterr().out
+    if name == "README.md":
+        assert {"fit", "render", "info", "check"} <= set(re.findall(r"usage: python -m camkernels ([a-z]+)", shown))
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_files_named_in_links_and_code_exist(name):
+    folder = (ROOT / name).parent
+    for target in re.findall(r"\]\(([^)#:]+)\)", TEXTS[name]):
+        assert (folder / target).exists()
+    for path in re.findall(r"`((?:csrc|tests|bench|python)/[a-zA-Z0-9_/.-]+)`", TEXTS[name]):
+        assert (ROOT / path).exists() or "<" in path
+
+
+def test_the_readme_quotes_its_result_file():
+    sys.path.insert(0, str(ROOT))
+    from bench import gate, report
+
+    (name,) = set(re.findall(r"`(bench/results/[^`]+\.jsonl)`", README))
+    records = report.load([ROOT / name])
+    for dims, task, title in (
+        (3, "forward", "3-D forward"),
+        (3, "fb-table", "3-D forward and table gradient"),
+        (2, "forward", "2-D forward"),
+        (2, "fb-table", "2-D forward and table gradient"),
+    ):
+        wanted = {"kind": "time", "regime": gate.REGIME, "variant": "warm"}
+        found = gate._find(records, dims, task, gate.PROVIDER, **wanted)
+        eager, compiled = (found["speedup"][name] for name in ("eager", "compile"))
+        ratios = f"{eager['median']:.0f} ({eager['q1']:.0f}-{eager['q3']:.0f}) | {compiled['median']:.2g}"
+        row = f"| {title} | {ratios} | {found['ns_per_point']['median']:.0f} | {found['of_ceiling'] * 100:.0f} % | "
+        assert row in README
+        if task == "fb-table":
+            held = [
+                gate._find(records, dims, task, provider, kind="memory", regime="default")["bytes_per_point"]
+                for provider in (gate.PROVIDER, "eager")
+            ]
+            assert f"{row}{held[0]:.0f} ({held[1]:.0f}) |" in README

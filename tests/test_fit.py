@@ -195,6 +195,20 @@ def test_resume_with_more_steps(tmp_path, fitted):
     assert (found["steps"], found["batch"], found["lr"], found["config"]["n_levels"]) == (20, 256, 0.001, 4)
 
 
+def test_resume_counts_the_points_of_every_batch(tmp_path, fitted):
+    path, photo = fitted / "checkpoint.pt", fitted.parent / "photo.png"
+    assert fit(photo, tmp_path / "out", "--resume", path, "--steps", "20", "--batch", "1000") == 0
+    found = report(tmp_path / "out")
+    assert found["points_per_second"] * found["seconds"] == pytest.approx(12 * 256 + 8 * 1000)
+
+
+def test_resume_of_a_run_that_is_done_changes_nothing(tmp_path, fitted, capfd):
+    path, photo = fitted / "checkpoint.pt", fitted.parent / "photo.png"
+    assert fit(photo, tmp_path / "out", "--resume", path, "--steps", "10") == 0
+    assert "10/10 steps" in capfd.readouterr().err
+    assert report(tmp_path / "out")["psnr"] == report(fitted)["psnr"]
+
+
 def test_ctrl_c_of_a_process(tmp_path, photo):
     command = [sys.executable, "-u", "-m", "camkernels", "fit", "image", photo, "--out", tmp_path / "out", *SMALL]
     folders = [str(Path(image_module.__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
@@ -313,6 +327,7 @@ def test_bad_options(tmp_path, photo, capsys):
     expect_error(capsys, [*base, "--device", "cuda:99"], "use --device cpu")
     expect_error(capsys, [*base, "--device", "cpu", "--backend", "cuda"], "'cuda' cannot run", "leave --backend out")
     expect_error(capsys, [*base, *SMALL, "--steps", "40", "--lr", "1e30"], "no longer finite", "lower --lr")
+    expect_error(capsys, [*base, "--seed", str(1 << 63)], "below 2^63")
     expect_error(capsys, ["render", photo, "--size", "12"], "WIDTHxHEIGHT")
     expect_error(capsys, ["render", photo, "--size", "0x3"], "WIDTHxHEIGHT")
 
@@ -320,7 +335,8 @@ def test_bad_options(tmp_path, photo, capsys):
 @pytest.mark.parametrize("module", ["PIL.Image", "tqdm", "matplotlib.figure", "scipy.ndimage"])
 def test_missing_extras(tmp_path, photo, capsys, monkeypatch, module):
     monkeypatch.setitem(sys.modules, module, None)
-    expect_error(capsys, ["fit", "image", photo, "--out", tmp_path / "out"], 'pip install "camkernels[fit]"')
+    package = module.split(".")[0].replace("PIL", "Pillow")
+    expect_error(capsys, ["fit", "image", photo, "--out", tmp_path / "out"], f"install it with: pip install {package}")
 
 
 def test_bad_checkpoints(tmp_path, photo, fitted, capsys):
@@ -343,7 +359,7 @@ def test_bad_checkpoints(tmp_path, photo, fitted, capsys):
     torch.save({"weights": torch.ones(3)}, path)
     expect("is not a camkernels checkpoint")
     torch.save(torch.nn.Linear(2, 2), path)  # needs code to load
-    expect("is damaged or is no checkpoint")
+    expect("is damaged or is no checkpoint", "does not hold tensors, numbers and strings alone")
     torch.save(load_checkpoint(fitted / "checkpoint.pt") | {"version": 99}, path)
     expect("format version 99")
     expect("rng missing or of the wrong type", rng=None)
@@ -359,9 +375,29 @@ def test_bad_checkpoints(tmp_path, photo, fitted, capsys):
         expect_error(capsys, resume, "c.pt is damaged")
 
 
+def test_what_no_memory_holds(tmp_path, photo, fitted, capsys):
+    base = ["fit", "image", photo, "--out", tmp_path / "out", "--steps", "1"]
+    expect_error(capsys, [*base, "--batch", str(10**14)], "not enough memory")
+    expect_error(capsys, [*base, "--width", str(10**10)], "not enough memory")
+    drawn = tmp_path / "drawn.png"
+    size = f"{10**7}x{10**7}"
+    expect_error(capsys, ["render", fitted / "checkpoint.pt", "--size", size, "--out", drawn], "not enough memory")
+    assert not drawn.exists()
+
+
+def test_an_error_that_is_no_users_keeps_its_traceback(monkeypatch, photo, tmp_path):
+    def fail(*_):
+        raise RuntimeError("a mistake of ours")
+
+    monkeypatch.setattr(image_module, "read_picture", fail)
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        main(["fit", "image", str(photo), "--out", str(tmp_path / "out")])
+
+
 def test_resume_on_something_else(tmp_path, fitted, capsys):
     base = ["fit", "image", fitted.parent / "photo.png", "--out", tmp_path / "o", "--resume", fitted / "checkpoint.pt"]
     expect_error(capsys, [*base, "--levels", "5"], "another architecture", "n_levels is 4 there, 5 was asked for")
+    expect_error(capsys, [*base, "--seed", "5"], "leave --seed out")
     for name, values in (("size", smooth(21)), ("channels", smooth(channels=1))):
         base[2] = save(values, tmp_path / "other.png")
         expect_error(capsys, base, name, "give the same picture")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from . import _bench
 from .fit.command import add_fit, add_render
-from .fit.errors import UserError
+from .fit.errors import UserError, is_out_of_memory
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,6 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.run(args)
     except UserError as error:
         print(f"camkernels: error: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else "an allocation failed"
+        print(f"camkernels: error: not enough memory ({reason}); ask for less at once, see --help", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("camkernels: stopped by Ctrl-C", file=sys.stderr)

@@ -5,7 +5,7 @@ format     "camkernels.fit"            version    1
 model      name in `fields.MODELS`     config     its arguments
 state      its state_dict              optimizer  the optimizer's state_dict
 step       steps done                  rng        state of the generator that draws batches
-training   settings, elapsed seconds, losses
+training   settings, elapsed seconds, points seen, losses
 task       what was fitted: kind, and for an image its size, channels and bits
 """
 
@@ -54,8 +54,11 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        first = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path} is damaged or is no checkpoint ({first}); fit again or use another file") from error
+        if isinstance(error, pickle.UnpicklingError):  # PyTorch's own text recommends to trust the file
+            reason = "it does not hold tensors, numbers and strings alone"
+        else:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        raise UserError(f"{path} is damaged or is no checkpoint ({reason}); fit again or use another file") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is not a camkernels checkpoint; give the checkpoint.pt that a fit wrote")
     if content.get("version") != VERSION:

@@ -46,7 +46,7 @@ def add_fit(subparsers: argparse._SubParsersAction) -> None:
     image.add_argument(
         "--lr", type=_positive, help="learning rate at the start (default 0.01); the grid has twice that"
     )
-    image.add_argument("--seed", type=_count, metavar="N", help="of initial values and batches (default 0)")
+    image.add_argument("--seed", type=_seed, metavar="N", help="of initial values and batches (default 0)")
     _add_device(image)
     image.add_argument("--resume", type=Path, metavar="CHECKPOINT", help="go on from a checkpoint of the same picture")
     image.add_argument("--compare", action="store_true", help="also time the same step in plain PyTorch")
@@ -114,6 +114,13 @@ def _count(text: str) -> int:
     return value
 
 
+def _seed(text: str) -> int:
+    value = _count(text)
+    if value >= 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text} must be below 2^63")
+    return value
+
+
 def _positive(text: str) -> float:
     value = float(text)
     if not (value > 0 and math.isfinite(value)):
@@ -128,5 +135,5 @@ def _size(text: str) -> tuple[int, int]:
     return sides
 
 
-for _function, _name in ((_positive_int, "whole number"), (_count, "whole number"), (_positive, "number")):
-    _function.__name__ = _name  # argparse says "invalid whole number value: 'x'"
+for _function in (_positive_int, _count, _seed, _positive):  # argparse says "invalid whole number value: 'x'"
+    _function.__name__ = "number" if _function is _positive else "whole number"

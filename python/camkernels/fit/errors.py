@@ -6,11 +6,18 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
+import torch
+
 PACKAGES = {"PIL": "Pillow"}
 
 
 class UserError(Exception):
     """The message says what is wrong and what to do about it."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, which PyTorch's allocator for the CPU reports as a plain RuntimeError."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def require(module: str) -> ModuleType:
@@ -19,6 +26,4 @@ def require(module: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         package = PACKAGES.get(module.split(".")[0], module.split(".")[0])
-        raise UserError(
-            f'{package} is needed here ({error}); install it with: pip install "camkernels[fit]"'
-        ) from error
+        raise UserError(f"{package} is needed here ({error}); install it with: pip install {package}") from error

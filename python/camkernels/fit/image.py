@@ -80,11 +80,14 @@ def pixel_centres(index: Tensor, width: int, height: int) -> Tensor:
 @torch.no_grad()
 def draw(model: nn.Module, width: int, height: int, bits: int, device: torch.device) -> np.ndarray:
     """The field at every pixel of a picture of that size, in chunks: [height, width, channels], 8 or 16 bit."""
-    parts = []
+    picture: np.ndarray | None = None
     for start in range(0, width * height, CHUNK):
         index = torch.arange(start, min(start + CHUNK, width * height), device=device)
-        parts.append(quantize(model(pixel_centres(index, width, height)), bits))
-    return np.concatenate(parts).reshape(height, width, -1)
+        values = quantize(model(pixel_centres(index, width, height)), bits)
+        if picture is None:  # room for all of it first: what will not fit fails now
+            picture = np.empty((width * height, values.shape[1]), values.dtype)
+        picture[start : start + len(values)] = values
+    return picture.reshape(height, width, -1)
 
 
 def fit_image(path: Path, options: Options, say: Callable[[str], None] = print) -> int:
@@ -320,6 +323,8 @@ def _settings(options: Options, saved: dict[str, Any] | None) -> Settings:
         given["stop"] = Stop(*limits)
     if saved is None:
         return Settings(**{"stop": Stop(DEFAULT_STEPS), "batch": DEFAULT_BATCH, "lr": DEFAULT_LR, "seed": 0} | given)
+    if options.seed is not None and options.seed != saved["training"].get("seed"):
+        raise UserError(f"{options.resume} goes on with the random numbers it was saved with; leave --seed out")
     try:
         kept = {name: saved["training"][name] for name in ("stop", "batch", "lr", "seed")}
         return Settings.from_dict(

@@ -100,13 +100,13 @@ class Trainer:
         self.optimizer = torch.optim.Adam(groups, betas=BETAS, eps=EPS, fused=True)
         self._rates = [group["lr"] for group in groups]
         self.generator = torch.Generator().manual_seed(settings.seed)
-        self.step = 0
+        self.step = self.points = 0
         self.seconds = 0.0
         self.losses: list[float] = []
 
     @property
     def points_per_second(self) -> float:
-        return self.step * self.settings.batch / self.seconds if self.seconds > 0 else 0.0
+        return self.points / self.seconds if self.seconds > 0 else 0.0
 
     def recent_loss(self) -> float:
         """Mean of the last losses; NaN before the first step."""
@@ -124,6 +124,7 @@ class Trainer:
         loss.backward()
         self.optimizer.step()
         self.step += 1
+        self.points += self.settings.batch
         return loss.detach()
 
     def run(
@@ -168,7 +169,8 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "rng": self.generator.get_state(),
-            "training": self.settings.to_dict() | {"elapsed": self.seconds, "losses": torch.tensor(self.losses)},
+            "training": self.settings.to_dict()
+            | {"elapsed": self.seconds, "points": self.points, "losses": torch.tensor(self.losses)},
         }
 
     def load_state(self, saved: dict[str, Any]) -> None:
@@ -177,6 +179,7 @@ class Trainer:
         self.generator.set_state(saved["rng"])
         self.step = int(saved["step"])
         self.seconds = float(saved["training"]["elapsed"])
+        self.points = int(saved["training"]["points"])
         self.losses = saved["training"]["losses"].tolist()
 
 
@@ -187,13 +190,13 @@ class ProgressBar:
         tqdm = require("tqdm").tqdm
         stop = trainer.settings.stop
         self._timed, self._quality = stop.seconds is not None, quality
-        self._points, self._began = trainer.step * trainer.settings.batch, trainer.seconds
-        done = trainer.seconds if self._timed else trainer.step
+        self._points, self._began = trainer.points, trainer.seconds
         unit = "s" if self._timed else " steps"
         counter = "{n:.0f}/{total:.0f}" if self._timed else "{n_fmt}/{total_fmt}"
+        self._total = stop.seconds if self._timed else stop.steps
         self._bar = tqdm(
-            total=stop.seconds if self._timed else stop.steps,
-            initial=min(done, stop.seconds) if self._timed else done,
+            total=self._total,
+            initial=self._done(trainer),
             bar_format="{desc}: {percentage:3.0f}%|{bar:24}| " + counter + unit + "{postfix}",
             desc="fitting",
             disable=quiet,
@@ -201,12 +204,14 @@ class ProgressBar:
             file=sys.stderr,
         )
 
+    def _done(self, trainer: Trainer) -> float:
+        return min(trainer.seconds if self._timed else trainer.step, self._total)
+
     def show(self, trainer: Trainer) -> None:
-        done = min(trainer.seconds, self._bar.total or 0) if self._timed else trainer.step
         since = max(trainer.seconds - self._began, 1e-9)
-        rate = (trainer.step * trainer.settings.batch - self._points) / since
+        rate = (trainer.points - self._points) / since
         self._bar.set_postfix_str(f"{self._quality(trainer.recent_loss())}, {rate / 1e6:.2f} M points/s", refresh=False)
-        self._bar.update(done - self._bar.n)
+        self._bar.update(self._done(trainer) - self._bar.n)
 
     def close(self) -> None:
         self._bar.refresh()

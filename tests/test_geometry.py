@@ -263,6 +263,8 @@ def test_from_dict_refuses_what_to_dict_cannot_return():
         GridGeometry.from_dict({name: value for name, value in good.items() if name != "shift"})
     with pytest.raises(ValueError, match=r"fields \['extra'\] are missing or unknown"):
         GridGeometry.from_dict({**good, "extra": 1})
+    with pytest.raises(ValueError, match="expected a dict, got None"):
+        GridGeometry.from_dict(None)
     with pytest.raises(ValueError, match="offsets must be the running sum"):
         GridGeometry.from_dict({**good, "offsets": [0, 8, 16]})
     with pytest.raises(ValueError, match=r"sizes must have n_levels=2 items, got \(8,\)"):

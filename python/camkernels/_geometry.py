@@ -200,6 +200,8 @@ class GridGeometry:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GridGeometry:
         """Inverse of `to_dict`. Raises ValueError if a field is missing, unknown or inconsistent."""
+        if not isinstance(values, Mapping):
+            raise ValueError(f"GridGeometry.from_dict: expected a dict, got {values!r}; give what to_dict() returns")
         odd = sorted({field.name for field in dataclasses.fields(cls)} ^ set(values))
         if odd:
             raise ValueError(

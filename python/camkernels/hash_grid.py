@@ -15,6 +15,7 @@ from ._backends import BACKENDS, Call, choose, round_to_autocast
 from ._checks import check_choice, check_dtype, check_floating, check_same_device, check_shape
 from ._geometry import GridGeometry
 from ._layers import KeepsGeometry
+from ._modulation import check_number
 from .reference.hash_grid import count_levels
 
 __all__ = ["GridGeometry", "HashGrid", "hash_grid"]
@@ -202,6 +203,7 @@ class HashGrid(KeepsGeometry):
         check_choice("HashGrid", "interpolation", interpolation, INTERPOLATIONS)
         check_choice("HashGrid", "backend", backend, (None, *BACKENDS))
         check_dtype("HashGrid", "dtype", dtype)
+        check_number("HashGrid", "init_scale", init_scale, least=0.0)
         sizes = {
             "dims": dims,
             "n_levels": n_levels,

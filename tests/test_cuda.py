@@ -3,6 +3,9 @@
 
 `make gpu` runs these tests; without a GPU they are skipped. What needs none is tested elsewhere: results in the
 simulator (test_cuda_simulated.py) and in Triton's interpreter, the library in test_cuda_library.py.
+
+With REHEARSAL=1 in the environment the tests that ask for no stream run on backend `cpu`, so that those who have no GPU
+see that the tests themselves are right (test_gpu_command.py).
 """
 
 from __future__ import annotations
@@ -22,19 +25,22 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import camkernels
 from camkernels import _gpu, testing
-from conftest import CASES, DTYPES, definition_of, function_of, positional, reason_against, require
+from conftest import CASES, DTYPES, WITH_JACOBIAN, definition_of, function_of, positional, reason_against, require
 
-pytestmark = [pytest.mark.cuda, pytest.mark.skipif(_gpu.no_gpu() is not None, reason=str(_gpu.no_gpu()))]
-
-DEVICE = "cuda"
-BACKENDS = ("cuda", "triton")
+REHEARSAL = os.environ.get("REHEARSAL") == "1"
+DEVICE, BACKENDS = ("cpu", ("cpu",)) if REHEARSAL else ("cuda", ("cuda", "triton"))
+GRIDS = testing.cases("hash_grid")
+NO_GPU = pytest.mark.skipif(_gpu.no_gpu() is not None, reason=str(_gpu.no_gpu()))
+pytestmark = [pytest.mark.cuda, *([] if REHEARSAL else [NO_GPU])]
 TEN_MILLION = 10_000_000
 SLEEP = 200_000_000  # cycles, a tenth of a second
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
-    reason = reason_against(request.param, "hash_grid")
+    """One that can compute the op of the test's case, or `hash_grid` where it has none."""
+    case = request.node.callspec.params.get("case")
+    reason = reason_against(request.param, case.op if case else "hash_grid")
     if reason is not None:
         pytest.skip(reason)
     return request.param
@@ -84,7 +90,7 @@ def test_every_case(case: testing.Case, dtype: torch.dtype, backend: str) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", WITH_JACOBIAN, ids=str)
 def test_jacobian_of_every_case(case: testing.Case, dtype: torch.dtype, backend: str) -> None:
     functions = function_of(case.op, backend), definition_of(case.op)
     testing.check(case, *functions, dtype=dtype, device=DEVICE, order=1, jacobian=True)
@@ -98,7 +104,7 @@ def test_many_points(dims: int, features: int, backend: str) -> None:
     assert_same(both_ways(function_of("hash_grid", backend), call), both_ways(definition_of("hash_grid"), call), 1e-4)
 
 
-@pytest.mark.parametrize("case", CASES[::14], ids=str)
+@pytest.mark.parametrize("case", GRIDS[::14], ids=str)
 def test_gradcheck(case: testing.Case, backend: str) -> None:
     call = case.make(torch.float64, DEVICE, points="safe")
     unit = max(map(max, call.options["geometry"].scales))  # in cells, derivatives are of order 1
@@ -145,6 +151,7 @@ def test_addresses_that_are_not_aligned(dtype: torch.dtype, backend: str) -> Non
     assert_same(both_ways(function, moved, shifted(ct)), both_ways(function, call, ct), rtol)
 
 
+@NO_GPU
 def test_ten_million_points(backend: str) -> None:
     call = make_call(TEN_MILLION, n_levels=2)
     geometry, x, table = call.options["geometry"], *call.inputs.values()
@@ -159,6 +166,7 @@ def test_ten_million_points(backend: str) -> None:
         torch.testing.assert_close(total, torch.full_like(total, TEN_MILLION), rtol=1e-4, atol=0)
 
 
+@NO_GPU
 def test_more_than_two_to_the_31_outputs(backend: str) -> None:
     n, needed = (1 << 26) + 3, 14 << 30
     torch.cuda.empty_cache()
@@ -176,6 +184,7 @@ def test_more_than_two_to_the_31_outputs(backend: str) -> None:
 # ---- streams, graphs, devices ----------------------------------------------------------------------------------------
 
 
+@NO_GPU
 def test_the_current_stream_is_used(backend: str) -> None:
     """On a stream that first sleeps and then fills the table: kernels of any other stream would read zeros."""
     call = make_call(5000)
@@ -192,6 +201,7 @@ def test_the_current_stream_is_used(backend: str) -> None:
     assert_same(found, expected)
 
 
+@NO_GPU
 def test_nothing_waits_for_the_device(backend: str) -> None:
     call = make_call(5000)
     function = function_of("hash_grid", backend)
@@ -213,6 +223,7 @@ def test_nothing_waits_for_the_device(backend: str) -> None:
     assert jacobian.isfinite().all()
 
 
+@NO_GPU
 def test_capture_and_replay_of_a_cuda_graph(backend: str) -> None:
     function = function_of("hash_grid", backend)
     call, other = make_call(5000), make_call(5000, seed=1)
@@ -240,6 +251,7 @@ def test_capture_and_replay_of_a_cuda_graph(backend: str) -> None:
         assert_same(tuple(t.detach() for t in results), both_ways(function, inputs))
 
 
+@NO_GPU
 def test_a_second_device(backend: str) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("there is one GPU")
@@ -254,6 +266,7 @@ def test_a_second_device(backend: str) -> None:
         function(call.inputs["x"], there.inputs["table"], **call.options)
 
 
+@NO_GPU
 def test_tensors_of_host_and_device_do_not_mix(backend: str) -> None:
     call = make_call(5)
     with pytest.raises(ValueError, match="one device, got x on cuda:0, table on cpu; move them"):
@@ -265,6 +278,7 @@ def test_tensors_of_host_and_device_do_not_mix(backend: str) -> None:
 # ---- repeatable sums -------------------------------------------------------------------------------------------------
 
 
+@NO_GPU
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_deterministic_gradients_have_the_same_bits_in_any_order(dtype: torch.dtype, backend: str) -> None:
     call = make_call(200_000, dtype=dtype)
@@ -303,6 +317,7 @@ def test_the_layer_chooses_the_best_backend_that_can_run() -> None:
     assert torch.equal(layer(x), expected)
 
 
+@NO_GPU
 def test_autocast(backend: str) -> None:
     call = make_call(100)
     with torch.autocast("cuda", dtype=torch.float16):
@@ -341,6 +356,7 @@ print("done")
 """
 
 
+@NO_GPU
 @pytest.mark.parametrize("tool", ["memcheck", "synccheck"])
 def test_compute_sanitizer_finds_nothing(tool: str) -> None:
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")

@@ -4,6 +4,8 @@ compute it refuses in a sentence. Calls that could crash are made in a process o
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
 import textwrap
@@ -13,7 +15,7 @@ import pytest
 import torch
 
 import camkernels
-from camkernels import _backends, _gpu, _info, _ops
+from camkernels import _backends, _gpu, _info, _machine_code, _ops
 from camkernels import triton as triton_backend
 from camkernels._backends import Call
 
@@ -44,48 +46,77 @@ def test_it_loads_and_every_operator_has_a_cuda_kernel():
     assert [name for name in OPERATORS if not _ops.has_kernel(name, "cuda")] == []
 
 
-@pytest.fixture(scope="module")
-def kernels():
-    """The module bench.kernels, where it is and finds its tool."""
-    if not (ROOT / "bench" / "kernels.py").exists():
-        pytest.skip("the bench folder is not here")
-    sys.path.insert(0, str(ROOT))
-    from bench import kernels as module
-
-    if module.missing(LIBRARY):
-        pytest.skip(module.missing(LIBRARY))
-    return module
+needs_cuobjdump = pytest.mark.skipif(_machine_code.find_tool() is None, reason=_machine_code.MISSING)
 
 
 @needs_library
-def test_it_holds_the_code_that_the_note_of_the_build_lists(kernels):
+@needs_cuobjdump
+def test_it_holds_the_code_that_the_note_of_the_build_lists():
     noted = set(_gpu.codes(_gpu.build_facts(_ops.FOLDER)))
-    assert set(kernels.architectures(LIBRARY)) == noted
+    assert set(_machine_code.architectures(LIBRARY)) == noted
     if "-warn-spills" in _gpu.build_facts(_ops.FOLDER)["libraries"]["_cuda"]["nvcc"]:  # else the user's own list
         assert noted == OWN_ARCHITECTURES
 
 
+@pytest.fixture(scope="module")
+def found():
+    """The kernels of the library."""
+    return _machine_code.read(LIBRARY)
+
+
 @needs_library
-def test_the_machine_code_of_its_kernels(kernels, capsys):
-    found = kernels.read(LIBRARY)
+@needs_cuobjdump
+def test_the_machine_code_of_its_kernels(found):
     regular = [k for k in found if not k.name.startswith("any_")]
     assert {k.arch for k in regular} == {int(c[3:]) for c in _gpu.codes(_gpu.build_facts(_ops.FOLDER)) if c[:2] == "sm"}
     assert {"table<3, 1>", "table<3, 2>", "table<3, 4>", "value<float, 3, 2>"} <= {k.name for k in regular}
     for kernel in regular:
         if kernel.name in ("table<3, 1>", "table<3, 2>", "table<3, 4>"):
-            vectors = sum(kernel.count("REDG", form) for form in kernels.VECTORS)
-            assert (vectors > 0) == (kernel.arch >= 90), kernels.notable(kernel)
+            vectors = kernel.count("REDG", "F32x2") + kernel.count("REDG", "F32x4")
+            assert (vectors > 0) == (kernel.arch >= 90), kernel
         if kernel.name in ("value<float, 3, 2>", "value<float, 3, 4>"):
-            assert kernel.count("LDG", "128") >= 4, kernels.notable(kernel)
-        if "<" in kernel.name and "4, " not in kernel.name:  # two and three axes: all in registers
-            assert kernel.local == kernel.stack == 0, kernel.name
-    shown = kernels.table(regular)
-    assert len(shown.splitlines()) == len(regular) + 2 and "vectors)" in shown and "of 128 bits" in shown
+            assert kernel.count("LDG", "128") >= 4, kernel
 
 
-def test_reading_kernels_says_what_is_missing(kernels, tmp_path, capsys):
-    assert kernels.main([str(tmp_path / "none.so")]) == 2
+@needs_library
+@needs_cuobjdump
+def test_kernels_keep_everything_in_registers(found):
+    """But for those that learn the number of axes at run time, whose arrays must be indexed."""
+    of_any_axes = [k for k in found if re.match(r"any_\w+<(float|double), 0, ", k.name)]
+    assert len({k.name for k in of_any_axes}) == 10
+    for kernel in (k for k in found if k not in of_any_axes):
+        assert kernel.local == kernel.stack == 0, kernel
+
+
+@pytest.fixture(scope="module")
+def command():
+    """The module bench.kernels, where it is."""
+    if not (ROOT / "bench" / "kernels.py").exists():
+        pytest.skip("the bench folder is not here")
+    sys.path.insert(0, str(ROOT))
+    from bench import kernels
+
+    return kernels
+
+
+@needs_library
+@needs_cuobjdump
+def test_the_command_that_shows_kernels(command, capsys):
+    assert command.main(["--name", "<3, ", "--arch", "90"]) == 0
+    shown = capsys.readouterr().out
+    assert "table<3, 2>: REDG " in shown and "vectors)" in shown and "of them use local memory" in shown
+    assert command.main(["--name", "value<float, 3, 2>", "--json"]) == 0
+    assert {k["arch"] for k in json.loads(capsys.readouterr().out)} >= {80, 90}
+
+
+def test_reading_kernels_says_what_is_missing(command, tmp_path, capsys, monkeypatch):
+    assert command.main([str(tmp_path / "none.so")]) == 2
     assert "none.so does not exist: CAMKERNELS_CUDA=1" in capsys.readouterr().err
+    monkeypatch.setattr(_machine_code, "find_tool", lambda: None)
+    assert command.main([__file__]) == 2
+    assert "there is no cuobjdump: install the CUDA toolkit or Triton" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="there is no cuobjdump"):
+        _machine_code.read(Path(__file__))
 
 
 @needs_library
@@ -134,8 +165,8 @@ def test_every_kernel_refuses_cpu_tensors_in_a_sentence():
     ).splitlines()
     assert len(told) == len(OPERATORS)
     for line in told:
-        assert line.startswith("RuntimeError: ")
-        assert "the CUDA kernels need a PyTorch built with CUDA, and tensors on a GPU" in line
+        wanted = "camkernels: the CUDA kernels need a PyTorch built with CUDA, and tensors on a GPU"
+        assert line == f"RuntimeError: {wanted}"
 
 
 BAD = {
@@ -153,7 +184,7 @@ BAD = {
 def test_bad_arguments_of_the_kernels_are_sentences():
     calls = "".join(f"    on_cuda('hash_grid', {arguments}, *settings)\n" for arguments in BAD.values())
     for sentence, line in zip(BAD, run(PREPARE + calls).splitlines(), strict=True):
-        assert line.startswith("RuntimeError: ") and "hash_grid: " in line and sentence in line, line
+        assert line.startswith("RuntimeError: hash_grid: ") and sentence in line, line
 
 
 def test_cuda_is_not_forced_onto_cpu_tensors():

@@ -7,10 +7,7 @@ the kernels are decorated.
 
 from __future__ import annotations
 
-import re
-import subprocess
 import tempfile
-from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from multiprocessing import get_context
@@ -21,7 +18,7 @@ from typing import NamedTuple
 KERNELS = ("rows", "jacobian", "table", "coordinates")
 DTYPES = ("fp32", "fp16", "fp64", "bf16")
 ARCHITECTURES = (80, 90)
-OPCODES = re.compile(r"\s((?:LD|ST|RED|ATOM|SHFL|BAR)[A-Z]*(?:\.\w+)*)")
+MEMORY = ("LD", "ST", "RED", "ATOM", "SHFL", "BAR")
 
 
 class Variant(NamedTuple):
@@ -45,7 +42,7 @@ class Facts(NamedTuple):
     registers: int
     stack: int
     shared: int
-    opcodes: dict[str, int]  # memory instructions with their suffixes
+    opcodes: dict[str, int]
 
     def count(self, start: str) -> int:
         return sum(n for name, n in self.opcodes.items() if name.startswith(start))
@@ -69,6 +66,7 @@ def compile_variant(variant: Variant) -> Facts:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from camkernels import _machine_code
     from camkernels.triton import hash_grid
 
     name = {"jacobian": "rows"}.get(variant.kernel, variant.kernel)
@@ -99,19 +97,11 @@ def compile_variant(variant: Variant) -> Facts:
     compiled = triton.compile(
         source, target=target, options=hash_grid.OPTIONS[torch.float64 if x == "fp64" else torch.float32]
     )
-    usage, code = (_cuobjdump(option, compiled.asm["cubin"]) for option in ("-res-usage", "-sass"))
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    return Facts(registers, stack, compiled.metadata.shared, dict(Counter(OPCODES.findall(code))))
-
-
-def _cuobjdump(option: str, cubin: bytes) -> str:
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(compiled.asm["cubin"])
         file.flush()
-        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+        (found,) = _machine_code.read(Path(file.name))
+    return Facts(found.registers, found.stack, compiled.metadata.shared, found.opcodes)
 
 
 def compile_all(variants: list[Variant]) -> dict[Variant, Facts]:
@@ -123,7 +113,7 @@ def compile_all(variants: list[Variant]) -> dict[Variant, Facts]:
 def table(facts: dict[Variant, Facts]) -> str:
     lines = [f"{'kernel':28} registers stack shared  memory instructions"]
     for variant, found in facts.items():
-        counted = ", ".join(f"{n} {name}" for name, n in sorted(found.opcodes.items()))
+        counted = ", ".join(f"{n} {name}" for name, n in found.opcodes.items() if name.startswith(MEMORY))
         lines.append(f"{variant!s:28} {found.registers:9} {found.stack:5} {found.shared:6}  {counted}")
     return "\n".join(lines)
 

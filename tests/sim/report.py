@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import argparse
 import re
-import subprocess
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from dataclasses import dataclass
 from pathlib import Path
+
+from camkernels import _machine_code
 
 from . import build, toolkit
 
@@ -28,61 +27,25 @@ class SpillError(build.BuildError):
 
 
 @dataclass(frozen=True)
-class Kernel:
-    """Resources of one kernel on one architecture; sizes in bytes. `instructions` counts opcodes with modifiers."""
+class Kernel(_machine_code.Kernel):
+    """With what the assembler said of registers that went to memory, in bytes."""
 
-    name: str
-    arch: int
-    registers: int
-    stack: int
     spill_stores: int
     spill_loads: int
-    shared: int
-    instructions: Counter[str] = field(default_factory=Counter, compare=False)
 
     @property
     def spills(self) -> int:
         return self.spill_stores + self.spill_loads
 
-    def count(self, opcode: str) -> int:
-        """Instructions whose opcode is `opcode` or begins with it and a dot."""
-        return sum(n for name, n in self.instructions.items() if name == opcode or name.startswith(opcode + "."))
 
-
-@lru_cache(maxsize=4096)
-def demangle(name: str) -> str:
-    done = subprocess.run(["c++filt", name], capture_output=True, text=True)
-    text = done.stdout.strip() or name
-    return text.replace("(anonymous namespace)::", "").removeprefix("void ")
-
-
-def _parse(log: str, arch: int) -> list[Kernel]:
-    kernels, name, numbers = [], "", (0, 0, 0)
+def _spills(log: str) -> dict[str, tuple[int, int]]:
+    """{symbol: bytes stored and loaded} from ptxas -v."""
+    found, symbol = {}, ""
     for line in log.splitlines():
-        if match := re.search(r"Compiling entry function '(\w+)'", line):
-            name = match[1]
-        elif match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
-            numbers = (int(match[1]), int(match[2]), int(match[3]))
-        elif (match := re.search(r"Used (\d+) registers", line)) and name:
-            shared = re.search(r"(\d+) bytes smem", line)
-            kernels.append(Kernel(name, arch, int(match[1]), *numbers, int(shared[1]) if shared else 0))
-            name, numbers = "", (0, 0, 0)
-    return kernels
-
-
-def _disassemble(binary: Path) -> dict[str, Counter[str]]:
-    """Opcode counts per mangled kernel name; empty without cuobjdump."""
-    tool = toolkit.binary_tool("cuobjdump")
-    if tool is None:
-        return {}
-    text = build.run((tool, "-sass", binary), "cuobjdump")
-    found: dict[str, Counter[str]] = {}
-    current: Counter[str] = Counter()
-    for line in text.splitlines():
-        if match := re.search(r"Function : (\S+)", line):
-            current = found.setdefault(match[1], Counter())
-        elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?\s*([A-Z][A-Z0-9_.x]*)", line):
-            current[match[1]] += 1
+        if match := re.search(r"Function properties for (\w+)", line):
+            symbol = match[1]
+        elif match := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            found[symbol] = int(match[1]), int(match[2])
     return found
 
 
@@ -100,9 +63,8 @@ def _compile(source: Path, arch: int, defines: Sequence[str]) -> list[Kernel]:
         extra = (f"-I{build.SIM}", *(f"-D{text}" for text in defines), "-MMD", "-MF", makefile, "-o", binary)
         log.write_text(build.run((*command, *extra, source), f"nvcc sm_{arch}, {source.name}"))  # type: ignore[arg-type]
         build.record(binary, [source, *build.dependencies(makefile)])
-    opcodes = _disassemble(binary)
-    kernels = _parse(log.read_text(), arch)
-    return [replace(k, name=demangle(k.name), instructions=opcodes.get(k.name, Counter())) for k in kernels]
+    spills = _spills(log.read_text())
+    return [Kernel(*vars(k).values(), *spills[k.symbol]) for k in _machine_code.read(binary)]
 
 
 def compile_kernels(
@@ -129,8 +91,7 @@ def table(kernels: Sequence[Kernel]) -> str:
     lines = [f"{'kernel':60} {'arch':>5} {'registers':>9} {'spills':>6} {'stack':>5} {'shared':>6}  instructions"]
     for k in kernels:
         notable = ", ".join(f"{opcode} {k.count(opcode)}" for opcode in NOTABLE if k.count(opcode))
-        name = k.name.split("(")[0]
-        lines.append(f"{name:60} sm_{k.arch} {k.registers:9} {k.spills:6} {k.stack:5} {k.shared:6}  {notable}")
+        lines.append(f"{k.name:60} sm_{k.arch} {k.registers:9} {k.spills:6} {k.stack:5} {k.shared:6}  {notable}")
     return "\n".join(lines)
 
 

@@ -102,12 +102,3 @@ def why_no_nvcc() -> str | None:
     if found is None or found.nvcc is None:
         return "compiling for sm_80 and sm_90 needs nvcc: install the CUDA toolkit (12.8 or later), no GPU is needed"
     return None
-
-
-def binary_tool(name: str) -> Path | None:
-    """cuobjdump or nvdisasm: from the toolkit, from PATH, or from inside Triton's wheel."""
-    found = toolkit()
-    beside = found.includes[0].parent / "bin" / name if found else None
-    inside = Path(sysconfig.get_paths()["purelib"]) / "triton" / "backends" / "nvidia" / "bin" / name
-    on_path = shutil.which(name)
-    return next((p for p in (beside, Path(on_path) if on_path else None, inside) if p and p.is_file()), None)

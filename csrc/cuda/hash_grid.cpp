@@ -35,14 +35,14 @@ Storage storage_of(const Tensor& table) {
     case ScalarType::Double:
       return Storage::kDouble;
     default:
-      STD_TORCH_CHECK(false, "hash_grid: table must be float16, bfloat16, float32 or float64");
+      fail("hash_grid: table must be float16, bfloat16, float32 or float64");
   }
 }
 
 void check_like(const Tensor& t, const Tensor& like, int64_t numel, const char* name) {
   check_contiguous(t, "hash_grid", name);
   check_same_device(t, like, "hash_grid", name);
-  STD_TORCH_CHECK(t.scalar_type() == like.scalar_type() && t.numel() == numel, "hash_grid: dtype or size of ", name);
+  require(t.scalar_type() == like.scalar_type() && t.numel() == numel, "hash_grid: dtype or size of ", name);
 }
 
 // The tensors every operator takes, checked, and the geometry.
@@ -71,21 +71,20 @@ struct Call {
   }
 
   void check(cudaError_t error) const {
-    STD_TORCH_CHECK(error == cudaSuccess, "hash_grid: the CUDA kernel could not run: ", explain(error));
+    if (error != cudaSuccess) fail("hash_grid: the CUDA kernel could not run: ", explain(error));
   }
 
  private:
   Grid unpack(const GridLists& lists) const {
-    STD_TORCH_CHECK(x.dim() == 2 && table.dim() == 2, "hash_grid: x and table must have 2 dimensions");
+    require(x.dim() == 2 && table.dim() == 2, "hash_grid: x and table must have 2 dimensions");
     Grid g = launch::unpack_grid(x.size(1), table.size(1), lists);
-    STD_TORCH_CHECK(g.dims >= 1 && g.dims <= math::kMaxDims, "hash_grid: 1 to 7 axes");
-    STD_TORCH_CHECK(!g.levels.empty() && g.offsets.back() + g.levels.back().size == table.size(0),
-                    "hash_grid: the table does not fit the geometry");
-    STD_TORCH_CHECK(g.active_levels >= 0 && g.active_levels <= g.n_levels, "hash_grid: active_levels");
+    require(g.dims >= 1 && g.dims <= math::kMaxDims, "hash_grid: 1 to 7 axes");
+    require(!g.levels.empty() && g.offsets.back() + g.levels.back().size == table.size(0),
+            "hash_grid: the table does not fit the geometry");
+    require(g.active_levels >= 0 && g.active_levels <= g.n_levels, "hash_grid: active_levels");
     const bool wide = x.scalar_type() == ScalarType::Double;
-    STD_TORCH_CHECK(wide || x.scalar_type() == ScalarType::Float, "hash_grid: x must be float32 or float64");
-    STD_TORCH_CHECK(wide || storage_of(table) != Storage::kDouble,
-                    "hash_grid: x must be float64 beside a float64 table");
+    require(wide || x.scalar_type() == ScalarType::Float, "hash_grid: x must be float32 or float64");
+    require(wide || storage_of(table) != Storage::kDouble, "hash_grid: x must be float64 beside a float64 table");
     check_contiguous(x, "hash_grid", "x");
     check_contiguous(table, "hash_grid", "table");
     check_same_device(table, x, "hash_grid", "table");
@@ -93,7 +92,7 @@ struct Call {
       check_contiguous(*counts, "hash_grid", "level_counts");
       check_same_device(*counts, x, "hash_grid", "level_counts");
       const bool fits = counts->scalar_type() == ScalarType::Int && counts->numel() == x.size(0);
-      STD_TORCH_CHECK(fits, "hash_grid: level_counts");
+      require(fits, "hash_grid: level_counts");
     }
     return g;
   }
@@ -144,7 +143,7 @@ Tensor table_gradient(const Call& call, bool wanted, bool anything, bool determi
   const Storage kind = storage_of(table);
   const bool direct = kind == Storage::kFloat || kind == Storage::kDouble;
   const ScalarType sum_type = kind == Storage::kDouble ? ScalarType::Double : ScalarType::Float;
-  const Tensor sums = torch::stable::new_zeros(table, table.sizes(), sum_type);
+  const Tensor sums = zeros(table, table.sizes(), sum_type);
   const auto pass = [&](Sums way, const Tensor* fixed, const Tensor* largest) {
     call.each_launch([&](auto job) {
       tell(job);
@@ -156,8 +155,8 @@ Tensor table_gradient(const Call& call, bool wanted, bool anything, bool determi
   };
   if (anything && call.points() > 0) {
     if (deterministic) {
-      const Tensor largest = torch::stable::new_zeros(table, {1}, ScalarType::Long);
-      const Tensor fixed = torch::stable::new_zeros(table, table.sizes(), ScalarType::Long);
+      const Tensor largest = zeros(table, {1}, ScalarType::Long);
+      const Tensor fixed = zeros(table, table.sizes(), ScalarType::Long);
       pass(Sums::kLargest, nullptr, &largest);
       pass(Sums::kFixed, &fixed, &largest);
       const auto* bits = reinterpret_cast<const uint64_t*>(read<int64_t>(largest));
@@ -168,7 +167,7 @@ Tensor table_gradient(const Call& call, bool wanted, bool anything, bool determi
     }
   }
   if (direct) return sums;
-  const Tensor rounded = torch::stable::empty_like(table);
+  const Tensor rounded = empty_as(table);
   call.check(launch_round(read<float>(sums), rounded.mutable_data_ptr(), kind, sums.numel(), call.stream.get()));
   return rounded;
 }
@@ -177,7 +176,7 @@ Tensor table_gradient(const Call& call, bool wanted, bool anything, bool determi
 template <class Tell>
 Tensor coordinate_gradient(const Call& call, bool wanted, bool anything, const Tell& tell) {
   if (!wanted) return empty(call.x, {0});
-  const Tensor gx = torch::stable::empty_like(call.x);
+  const Tensor gx = empty_as(call.x);
   call.each_launch([&]<class S>(Job<S> job) {
     if (anything) tell(job);
     job.gx = write<S>(gx);
@@ -256,7 +255,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_backward(OptionalTensor ggx, Optiona
   };
   Tensor ggrad = empty(grad, {0});
   if (mask[0]) {
-    ggrad = torch::stable::empty_like(grad);
+    ggrad = empty_as(grad);
     call.each_launch([&](auto job) {
       tell(job);
       job.g = nullptr, job.y = ggrad.mutable_data_ptr();

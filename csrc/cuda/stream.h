@@ -33,8 +33,8 @@ class CurrentStream {
  private:
 #ifndef CAMK_SIMULATE
   static int32_t checked_device(const Tensor& t) {
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr && t.is_cuda(),
-                    "camkernels: the CUDA kernels need a PyTorch built with CUDA, and tensors on a GPU");
+    require(aoti_torch_get_current_cuda_stream != nullptr && t.is_cuda(),
+            "camkernels: the CUDA kernels need a PyTorch built with CUDA, and tensors on a GPU");
     return t.get_device_index();
   }
   torch::stable::accelerator::DeviceGuard guard_;
@@ -43,8 +43,8 @@ class CurrentStream {
 };
 
 inline void check_same_device(const Tensor& t, const Tensor& like, const char* op, const char* name) {
-  STD_TORCH_CHECK(t.is_cuda() == like.is_cuda() && t.get_device_index() == like.get_device_index(), op, ": ", name,
-                  " is on another device than x; move it with .to(x.device)");
+  require(t.is_cuda() == like.is_cuda() && t.get_device_index() == like.get_device_index(), op, ": ", name,
+          " is on another device than x; move it with .to(x.device)");
 }
 
 inline std::string explain(cudaError_t error) {

@@ -99,6 +99,21 @@ def test_misaligned_tensors(sim: Simulated) -> None:
     )
 
 
+@pytest.mark.parametrize("sm", [80, 90])
+def test_rows_too_long_for_shared_memory(sim: Simulated, sm: int) -> None:
+    """128 threads' rows of 1024 float16 are 256 KB, more than a multiprocessor has."""
+    with sim.library.architecture(sm):
+        sim.agree(regular_call(2, 1024, torch.float16, 3, levels=1), order=1)
+
+
+def test_out_of_memory_is_told_in_pytorch_s_own_words(sim: Simulated) -> None:
+    """Callers look for them, to try a smaller batch."""
+    geometry = camkernels.GridGeometry.build(1, 16, 1 << 16, 1)
+    x = torch.rand(1 << 24, 1)  # 2^46 bytes of output
+    with pytest.raises(RuntimeError, match=r"^\[enforce fail at alloc_cpu.cpp.*can't allocate memory"):
+        sim.hash_grid(x, torch.zeros(geometry.n_entries, 1 << 16), geometry)
+
+
 # ---- Derivatives by finite differences -------------------------------------------------------------------------------
 
 

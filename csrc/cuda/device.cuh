@@ -78,7 +78,10 @@ inline cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shap
     const cudaError_t error =
         cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(shape.shared_bytes));
-    if (error != cudaSuccess) return error;
+    if (error != cudaSuccess) {
+      cudaGetLastError();  // forget it, or the next launch would report it as its own
+      return error;
+    }
   }
   // clang-format off
   kernel<<<shape.grid, shape.block, shape.shared_bytes, shape.stream>>>(
@@ -224,7 +227,7 @@ struct Word<16> {
 #define CAMK_LOAD_BODY(name, instruction)          \
   sim::require_global(p, name, where);             \
   sim::require_aligned(p, sizeof(T), name, where); \
-  sim::count_load(sizeof(T));                      \
+  sim::count_load(p, sizeof(T));                   \
   T value;                                         \
   memcpy(&value, p, sizeof(T));                    \
   return value

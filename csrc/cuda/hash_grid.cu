@@ -143,11 +143,12 @@ cudaError_t launch_regular(const Job<float>& job, cudaStream_t stream) {
   if constexpr (D <= 3) {
     if (job.j) return launch(jacobian<T, D, F>, {grid, kThreads, 0, stream}, job);
   }
-  const int64_t row = int64_t(job.features) * int64_t(sizeof(T));
+  const int64_t row = int64_t(job.features) * int64_t(sizeof(T)), group = job.levels_per_thread * row;
   // A last group of fewer levels is whole words too, for all levels are, and those of an earlier launch.
-  const bool words = job.levels_per_thread * row % 16 == 0 && job.channels * int64_t(sizeof(T)) % 16 == 0;
-  const bool staged = words && F * sizeof(T) < 16;
-  const size_t bytes = staged ? size_t(kThreads) * job.levels_per_thread * row : 0;
+  const bool words = group % 16 == 0 && job.channels * int64_t(sizeof(T)) % 16 == 0;
+  // A level of more than a sector fills sectors anyway, and many features would ask for more shared memory than exists.
+  const bool staged = words && group <= kSectorBytes && F * sizeof(T) < 16;
+  const size_t bytes = staged ? size_t(kThreads * group) : 0;
   return launch(value<T, D, F>, {grid, kThreads, bytes, stream}, job, int(staged));
 }
 

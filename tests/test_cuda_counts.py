@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Loads, stores and atomics of the hash grid's CUDA kernels are as many as csrc/cuda/README.md states.
+"""Loads, sectors, stores and atomics of the hash grid's CUDA kernels are as many as csrc/cuda/README.md states.
 
 Counted while the simulator in tests/sim executes the kernels; no GPU takes part.
 """
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(toolkit.why_no_simulator() is not None, reason=s
 
 LEVELS = 4
 POINTS = 4096  # whole tiles, and enough of them for threads to take all the levels that fill a sector
-WORD = 16
+WORD, SECTOR = 16, 32
 ABOUT = 0.03  # half of the pairs are aligned: among 4 * 4096 * 2^(D-1) of them to within five standard deviations
 SHAPES = [(dims, features) for dims in (2, 3, 4) for features in (1, 2, 4)]
 
@@ -42,9 +42,12 @@ def forward(sim: Simulated, call: testing.Call) -> dict[str, float]:
     sim.library.counters()
     sim.hash_grid(call.inputs["x"], call.inputs["table"], call.options["geometry"])
     found = sim.library.counters()
-    coordinates = found["threads"] * call.inputs["x"].shape[1]
-    found["loads"] -= coordinates
-    found["bytes_loaded"] -= coordinates * 4
+    dims = call.inputs["x"].shape[1]
+    found["loads"] -= found["threads"] * dims
+    found["bytes_loaded"] -= found["threads"] * dims * 4
+    begins_and_ends = torch.arange(POINTS)[:, None] * dims * 4 + torch.tensor([0, dims * 4 - 1])
+    sectors = 1 + (begins_and_ends // SECTOR).diff().double().mean()  # of a point's coordinates
+    found["sectors_loaded"] -= found["threads"] * sectors.item()
     return {name: count / (POINTS * LEVELS) for name, count in found.items()}
 
 
@@ -75,12 +78,22 @@ def test_loads_of_the_value(sim: Simulated, dims: int, features: int, dtype: tor
     assert found["atomics"] == found["vector_reductions"] == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("dims", "features"), SHAPES)
+def test_sectors_of_the_value(sim: Simulated, dims: int, features: int, dtype: torch.dtype) -> None:
+    """No more than random points touch: neighbours along the first axis share one unless they lie across its border."""
+    found = forward(sim, fine_call(dims, features, dtype))
+    across = features * dtype.itemsize / SECTOR  # of neighbouring rows
+    assert found["sectors_loaded"] == pytest.approx(2 ** (dims - 1) * (1 + across), rel=ABOUT)
+
+
 def test_loads_of_three_axes_and_two_features(sim: Simulated) -> None:
-    """The table's first column: exactly 4 loads of 16 bytes, and about 2 of 8: 80 bytes."""
+    """The column of the table in README.md: exactly 4 loads of 16 bytes, and about 2 of 8: 80 bytes, 5 sectors."""
     found = forward(sim, fine_call(3, 2))
     narrow = (found["loads"] - 4, (found["bytes_loaded"] - 4 * 16) / 8)
     assert narrow[0] == narrow[1] == pytest.approx(2, rel=2 * ABOUT)
     assert found["bytes_loaded"] == pytest.approx(80, rel=ABOUT)
+    assert found["sectors_loaded"] == pytest.approx(5, rel=ABOUT)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

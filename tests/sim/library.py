@@ -22,6 +22,7 @@ COUNTERS += (
     "matrix_loads",
     "loads",
     "bytes_loaded",
+    "sectors_loaded",
     "stores",
     "bytes_stored",
 )
@@ -77,7 +78,8 @@ class Library:
 
     def counters(self) -> dict[str, int]:
         """What was executed since the last call: blocks, barriers, atomics, ... (a vector reduction counts as one);
-        loads, stores and their bytes are those of the functions of device.cuh."""
+        loads, stores and their bytes are those of the functions of device.cuh. sectors_loaded: of 32 bytes, without
+        those that the same thread loaded from shortly before."""
         values = (ctypes.c_uint64 * 64)()
         count = self.handle.camk_sim_statistics(values)
         return dict(zip(COUNTERS, values[:count], strict=True))

@@ -77,6 +77,7 @@ void set_up_block() {
                               i / (state.block_size.x * state.block_size.y));
     thread.status = Status::ready;
     thread.waits_for = nullptr;
+    thread.loaded.forget();
     thread.copies.clear();
     thread.copy_group = 0;
     thread.fibre.stack = stacks[i];

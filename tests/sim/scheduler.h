@@ -8,6 +8,8 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <deque>
 #include <random>
@@ -35,6 +37,24 @@ struct PendingCopy {  // a cp.async on its way
   int bytes, group;
 };
 
+inline constexpr std::size_t kSectorBytes = 32;  // what memory behind the first-level cache moves at once
+
+// Which sector a thread loaded from lately: a load from one of these asks the first-level cache alone.
+class RecentSectors {
+ public:
+  void forget() { last_.fill(0), next_ = 0; }
+  bool add(const void* address) {  // false: it is among them
+    const auto sector = reinterpret_cast<std::uintptr_t>(address) / kSectorBytes;
+    if (std::find(last_.begin(), last_.end(), sector) != last_.end()) return false;
+    last_[next_++ % last_.size()] = sector;
+    return true;
+  }
+
+ private:
+  std::array<std::uintptr_t, 32> last_{};
+  std::size_t next_ = 0;
+};
+
 struct Thread {
   uint3 index{};
   unsigned lane = 0, warp = 0;
@@ -44,6 +64,7 @@ struct Thread {
   const char* waits_for = nullptr;  // its name
   Where where;
   Fibre fibre;
+  RecentSectors loaded;
   std::vector<PendingCopy> copies;
   int copy_group = 0;
 };
@@ -67,7 +88,8 @@ struct Warp {
 struct Statistics {
   std::uint64_t launches, blocks, threads, switches, barriers, warp_operations;
   std::uint64_t atomics, vector_reductions, asynchronous_copies, matrix_products, matrix_loads;
-  std::uint64_t loads, bytes_loaded, stores, bytes_stored;  // by the load and store functions of device.cuh
+  // By the load and store functions of device.cuh.
+  std::uint64_t loads, bytes_loaded, sectors_loaded, stores, bytes_stored;
 };
 
 struct State {
@@ -90,11 +112,15 @@ extern State state;
 // Dynamic shared memory a kernel can opt in to: that of sm_90, of sm_80.
 inline std::size_t shared_limit() { return std::size_t{state.architecture >= 90 ? 227u : 163u} * 1024; }
 
-inline void count_load(std::size_t bytes) { ++state.statistics.loads, state.statistics.bytes_loaded += bytes; }
 inline void count_store(std::size_t bytes) { ++state.statistics.stores, state.statistics.bytes_stored += bytes; }
 
 bool in_kernel();  // whether the caller is a thread of a kernel (other threads of the process may be none)
 inline Thread& self() { return *state.current; }
+
+inline void count_load(const void* address, std::size_t bytes) {  // aligned to its bytes, so within a sector
+  ++state.statistics.loads, state.statistics.bytes_loaded += bytes;
+  state.statistics.sectors_loaded += self().loaded.add(address);
+}
 
 std::string place(const Where& where);  // "file:line"
 

@@ -53,13 +53,6 @@ CAMK_HD C settle(C x, Outside mode, Status& status) {
   return x < C(0) ? C(0) : C(1);
 }
 
-// What an axis has for the lower (0) or the upper (1) corner. Chosen, not indexed: where `side` is known at run time
-// only, an index would move the pair from registers to memory.
-template <class C>
-CAMK_HD C of_side(const Vec<C, 2>& pair, int side) {
-  return side ? pair[1] : pair[0];
-}
-
 // The corners around a point and what each needs: its entry, its weight, and the derivatives of that weight. D = 0
 // leaves the number of axes, and whether the lookup is a nearest one, to run time. Unrolled writes the corners out.
 template <int D, class C, bool Nearest = false, bool Unrolled = (D > 0 && D <= 4)>
@@ -130,7 +123,8 @@ struct Stencil {
     C product = C(1);
     each_axis([&](int d) CAMK_INLINED {
       const int order = (a == d) + (b == d), side = (corner >> d) & 1;
-      const C factor = of_side(order == 0 ? value[d] : order == 1 ? first[d] : second[d], side);
+      const Vec<C, 2>& pair = order == 0 ? value[d] : order == 1 ? first[d] : second[d];
+      const C factor = of_side(pair, side);
       product = d == 0 ? factor : product * factor;
     });
     return product;

@@ -26,6 +26,17 @@ struct Vec {
   CAMK_HD const T& operator[](int i) const { return v[i]; }
 };
 
+// pair[side], where `side` may be known at run time only: an index would then move the pair from registers to local
+// memory on a GPU, and a choice is slower on a CPU, whose lanes are in memory anyway.
+template <class T>
+CAMK_HD const T& of_side(const Vec<T, 2>& pair, int side) {
+#ifdef __CUDA_ARCH__
+  return side ? pair[1] : pair[0];
+#else
+  return pair[side];
+#endif
+}
+
 // An int that is part of its type. std::integral_constant is none for a device: its conversion is a host function,
 // which nvcc evaluates there all the same, but with a warning.
 template <int I>

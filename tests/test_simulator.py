@@ -14,7 +14,6 @@ import torch
 
 from sim import build, library, toolkit
 from sim.selftests import (
-    BINS,
     DIVERGENT_BARRIER,
     MIXED_OPERATIONS,
     NO_BARRIER,
@@ -23,10 +22,12 @@ from sim.selftests import (
     TYPES,
     WRONG_MASK,
     dot,
+    histogram,
     integers,
     matmul,
     random,
     scatter,
+    scatter_other,
 )
 
 pytestmark = pytest.mark.skipif(toolkit.why_no_simulator() is not None, reason=str(toolkit.why_no_simulator()))
@@ -58,10 +59,7 @@ def test_matmul_on_tensor_cores(scheduled: library.Library, kind: int) -> None:
 
 @pytest.mark.parametrize("kind", range(5), ids=["int", "unsigned", "64-bit", "float", "double"])
 def test_histogram_by_shared_and_global_atomics(scheduled: library.Library, kind: int) -> None:
-    keys = integers(0, BINS, 2000)
-    bins = torch.zeros(BINS, dtype=(torch.int32, torch.int32, torch.int64, torch.float32, torch.float64)[kind])
-    scheduled.call("selftest_histogram", keys, bins, len(keys), kind)
-    assert torch.equal(bins.long(), torch.bincount(keys, minlength=BINS))
+    histogram(scheduled, kind)
 
 
 @pytest.mark.parametrize("features", [1, 2, 4, 8])
@@ -71,14 +69,7 @@ def test_float_reductions(scheduled: library.Library, features: int) -> None:
 
 @pytest.mark.parametrize("kind", range(3), ids=["half2", "bfloat162", "double"])
 def test_other_reductions(scheduled: library.Library, kind: int) -> None:
-    n, columns = 300, 1 if kind == 2 else 2
-    keys = integers(0, BINS, n)
-    values = random(n, columns, dtype=torch.float64 if kind == 2 else torch.float32)
-    table = torch.zeros(BINS, columns, dtype=(torch.float16, torch.bfloat16, torch.float64)[kind])
-    scheduled.call("selftest_scatter_other", keys, values, table, n, kind)
-    expected = torch.zeros(BINS, columns, dtype=torch.float64).index_add_(0, keys, values.double())
-    tolerance = (0.03, 0.3, 1e-12)[kind]  # about ten roundings of sums up to 10
-    torch.testing.assert_close(table.double(), expected, atol=tolerance, rtol=0)
+    scatter_other(scheduled, kind)
 
 
 def test_atomics_on_words(scheduled: library.Library) -> None:

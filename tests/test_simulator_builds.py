@@ -15,7 +15,19 @@ import torch
 
 from camkernels import _machine_code
 from sim import build, coverage, library, report, toolkit
-from sim.selftests import BINS, DIVERGENT_BARRIER, MIXED_OPERATIONS, OVERRUN, dot, integers, random, scatter
+from sim.selftests import (
+    BINS,
+    DIVERGENT_BARRIER,
+    MIXED_OPERATIONS,
+    OVERRUN,
+    dot,
+    histogram,
+    integers,
+    matmul,
+    random,
+    scatter,
+    scatter_other,
+)
 
 pytestmark = pytest.mark.skipif(toolkit.why_no_simulator() is not None, reason=str(toolkit.why_no_simulator()))
 needs_nvcc = pytest.mark.skipif(toolkit.why_no_nvcc() is not None, reason=str(toolkit.why_no_nvcc()))
@@ -147,6 +159,22 @@ def test_line_coverage() -> None:
         with pytest.raises(library.SimulationError):
             dot(kernels, bug)
     assert [file.percent for file in coverage.measure(kernels) if file.path.name == "reduction.cu"] == [100.0]
+
+
+@pytest.mark.skipif(coverage.gcov() is None, reason="line coverage needs gcov beside g++")
+def test_every_function_of_the_wrapper_header_runs() -> None:
+    """The lines that stand for PTX, of which the kernels of the package use some."""
+    kernels = library.load(build.Recipe("wrappers", tuple(sorted(build.SELFTEST.glob("*.cu"))), variant="cov"))
+    coverage.reset(kernels)
+    dot(kernels)
+    for kind in range(3):
+        matmul(kernels, kind)
+        scatter_other(kernels, kind)
+        histogram(kernels, kind)
+    for features in (1, 2, 4, 8):
+        scatter(kernels, features)
+    (found,) = [file for file in coverage.measure(kernels) if file.path.name == "device.cuh"]
+    assert found.percent >= 95, str(found)
 
 
 def test_builds_are_incremental() -> None:

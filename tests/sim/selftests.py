@@ -51,3 +51,23 @@ def scatter(sim: Library, features: int, shift: int = 0, n: int = 1000) -> None:
     sim.call("selftest_scatter", keys, values, table, n, features, shift)
     expected = torch.zeros(BINS, features, dtype=torch.float64).index_add_(0, keys, values.double())
     torch.testing.assert_close(table[shift:].view(BINS, features).double(), expected, atol=1e-4, rtol=0)
+
+
+def histogram(sim: Library, kind: int) -> None:
+    """kind: int, unsigned, 64-bit, float, double."""
+    keys = integers(0, BINS, 2000)
+    bins = torch.zeros(BINS, dtype=(torch.int32, torch.int32, torch.int64, torch.float32, torch.float64)[kind])
+    sim.call("selftest_histogram", keys, bins, len(keys), kind)
+    assert torch.equal(bins.long(), torch.bincount(keys, minlength=BINS))
+
+
+def scatter_other(sim: Library, kind: int) -> None:
+    """kind: half2, bfloat162, double."""
+    n, columns = 300, 1 if kind == 2 else 2
+    keys = integers(0, BINS, n)
+    values = random(n, columns, dtype=torch.float64 if kind == 2 else torch.float32)
+    table = torch.zeros(BINS, columns, dtype=(torch.float16, torch.bfloat16, torch.float64)[kind])
+    sim.call("selftest_scatter_other", keys, values, table, n, kind)
+    expected = torch.zeros(BINS, columns, dtype=torch.float64).index_add_(0, keys, values.double())
+    tolerance = (0.03, 0.3, 1e-12)[kind]  # about ten roundings of sums up to 10
+    torch.testing.assert_close(table.double(), expected, atol=tolerance, rtol=0)

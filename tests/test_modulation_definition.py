@@ -73,6 +73,27 @@ def test_coordinates_that_are_not_finite(padding, combine):
     assert dx[2:].isfinite().all() and (dx[2, :2] == 0).all() and touched.isfinite().all() and touched.any()
 
 
+@pytest.mark.parametrize("padding", ["border", "zeros"])
+def test_an_infinite_coordinate_on_an_axis_of_one_node_is_a_far_one(padding):
+    coords = torch.tensor([[0.3, float("inf")], [-0.2, -float("inf")]], requires_grad=True)
+    grids = rand(2, 2, 1, 4).float().requires_grad_()
+    y = coordinate_modulation(coords, grids, padding=padding)
+    far = coordinate_modulation(coords.detach().clamp(-9, 9), grids, padding=padding)
+    assert torch.equal(y, far) and y.isfinite().all()
+    assert torch.autograd.grad(y.sum(), coords)[0].isfinite().all()
+
+
+def test_second_derivatives_beside_a_node_are_not_rounded_away():
+    grids, direction = rand(2, 2, 4, 4), rand(2)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        u = torch.tensor([-1 / 3, 0.2], dtype=torch.float32).to(dtype).requires_grad_()  # 6e-8 cells beside a node
+        y = coordinate_modulation(u, grids.to(dtype))
+        (slope,) = torch.autograd.grad(y.sum(), u, create_graph=True)
+        found.append(torch.autograd.grad((slope * direction.to(dtype)).sum(), u)[0])
+    torch.testing.assert_close(found[0].double(), found[1], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("norm", "shape", "peer"),
     [

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
@@ -24,7 +25,7 @@ from .._modulation import (
     is_per_channel,
     plan_layers,
 )
-from .hash_grid import hash_grid
+from .hash_grid import FAR, hash_grid
 
 # f(z, omega, frequencies); names without a further meaning are PyTorch's
 ACTIVATIONS: dict[str | None, Callable[[Tensor, float, Tensor | None], Tensor]] = {
@@ -136,8 +137,9 @@ def _lookup(u: Tensor, grids: Tensor, broken: Tensor, padding: str, align_corner
         strides.append(strides[-1] * count)
     n = torch.tensor(counts, dtype=torch.float64, device=u.device)
     scale, shift = ((n - 1) / 2, 0.0) if align_corners else (n / 2, -0.5)
-    pos = ((u + 1).double() * scale + shift).to(u.dtype)  # through float64: a fused multiply-add for float32
     lost = broken.unsqueeze(-1)
+    u = torch.where(u.isinf() & ~lost, u.sign() * FAR, u)  # infinity times the scale 0 of one node would be NaN
+    pos = ((u + 1).double() * scale + shift).to(u.dtype)  # through float64: a fused multiply-add for float32
     if padding == "border":
         inside = ((pos > 0) & (pos < n - 1)) | lost
         pos = torch.where(inside, pos, torch.minimum(pos.detach().clamp(min=0), (n - 1).to(pos.dtype)))
@@ -157,7 +159,8 @@ def _lookup(u: Tensor, grids: Tensor, broken: Tensor, padding: str, align_corner
         node = cell + upper
         there = visible & ((node >= 0) & (node < n)).all(-1)
         index = (torch.where(there.unsqueeze(-1), node, 0) * torch.tensor(strides, device=u.device)).sum(-1)
-        weight = torch.where(upper.bool(), f, 1 - f).prod(-1)
+        # not .prod(): its second derivative divides by the factors, which near a node are small
+        weight = math.prod(torch.where(upper.bool(), f, 1 - f).unbind(-1))
         nothing = torch.where(broken, torch.nan, 0.0).to(u.dtype)  # stands for nodes that must not be touched
         read = (there & ~broken).reshape(*there.shape, *extra)
         value = torch.where(read, rows[index], nothing.reshape(*there.shape, *extra))

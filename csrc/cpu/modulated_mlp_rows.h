@@ -133,24 +133,22 @@ void deactivate_rows(const RowLayer<C>& layer, int64_t count, Rows<C> z, Rows<C>
   with_form(layer.per_channel, [&](auto per_channel) {
     constexpr bool kChannels = decltype(per_channel)::value;
     for (int64_t i = 0; i < count; ++i) {
-      Pack sum_g(C(0)), sum_gn(C(0)), sum_w(C(0)), sum_nw(C(0));
+      Pack sum(C(0)), sum_n(C(0));  // of w per channel, else of g: w / scale
       each_pack(layer, [&](int64_t o) CAMK_INLINED {
         const Pack g = Pack::load(d[i] + o) * Pack::load(slope[i] + o), n = Pack::load(z[i] + o) * Pack(r[i]);
         const Pack w = columns_of<kChannels>(modulation.scale(i), o) * g;
         w.store(d[i] + o);
-        sum_w = sum_w + w, sum_nw = multiply_add(n, w, sum_nw);
-        if constexpr (kChannels) {
-          (g * n).store(change.scale(i) + o), g.store(change.shift(i) + o);
-        } else {
-          sum_g = sum_g + g, sum_gn = multiply_add(g, n, sum_gn);
-        }
+        if constexpr (kChannels) (g * n).store(change.scale(i) + o), g.store(change.shift(i) + o);
+        sum = sum + (kChannels ? w : g), sum_n = multiply_add(n, kChannels ? w : g, sum_n);
       });
-      if (!kChannels) *change.scale(i) = sum_of_lanes(sum_gn), *change.shift(i) = sum_of_lanes(sum_g);
+      const C total = sum_of_lanes(sum), total_n = sum_of_lanes(sum_n);
+      if (!kChannels) *change.scale(i) = total_n, *change.shift(i) = total;
       if (!layer.norm) continue;
-      const Pack mean_w(sum_of_lanes(sum_w) / C(layer.width)), mean_nw(sum_of_lanes(sum_nw) / C(layer.width));
+      const C part = (kChannels ? C(1) : *modulation.scale(i)) / C(layer.width);
+      const Pack mean(total * part), mean_n(total_n * part);
       each_pack(layer, [&](int64_t o) CAMK_INLINED {
         const Pack n = Pack::load(z[i] + o) * Pack(r[i]);
-        math::norm_jacobian(Pack::load(d[i] + o), n, Pack(r[i]), mean_w, mean_nw).store(d[i] + o);
+        math::norm_jacobian(Pack::load(d[i] + o), n, Pack(r[i]), mean, mean_n).store(d[i] + o);
       });
     }
   });

@@ -97,6 +97,7 @@ CAMK_HD void add_outer_block(const C* d, int64_t d_stride, const C* x, int64_t x
   Pack sum[Rows][Vectors];
   unroll<Rows>([&](auto r) CAMK_INLINED {
     unroll<Vectors>([&](auto v) CAMK_INLINED { sum[r][v] = Pack::load(sums[v] + r * kPanel); });
+    __builtin_prefetch(sums[0] + (Rows + r) * kPanel);  // those of the next block
   });
   for (int64_t i = 0; i < n; ++i) {
     Pack row[Vectors];

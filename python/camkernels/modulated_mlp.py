@@ -243,6 +243,7 @@ class ModulatedMLP(nn.Module):
 
     The other arguments, the forms of modulation, and the errors: `modulated_mlp`.
 
+    >>> from camkernels import CoordinateModulation
     >>> mlp = ModulatedMLP(2, 3, width=32, hidden_layers=3, norm="point")
     >>> modulation = CoordinateModulation(hidden_layers=3)
     >>> coords = torch.rand(5, 2) * 2 - 1

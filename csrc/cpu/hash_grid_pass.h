@@ -31,7 +31,6 @@ class Pass {
     }
   }
 
-  int64_t pitch() const { return pitch_; }
   const S* x() const { return x_; }
   // The scratch numbers of channel c.
   S* channel(int64_t c) const { return numbers_ + (grid_.dims + c) * pitch_; }

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from .errors import UserError, require
 
-MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
-
 
 @dataclass(frozen=True)
 class Picture:

@@ -196,6 +196,14 @@ def test_geometries_that_cannot_be_taken(monkeypatch):
         _levels_on(torch.device("cuda"), 2, (1.0, 1.0), (1, 4, 16, 0, 0))
 
 
+def test_a_geometry_on_a_device_stays_where_it_is():
+    """A CUDA graph reads it there when it is replayed, however many geometries came in between."""
+    first, rows = (_levels_on(torch.device("cpu"), 1, (1.0,), (1, 4, 0, 0)) for _ in range(2))
+    for size in range(5, 600):
+        _levels_on(torch.device("cpu"), 1, (1.0,), (1, size, 0, 0))
+    assert _levels_on(torch.device("cpu"), 1, (1.0,), (1, 4, 0, 0))[0] is first[0] is rows[0]
+
+
 @triton.jit
 def remainder(index_ptr, size, inverse, out_ptr, N: tl.constexpr):
     i = tl.arange(0, N)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -290,11 +290,14 @@ class Settings(NamedTuple):
         return len(self.scales) // dims
 
 
-@lru_cache(maxsize=256)
+@cache
 def _levels_on(
     device: torch.device, dims: int, scales: tuple[float, ...], layout: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
-    """Scales [L, D] float32 and rows [L, D + COLUMNS] int64 of a geometry, kept on the device."""
+    """Scales [L, D] float32 and rows [L, D + COLUMNS] int64 of a geometry, kept on the device, a kilobyte or two.
+
+    For good: kernels on other streams, and CUDA graphs that are replayed later, read them where they are.
+    """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "hash_grid: backend 'triton' copies a geometry to the GPU when it first sees it, which a CUDA graph cannot "

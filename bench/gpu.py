@@ -114,17 +114,6 @@ def write(result: dict[str, Any], out: Path) -> None:
     part.replace(out)
 
 
-def load(path: Path) -> dict[str, Any]:
-    """A result file; ValueError if it is none of this command's."""
-    try:
-        result = json.loads(path.read_text())
-        if result["schema"] != SCHEMA or not isinstance(result["steps"], list):
-            raise ValueError
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is not a result of `make gpu`, schema {SCHEMA}") from None
-    return result
-
-
 # ---- the dry run -----------------------------------------------------------------------------------------------------
 
 

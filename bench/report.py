@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Shows results: `python -m bench.report FILE... [--base FILE] [--plot PNG] [--gate]` prints a markdown table.
 
+FILE: what `bench.run` wrote (.jsonl), or `make gpu` (bench/results/<gpu>.json).
+
 A row is a provider at a pass of a case. Where both allocator regimes were measured, the row is the one with the smaller
 speed-up over eager PyTorch. "floor" is the largest of three times: the lookups at this machine's rate of random
 lookups, the bytes at its rate of copying, the arithmetic at its rate of multiply-adds; "of ceiling" is floor / median.
@@ -37,14 +39,25 @@ COLOURS = {
 def load(files: Iterable[Path]) -> list[dict]:
     """Records of result files; of the same measurement the last. ValueError for a file that is none."""
     records = {}
-    for file in files:
-        for number, line in enumerate(Path(file).read_text().splitlines(), 1):
+    for file in map(Path, files):
+        for number, line in enumerate(_lines(file), 1):
             try:
-                record = json.loads(line)
+                record = json.loads(line) if isinstance(line, str) else line
                 records[identity(record) + (record["regime"], record["kind"])] = record
             except (ValueError, KeyError, TypeError):
                 raise ValueError(f"{file}, line {number}, is not a record of bench.run") from None
     return list(records.values())
+
+
+def _lines(file: Path) -> list[str] | list[dict]:
+    """The records of bench.run, a line each, or of `make gpu`, which keeps them in one file (.json) with the rest."""
+    text = file.read_text()
+    if file.suffix != ".json":
+        return text.splitlines()
+    try:
+        return json.loads(text)["records"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{file} is not a result of `make gpu` with benchmarks") from None
 
 
 def identity(record: dict) -> Key:

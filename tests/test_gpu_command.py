@@ -20,7 +20,7 @@ if not (ROOT / "bench" / "gpu.py").exists():
     pytest.skip("the bench folder is not here", allow_module_level=True)
 sys.path.insert(0, str(ROOT))
 
-from bench import cases, ceilings, gpu, gpu_rates, gpu_steps, run, triton_cache  # noqa: E402
+from bench import cases, ceilings, gpu, gpu_rates, gpu_steps, report, run, triton_cache  # noqa: E402
 from bench.gpu_steps import Step  # noqa: E402
 
 without_gpu = pytest.mark.skipif(_gpu.no_gpu() is None, reason="there is a GPU")
@@ -161,13 +161,20 @@ def test_ctrl_c_ends_the_step_too(tmp_path):
 # ---- the result file -------------------------------------------------------------------------------------------------
 
 
-def test_a_result_comes_back_as_it_was_written(played, tmp_path):
+def test_what_was_known_last_is_in_the_file(played):
     result, out, _ = played
-    assert gpu.load(out) == result
-    for text in ("{", "[]", json.dumps(result | {"schema": 0}), json.dumps({"schema": gpu.SCHEMA})):
+    assert json.loads(out.read_text()) == result and sorted(out.parent.iterdir()) == [out]
+
+
+def test_a_result_is_reported_as_other_benchmarks_are(played, tmp_path):
+    result, out, _ = played
+    known = [json.loads(line) for line in (gpu.RESULTS / "cpu-zen3-avx2.jsonl").read_text().splitlines()]
+    gpu.write(result | {"records": known}, out)
+    assert report.load([out]) == report.load([gpu.RESULTS / "cpu-zen3-avx2.jsonl"])
+    for text in ("{", "[]", json.dumps({"schema": gpu.SCHEMA})):
         (tmp_path / "other.json").write_text(text)
         with pytest.raises(ValueError, match="not a result of `make gpu`"):
-            gpu.load(tmp_path / "other.json")
+            report.load([tmp_path / "other.json"])
 
 
 def test_info_reads_what_the_command_writes(played):

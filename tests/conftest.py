@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.util
 import os
@@ -30,6 +31,7 @@ CASES = [case for op in OPS for case in testing.cases(op)]
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 HERE = "cuda" if torch.cuda.is_available() else "cpu"
 WITH_JACOBIAN = [case for case in CASES if testing.has_jacobian(case.op)]
+FIRST = [case for op in OPS for case in testing.cases(op)[:2]]
 MASKS = ("points", "parameters", "both")  # what requires a gradient
 
 
@@ -56,6 +58,11 @@ def each(cases: Sequence[testing.Case], *, reference: bool = True) -> list[Any]:
     return [pytest.param(case, b, id=f"{case.op}-{case}-{b}") for case, b in pairs]
 
 
+def some(step: int) -> list[testing.Case]:
+    """Every step-th case of each op. Covers of options repeat after two and four cases: an odd step meets all."""
+    return [case for op in OPS for case in testing.cases(op)[::step]]
+
+
 def function_of(op: str, backend: str | None = None) -> Callable[..., Any]:
     """The public function of an op on one backend; None: the one it chooses."""
     return partial(getattr(camkernels, op), backend=backend)
@@ -80,6 +87,34 @@ def positional(function: Callable[..., Any], call: testing.Call) -> Callable[...
     return lambda *tensors: function(**call.arguments(dict(zip(call.inputs, tensors, strict=True))))
 
 
+def along(call: testing.Call) -> list[str]:
+    """Names of a call's inputs and options that have the axes of its points, the points first."""
+    named, leading = call.inputs | call.options, call.leading
+    tensors = [name for name in call.beside if torch.is_tensor(named.get(name))]
+    return [call.points, *(name for name in tensors if named[name].shape[: len(leading)] == leading)]
+
+
+def rows(call: testing.Call, index: slice | Tensor) -> testing.Call:
+    """The call on some of its points, counted along one axis; axes of size 1 in the points' place are left out."""
+    names, leading = along(call), call.leading
+
+    def take(name: str, value: Any) -> Any:
+        if name in names:
+            return value.flatten(0, len(leading) - 1)[index]
+        everywhere = (
+            name in call.beside and torch.is_tensor(value) and value.shape[: len(leading)] == (1,) * len(leading)
+        )
+        return value.reshape(value.shape[len(leading) :]) if everywhere else value
+
+    inputs, options = ({name: take(name, v) for name, v in part.items()} for part in (call.inputs, call.options))
+    return dataclasses.replace(call, inputs=inputs, options=options, axes=None if call.axes is None else 1)
+
+
+def repeated(call: testing.Call, n: int) -> testing.Call:
+    """The call on n points, its own again and again."""
+    return rows(call, torch.arange(n) % call.leading.numel())
+
+
 @dataclass(frozen=True)
 class Layer:
     """A layer of the package in a small size: build(**options) -> module; inputs(*leading) -> its first argument.
@@ -87,6 +122,7 @@ class Layer:
     draws: what it draws from torch's generator on construction, as a list of tensors."""
 
     name: str
+    op: str
     build: Callable[..., torch.nn.Module]
     width: int  # of the last axis of the inputs
     parameters: tuple[str, ...]
@@ -127,9 +163,16 @@ def _plane_draws(module: torch.nn.Module) -> list[Tensor]:
 
 MLP_PARAMETERS = tuple(f"layers.{i}.{name}" for i in range(3) for name in ("weight", "bias"))
 LAYERS = (
-    Layer("HashGrid", _hash_grid_layer, 3, ("table",), lambda m: [torch.empty_like(m.table).uniform_(-1.0, 1.0)]),
-    Layer("ModulatedMLP", _mlp_layer, 3, MLP_PARAMETERS, _mlp_draws, extra_state=False),
-    Layer("CoordinateModulation", _plane_layer, 3, ("grids",), _plane_draws),
+    Layer(
+        "HashGrid",
+        "hash_grid",
+        _hash_grid_layer,
+        3,
+        ("table",),
+        lambda m: [torch.empty_like(m.table).uniform_(-1.0, 1.0)],
+    ),
+    Layer("ModulatedMLP", "modulated_mlp", _mlp_layer, 3, MLP_PARAMETERS, _mlp_draws, extra_state=False),
+    Layer("CoordinateModulation", "coordinate_modulation", _plane_layer, 3, ("grids",), _plane_draws),
 )
 
 

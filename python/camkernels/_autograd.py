@@ -9,8 +9,9 @@ because a traced graph should hold operators; `register_autograd` differentiates
     name_backward             (grads, tensors, settings, mask)       -> a gradient for each differentiable tensor
     name_backward_backward    (cotangents, grads, tensors, settings, mask) -> a gradient for each grad and such tensor
 
-A gradient that its bool[] mask does not want is empty(0). A list of tensors ("Tensor[]") counts as one argument; its
-gradients are all or none, an unwanted one and a cotangent that is absent are empty lists.
+A gradient that its bool[] mask does not want is empty(0), of the dtype of its argument, or of the first argument where
+that one is absent. A list of tensors ("Tensor[]") counts as one argument; its gradients are all or none, an unwanted
+one and a cotangent that is absent are empty lists.
 
 What name computes on its way may be kept for the derivatives: outputs of one axis that only they see, behind their
 tensors. A call that torch.vmap folded differently finds them of another size, and computes them again.
@@ -59,6 +60,7 @@ class Operator:
     ):
         self.name, self.arguments, self.settings, self.outputs = name, tuple(arguments), settings, tuple(outputs)
         self.order, self.next = order, None
+        self.first = 0  # the place of the first argument that is not a cotangent
         self.kept = tuple(k._replace(differentiable=False) for k in kept)
         self.saved = self.arguments + self.kept
         declared = ", ".join([f"{a.type} {a.name}" for a in arguments] + [settings])
@@ -77,10 +79,10 @@ class Operator:
         if self.order == 0 and len(cotangents) == 1:  # nothing to compute without it
             cotangents = [cotangents[0]._replace(type="Tensor")]
         places = [len(cotangents) + i for i, a in enumerate(self.arguments) if a.differentiable]
+        first = len(cotangents) + self.first
 
         def fake(*values: Any) -> Any:
-            like = next(t for t in values if isinstance(t, Tensor))
-            results = [_meta(values[i], wish, like) for i, wish in zip(places, values[-1], strict=True)]
+            results = [_meta(values[i], wish, values[first]) for i, wish in zip(places, values[-1], strict=True)]
             return results[0] if len(results) == 1 else tuple(results)
 
         self.next = Operator(
@@ -91,6 +93,7 @@ class Operator:
             fake,
             self.order + 1,
         )
+        self.next.first = first
         return self.next
 
     # ---- calling ---------------------------------------------------------------------------------------------------

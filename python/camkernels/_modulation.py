@@ -109,7 +109,7 @@ def check_number(op: str, name: str, value: Any, least: float = -math.inf) -> No
     """TypeError unless the value is a number, ValueError unless it is finite and at least `least`."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{op}: {name} must be a number, got {value!r}")
-    if not (math.isfinite(value) and value >= least):
+    if not (-math.inf < value < math.inf and value >= least):  # torch.compile cannot trace isfinite of a free number
         bound = "" if least == -math.inf else f" and at least {least:g}"
         raise ValueError(f"{op}: {name} must be finite{bound}, got {value!r}")
 
@@ -186,9 +186,10 @@ def _check_widths(
 def is_per_channel(op: str, modulation: Tensor, leading: torch.Size, widths: Sequence[int]) -> bool:
     """True for a modulation [..., hidden, 2, width], False for [..., hidden, 2], ValueError for any other."""
     hidden, shape = len(widths), list(modulation.shape)
-    scalar = shape[-2:] == [hidden, 2] and _broadcasts(shape[:-2], leading)
+    backwards = shape[::-1]  # sizes of batches last: a trace then compares them only where all others fit
+    scalar = backwards[:2] == [2, hidden] and _broadcasts(shape[:-2], leading)
     width = widths[0] if len(set(widths)) == 1 else -1  # layers of several widths have no per-channel modulation
-    channel = shape[-3:] == [hidden, 2, width] and _broadcasts(shape[:-3], leading)
+    channel = backwards[:3] == [width, 2, hidden] and _broadcasts(shape[:-3], leading)
     if not (scalar or channel):
         forms = f"[..., {hidden}, 2]" + (f" or [..., {hidden}, 2, {width}]" if width >= 0 else "")
         raise ValueError(

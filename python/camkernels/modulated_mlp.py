@@ -111,6 +111,8 @@ def _keep(tensors: Sequence[Tensor | None], values: int, dtype: torch.dtype) -> 
     """Whether values of the forward pass are kept for the backward pass."""
     if tensors[0].device.type != "cpu" or not torch.is_grad_enabled():
         return False
+    if torch.compiler.is_exporting():  # most programs infer, and none could be for any batch if its size decided
+        return False
     if not any(t is not None and t.requires_grad for t in tensors):
         return False
     forced = os.environ.get("CAMKERNELS_RECOMPUTE")

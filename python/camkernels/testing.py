@@ -111,7 +111,13 @@ class Call:
     inputs: dict[str, Tensor]
     options: dict[str, Any]
     points: str = "x"  # the input that holds coordinates or features of points; the others are parameters
-    separable: bool = True  # points do not meet, and no other input has their axes: a part of them is a call too
+    beside: tuple[str, ...] = ()  # inputs and options that may have the axes of the points, too
+    axes: int | None = None  # how many of the first axes of the points run over them; None: all but the last
+
+    @property
+    def leading(self) -> torch.Size:
+        """Axes of the points."""
+        return self.inputs[self.points].shape[: -1 if self.axes is None else self.axes]
 
     def arguments(self, inputs: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
         """Keyword arguments of the op, with these inputs in place of its own; weights.0, weights.1 ... are a list."""
@@ -141,7 +147,8 @@ class Case:
     maker: Callable[..., tuple[dict[str, Tensor], dict[str, Any]]] = field(repr=False, compare=False)
     options: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
     coordinates: str = "x"  # the input that is Call.points
-    separable: bool = True
+    beside: tuple[str, ...] = ()
+    axes: int | None = None
 
     def make(
         self,
@@ -151,7 +158,7 @@ class Case:
         points: str = "mixed",
     ) -> Call:
         inputs, options = self.maker(dict(self.options), dtype, device, seed, points)
-        return Call(inputs, options, self.coordinates, self.separable)
+        return Call(inputs, options, self.coordinates, self.beside, self.axes)
 
     def __str__(self) -> str:
         return self.name
@@ -164,13 +171,13 @@ def _cases(op: str, maker: Callable, named: dict[str, dict], **fields: Any) -> t
 CASES: dict[str, tuple[Case, ...]] = {
     op: _cases(op, maker, named, **fields)
     for op, maker, named, fields in (
-        ("hash_grid", _hash_grid.make, _hash_grid.case_options(), {}),
-        ("modulated_mlp", _modulated_mlp.make_mlp, _modulated_mlp.mlp_options(), {"separable": False}),
+        ("hash_grid", _hash_grid.make, _hash_grid.case_options(), {"beside": ("max_level",)}),
+        ("modulated_mlp", _modulated_mlp.make_mlp, _modulated_mlp.mlp_options(), {"beside": ("modulation",)}),
         (
             "modulate",
             _modulated_mlp.make_modulate,
             _modulated_mlp.modulate_options(),
-            {"coordinates": "h", "separable": False},
+            {"coordinates": "h", "beside": ("gamma", "beta"), "axes": 1},
         ),
         (
             "coordinate_modulation",

@@ -154,7 +154,7 @@ def _lookup(u: Tensor, grids: Tensor, broken: Tensor, padding: str, align_corner
     rows = grids.flatten(-dims).movedim(-1, 0)  # [nodes, layers, 2, (C)]
     extra = (1,) * (rows.ndim - 1)
     y = torch.zeros((), dtype=u.dtype, device=u.device)
-    for corner in product((0, 1), repeat=dims):
+    for corner in product(*[(0, 1)] * len(counts)):
         upper = torch.tensor(corner, device=u.device)
         node = cell + upper
         there = visible & ((node >= 0) & (node < n)).all(-1)
@@ -163,7 +163,8 @@ def _lookup(u: Tensor, grids: Tensor, broken: Tensor, padding: str, align_corner
         weight = math.prod(torch.where(upper.bool(), f, 1 - f).unbind(-1))
         nothing = torch.where(broken, torch.nan, 0.0).to(u.dtype)  # stands for nodes that must not be touched
         read = (there & ~broken).reshape(*there.shape, *extra)
-        value = torch.where(read, rows[index], nothing.reshape(*there.shape, *extra))
+        picked = rows[index.unsqueeze(0)].squeeze(0)  # torch.vmap cannot index by a number
+        value = torch.where(read, picked, nothing.reshape(*there.shape, *extra))
         y = y + weight.reshape(*there.shape, *extra) * value
     return y
 

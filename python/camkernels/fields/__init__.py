@@ -1,14 +1,45 @@
 # SPDX-License-Identifier: MIT
-"""Models assembled from the layers. `MODELS` names those that `python -m camkernels fit --model` offers.
+"""Models assembled from the layers. `MODELS` names those that `python -m camkernels fit image --model` offers.
 
 A model keeps its arguments, plain numbers and strings, in `config`, from which a checkpoint builds it again, and names
-its parameters with their learning rates in `parameter_groups(lr)`.
+its parameters with their learning rates in `parameter_groups(lr)`, of which `learning_rate` is a good one to start
+with. Models of a public code take over its parameters by `load_official`; `drop_in` has replacements for its classes.
 """
 
 from torch import nn
 
+from .encodings import RandFourierFeature, SinusoidalEncoder
+from .field import Field, parameter_groups
+from .fourier import CAMImageField, FourierImageField
+from .hash_cam import HashCAMField
 from .image import HashImageField
+from .mipnerf import MipNeRFField, RayModulation, spherical
+from .radiance import DynamicRadianceField, RadianceField
+from .signal import SignalField
+from .video import VideoField
 
-__all__ = ["MODELS", "HashImageField"]
+__all__ = [
+    "MODELS",
+    "CAMImageField",
+    "DynamicRadianceField",
+    "Field",
+    "FourierImageField",
+    "HashCAMField",
+    "HashImageField",
+    "MipNeRFField",
+    "RadianceField",
+    "RandFourierFeature",
+    "RayModulation",
+    "SignalField",
+    "SinusoidalEncoder",
+    "VideoField",
+    "parameter_groups",
+    "spherical",
+]
 
-MODELS: dict[str, type[nn.Module]] = {"hash": HashImageField}
+MODELS: dict[str, type[nn.Module]] = {
+    "hash": HashImageField,
+    "hash-cam": HashCAMField,
+    "cam": CAMImageField,
+    "fourier": FourierImageField,
+}

@@ -29,6 +29,8 @@ class HashImageField(nn.Module):
     torch.Size([100, 3])
     """
 
+    learning_rate = 1e-2
+
     def __init__(
         self,
         channels: int = 3,

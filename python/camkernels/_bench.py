@@ -167,7 +167,7 @@ def run(options: argparse.Namespace) -> int:
             raise UserError(f"--threads must be at least 1, got {options.threads}")
         torch.set_num_threads(options.threads)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    check_backend(options.backend, check_device(device))
+    check_backend(["hash_grid"], options.backend, check_device(device))
     where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU thread(s)"
     isa = f", kernels for {_ops.cpu_isa}" if device == "cpu" and _ops.cpu_isa else ""
     print(f"torch {torch.__version__}, {where}{isa}; ns per point, medians; reference = the same in plain PyTorch\n")

@@ -3,7 +3,8 @@
 
 A model keeps its arguments, plain numbers and strings, in `config`, from which a checkpoint builds it again, and names
 its parameters with their learning rates in `parameter_groups(lr)`, of which `learning_rate` is a good one to start
-with. Models of a public code take over its parameters by `load_official`; `drop_in` has replacements for its classes.
+with; those of `MODELS` name the ops that compute them in `ops`, and what modulates them, or None, is `modulation`.
+Models of a public code take over its parameters by `load_official`; `drop_in` has replacements for its classes.
 """
 
 from torch import nn

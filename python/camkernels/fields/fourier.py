@@ -26,6 +26,7 @@ class FourierImageField(Field):
     torch.Size([5, 3])
     """
 
+    ops: tuple[str, ...] = ("modulated_mlp",)
     grid_factor = 10.0
 
     def __init__(
@@ -78,6 +79,8 @@ class CAMImageField(FourierImageField):
     >>> CAMImageField(channels=1)(torch.rand(5, 2)).shape
     torch.Size([5, 1])
     """
+
+    ops = ("coordinate_modulation", "modulated_mlp")
 
     def __init__(
         self,

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .. import CoordinateModulation, HashGrid, ModulatedMLP, hash_grid_mlp
+from .. import CoordinateModulation, HashGrid, ModulatedMLP
 
 BASE_RESOLUTION = 16
 
@@ -30,6 +30,7 @@ class HashCAMField(nn.Module):
     torch.Size([100, 3])
     """
 
+    ops = ("hash_grid", "coordinate_modulation", "modulated_mlp")
     learning_rate = 1e-2
     grid_factor = 2.0  # times that rate for the hash table and the modulation
 
@@ -64,19 +65,15 @@ class HashCAMField(nn.Module):
             self.grid.output_dim, channels, width, hidden_layers, norm=norm, output_activation=output_activation,
             backend=backend,
         )  # fmt: skip
-        self.modulation = CoordinateModulation(hidden_layers, (nodes,) * dims, backend=backend)
-        self.backend = backend
+        self.modulation: CoordinateModulation | None = CoordinateModulation(
+            hidden_layers, (nodes,) * dims, backend=backend
+        )
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         """Parameters for an optimizer, with their learning rates: lr for the MLP, more for both kinds of grids."""
-        grids = [*self.grid.parameters(), *self.modulation.parameters()]
+        grids = [p for name, p in self.named_parameters() if not name.startswith("mlp.")]
         return [{"params": grids, "lr": self.grid_factor * lr}, {"params": list(self.mlp.parameters()), "lr": lr}]
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., dims] -> [..., channels]."""
-        weights, biases = ([getattr(layer, kind) for layer in self.mlp.layers] for kind in ("weight", "bias"))
-        modulation = self.modulation(2 * x - 1)
-        return hash_grid_mlp(
-            x, self.grid.table, self.grid.geometry, weights, biases, modulation, backend=self.backend,
-            **self.mlp.options,
-        )  # fmt: skip
+        return self.mlp(self.grid(x), None if self.modulation is None else self.modulation(2 * x - 1))

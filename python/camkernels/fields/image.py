@@ -29,7 +29,9 @@ class HashImageField(nn.Module):
     torch.Size([100, 3])
     """
 
+    ops = ("hash_grid",)
     learning_rate = 1e-2
+    modulation = None
 
     def __init__(
         self,

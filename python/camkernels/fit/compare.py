@@ -22,56 +22,80 @@ class Comparison:
 
     backend: str
     step: float
-    plain_step: float
+    plain_step: float | None  # None where plain PyTorch is what computes
+    unmodulated_step: float | None  # None for models without modulation
+    unmodulated_plain_step: float | None
     batch: int
     rounds: int
 
     @property
-    def ratio(self) -> float:
-        return self.plain_step / self.step
+    def ratio(self) -> float | None:
+        return None if self.plain_step is None else self.plain_step / self.step
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "backend": self.backend,
             "step_seconds": self.step,
             "plain_pytorch_step_seconds": self.plain_step,
+            "unmodulated_step_seconds": self.unmodulated_step,
+            "unmodulated_plain_pytorch_step_seconds": self.unmodulated_plain_step,
             "ratio": self.ratio,
             "batch": self.batch,
             "rounds": self.rounds,
         }
 
     def describe(self) -> str:
+        """One sentence, for a modulated model a second one."""
+        text = f"one training step on {self.batch:,} points: {_against(self.step, self.plain_step, self.backend)}"
+        if self.unmodulated_step is None:
+            return text
         return (
-            f"one training step on {self.batch:,} points: {self.step * 1e3:.1f} ms with backend {self.backend}, "
-            f"{self.plain_step * 1e3:.1f} ms in plain PyTorch, {self.ratio:.1f} times as long"
+            f"{text}\nwithout modulation: {_against(self.unmodulated_step, self.unmodulated_plain_step, self.backend)}"
         )
 
 
-def compare_steps(trainer: Trainer, backend: str, interruption: Interruption) -> Comparison | None:
-    """Times the whole step (draw, forward, backward, Adam) of both on copies; None if there is nothing to compare.
+def _against(step: float, plain: float | None, backend: str) -> str:
+    text = f"{step * 1e3:.1f} ms with backend {backend}"
+    return text if plain is None else f"{text}, {plain * 1e3:.1f} ms in plain PyTorch, {plain / step:.1f} times as long"
 
-    Plain PyTorch is `camkernels.reference`. The two take turns, so that other load on the machine meets both.
+
+def compare_steps(trainer: Trainer, backend: str, interruption: Interruption) -> Comparison | None:
+    """Times the whole step (draw, forward, backward, Adam) on copies; None if there is nothing to compare.
+
+    As it is, in plain PyTorch (`camkernels.reference`), and both without modulation if the model has one. They take
+    turns, so that other load on the machine meets all.
     """
+    ways = [(False, False), (True, False), (False, True), (True, True)]  # (plain PyTorch, unmodulated)
     if backend == "reference":
+        ways = [way for way in ways if not way[0]]
+    if trainer.model.modulation is None:
+        ways = [way for way in ways if not way[1]]
+    if len(ways) == 1:
         return None
-    rivals = {name: _copy(trainer, name) for name in (backend, "reference")}
+    rivals = {way: _copy(trainer, *way) for way in ways}
     for rival in rivals.values():
         _time_steps(rival, 1)
-    times: dict[str, list[float]] = {name: [] for name in rivals}
+    times: dict[tuple[bool, bool], list[float]] = {way: [] for way in ways}
     for _ in range(ROUNDS):
-        for name, rival in rivals.items():
+        for way, rival in rivals.items():
             if interruption.asked:
                 return None
-            times[name].append(_time_steps(rival, 1 if name == "reference" else FASTER_PER_ROUND))
-    fast, plain = (statistics.median(times[name]) for name in rivals)
-    return Comparison(backend, fast, plain, trainer.settings.batch, ROUNDS)
+            times[way].append(_time_steps(rival, 1 if way[0] else FASTER_PER_ROUND))
+    medians = {way: statistics.median(values) for way, values in times.items()}
+    return Comparison(
+        backend, medians[False, False], medians.get((True, False)), medians.get((False, True)),
+        medians.get((True, True)), trainer.settings.batch, ROUNDS,
+    )  # fmt: skip
 
 
-def _copy(trainer: Trainer, backend: str) -> Trainer:
+def _copy(trainer: Trainer, plain: bool, unmodulated: bool) -> Trainer:
     model = copy.deepcopy(trainer.model)
-    for module in model.modules():
-        if hasattr(module, "backend"):
-            module.backend = backend
+    if unmodulated:
+        model.modulation = None
+    if plain:
+        for module in model.modules():
+            if hasattr(module, "backend"):
+                module.backend = "reference"
     return Trainer(model, trainer.draw_loss, trainer.settings)
 
 

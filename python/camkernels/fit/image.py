@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,11 @@ from .compare import Comparison, compare_steps
 from .errors import UserError, require
 from .metrics import psnr, psnr_of_mse, ssim
 from .picture import Picture, quantize, read_picture, write_picture
-from .plots import write_error_picture, write_loss_curve
+from .plots import write_error_picture, write_loss_curve, write_modulation_maps
 from .trainer import Interruption, ProgressBar, Settings, Stop, Trainer
 
 CHUNK = 1 << 17  # points per call where the whole picture is evaluated
+MAP_SIDE = 256  # points along the longer side of a map of scale or shift
 
 
 @dataclass
@@ -48,7 +50,7 @@ class Options:
     quiet: bool = False
 
 
-DEFAULT_MODEL, DEFAULT_STEPS, DEFAULT_BATCH, DEFAULT_LR = "hash", 2000, 1 << 14, 1e-2
+DEFAULT_MODEL, DEFAULT_STEPS, DEFAULT_BATCH = "hash", 2000, 1 << 14
 MOST_STEPS = 100_000  # where only a target is given
 SMALLEST_LOG2_SIZE, LARGEST_LOG2_SIZE = 14, 24
 
@@ -90,6 +92,15 @@ def draw(model: nn.Module, width: int, height: int, bits: int, device: torch.dev
     return picture.reshape(height, width, -1)
 
 
+@torch.no_grad()
+def modulation_maps(model: nn.Module, width: int, height: int, device: torch.device) -> np.ndarray:
+    """Scale and shift of each layer all over a picture of that size: [rows, columns, layers, 2], at most 256 a side."""
+    reduce = max(1.0, max(width, height) / MAP_SIDE)
+    width, height = (max(1, round(side / reduce)) for side in (width, height))
+    x = pixel_centres(torch.arange(width * height, device=device), width, height)
+    return model.modulation(2 * x - 1).cpu().numpy().reshape(height, width, -1, 2)
+
+
 def fit_image(path: Path, options: Options, say: Callable[[str], None] = print) -> int:
     """Fits the picture and writes everything; the exit status: 0, 1 if a target was missed, 130 after Ctrl-C."""
     for module in ("PIL.Image", "tqdm", "matplotlib.figure", "scipy.ndimage"):
@@ -102,7 +113,7 @@ def fit_image(path: Path, options: Options, say: Callable[[str], None] = print) 
         _check_same_task(options, saved, picture)
     settings = _settings(options, saved)
     name, model = _model(options, saved, picture, settings)
-    backend = check_backend(options.backend, device)
+    backend = check_backend(model.ops, options.backend, device)
     model.to(device)
     trainer = Trainer(model, Pixels(picture, settings.batch, device).loss, settings)
     if saved is not None:
@@ -189,6 +200,8 @@ class _Job:
         write_picture(fitted, out / "reconstruction.png")
         write_error_picture(original, fitted, self.peak, out / "error.png")
         write_loss_curve(self.trainer.losses, out / "loss.png")
+        if self.model.modulation is not None:
+            write_modulation_maps(modulation_maps(self.model, *self.picture.size, self.device), out / "modulation.png")
         report = self._report(ended, fitted)
         self._write_report(report)
         return report
@@ -248,7 +261,8 @@ class _Job:
         self.say(f"{quality} after {report['steps']} steps, {report['seconds']:.1f} s, {speed}")
         if comparison is not None:
             self.say(comparison.describe())
-        files = "reconstruction.png, error.png, loss.png, checkpoint.pt, report.json"
+        maps = "" if self.model.modulation is None else "modulation.png, "
+        files = f"reconstruction.png, error.png, loss.png, {maps}checkpoint.pt, report.json"
         self.say(f"written to {self.options.out}: {files}")
 
 
@@ -274,12 +288,14 @@ def check_device(name: str) -> torch.device:
     return device
 
 
-def check_backend(name: str | None, device: torch.device) -> str:
-    """The backend that will run; UserError with the reason if the one asked for cannot."""
+def check_backend(ops: Sequence[str], name: str | None, device: torch.device) -> str:
+    """The backend that computes these ops, or each with its ops; UserError with the reason if one asked for cannot."""
     try:
-        return choose(Call("hash_grid", device.type), name)
+        found = {op: choose(Call(op, device.type), name) for op in ops}
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{error}; leave --backend out to take the best") from error
+    shares = {backend: [op for op in ops if found[op] == backend] for backend in found.values()}
+    return next(iter(shares)) if len(shares) == 1 else " and ".join(f"{b} ({', '.join(o)})" for b, o in shares.items())
 
 
 def _check_folder(out: Path) -> None:
@@ -322,7 +338,8 @@ def _settings(options: Options, saved: dict[str, Any] | None) -> Settings:
     elif any(limit is not None for limit in limits):
         given["stop"] = Stop(*limits)
     if saved is None:
-        return Settings(**{"stop": Stop(DEFAULT_STEPS), "batch": DEFAULT_BATCH, "lr": DEFAULT_LR, "seed": 0} | given)
+        rate = MODELS[options.model or DEFAULT_MODEL].learning_rate
+        return Settings(**{"stop": Stop(DEFAULT_STEPS), "batch": DEFAULT_BATCH, "lr": rate, "seed": 0} | given)
     if options.seed is not None and options.seed != saved["training"].get("seed"):
         raise UserError(f"{options.resume} goes on with the random numbers it was saved with; leave --seed out")
     try:
@@ -346,7 +363,12 @@ def _model(
     if saved is not None:
         return saved["model"], build_model(options.resume, saved, options.backend)
     name = options.model or DEFAULT_MODEL
-    config = {"channels": picture.channels} | default_config(picture) | options.architecture
+    arguments = [argument for argument in inspect.signature(MODELS[name]).parameters if argument != "backend"]
+    for argument in options.architecture:
+        if argument not in arguments:
+            raise UserError(f"model {name} has no {argument}; leave that option out (it has {', '.join(arguments)})")
+    defaults = {argument: value for argument, value in default_config(picture).items() if argument in arguments}
+    config = {"channels": picture.channels} | defaults | options.architecture
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         try:
@@ -356,7 +378,7 @@ def _model(
 
 
 def default_config(picture: Picture) -> dict[str, int]:
-    """Finest cells as wide as a pixel of the longer side, and for each level an entry per 4 to 8 pixels.
+    """Of a hash grid: finest cells as wide as a pixel of the longer side, in each level an entry per 4 to 8 pixels.
 
     With 16 levels of 2 features this is about 0.7 parameters per number in the picture.
     """

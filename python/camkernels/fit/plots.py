@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The two pictures that explain a fit: where the error is, and how the loss fell."""
+"""The pictures that explain a fit: where the error is, how the loss fell, where the network is scaled and shifted."""
 
 from __future__ import annotations
 
@@ -52,6 +52,22 @@ def write_loss_curve(losses: list[float], path: Path) -> None:
     decibels = axes.twinx()
     decibels.set_ylim(*(-10 * np.log10(limit) for limit in axes.get_ylim()))  # linear where the loss is logarithmic
     decibels.set_ylabel("PSNR in dB")
+    _save(figure, path)
+
+
+def write_modulation_maps(maps: np.ndarray, path: Path) -> None:
+    """Scale (above) and shift (below) of every hidden layer over the picture, from maps [height, width, layers, 2]."""
+    layers = maps.shape[2]
+    size = (1.5 + 3 * layers, 0.6 + 6 * min(2.0, maps.shape[0] / maps.shape[1]))
+    figure = require("matplotlib.figure").Figure(figsize=size, dpi=DPI, layout="constrained")
+    rows = figure.subplots(2, layers, squeeze=False)
+    for k, (name, identity) in enumerate((("gamma", 1.0), ("beta", 0.0))):
+        reach = max(float(np.abs(maps[..., k] - identity).max()), 1e-3)  # white is what changes nothing
+        for layer, axes in enumerate(rows[k]):
+            shown = axes.imshow(maps[:, :, layer, k], cmap="RdBu_r", vmin=identity - reach, vmax=identity + reach)
+            axes.set_title(f"{name}, hidden layer {layer}", fontsize=10)
+            axes.set_axis_off()
+        figure.colorbar(shown, ax=list(rows[k]), format="%.3g")
     _save(figure, path)
 
 

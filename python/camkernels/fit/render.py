@@ -20,11 +20,11 @@ def render(
     if saved["task"].get("kind") != "image":
         raise UserError(f"{checkpoint} is a fit of kind {saved['task'].get('kind')!r}; render draws images")
     place = check_device(device)
-    check_backend(backend, place)
     out = out or checkpoint.with_name(f"render_{size[0]}x{size[1]}.png")
     if not out.parent.is_dir():
         raise UserError(f"{out} cannot be written: there is no folder {out.parent}; create it or choose another --out")
     model = build_model(checkpoint, saved, backend).to(place)
+    check_backend(model.ops, backend, place)
     write_picture(draw(model, *size, saved["task"].get("bits", 8), place), out)
     say(f"written {out}: {size[0]} x {size[1]} pixels")
     return 0

@@ -10,6 +10,7 @@ import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,9 +21,10 @@ if not (ROOT / "bench" / "run.py").exists():
     pytest.skip("the bench folder is not here", allow_module_level=True)
 sys.path.insert(0, str(ROOT))
 
-from bench import cases, ceilings, gate, machine, memory, providers, report, run, timing, worker  # noqa: E402
+from bench import cam_effect, cases, ceilings, gate, machine, memory, providers, report, run, timing, worker  # noqa: E402
 
 from camkernels import _bench  # noqa: E402
+from pictures import save  # noqa: E402
 
 TINY = 64
 LIMITS = {"fma_gflops": 100.0, "copy_gbs": 10.0, "lookups": {"65536": 2e9, "4194304": 1e9}, "threads": 1, "note": None}
@@ -335,3 +337,49 @@ def test_short_table_of_the_package(monkeypatch):
     rows = _bench.measure(0.0, "cpu", "reference", points=(32, 64), on_row=seen.append)
     assert rows == seen and [row.points for row in rows] == [32, 32, 64, 64]
     assert all(row.backend == "reference" and row.ns > 0 and row.ratio > 0 for row in rows)
+
+
+# ---- the effect of modulation ----------------------------------------------------------------------------------------
+
+
+def test_cam_effect_compares_networks_of_one_size(tmp_path, capsys):
+    path = tmp_path / "figures.json"
+    assert cam_effect.main(["--side", "8", "--steps", "3", "--out", str(path)]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["task"] for row in rows] == ["regression"] * 3 + ["generalisation"] * 3
+    sizes = {row["parameters"] for row in rows}
+    assert sizes == {263_683, 269_827} and max(sizes) <= 1.03 * min(sizes)
+    assert rows[0]["gain"] == rows[3]["gain"] == 0 and all(5 < row["psnr"] < 40 for row in rows)
+    assert "| generalisation | cam | 269,827 |" in capsys.readouterr().out
+
+
+def test_cam_effect_trains_on_all_or_every_second_pixel(monkeypatch):
+    seen = []
+
+    class Recorder(torch.nn.Linear):
+        learning_rate = 1e-3
+
+        def __init__(self):
+            super().__init__(2, 3)
+
+        def parameter_groups(self, lr):
+            return [{"params": self.parameters(), "lr": lr}]
+
+        def forward(self, x):
+            seen.append(x)
+            return super().forward(x)
+
+    monkeypatch.setitem(cam_effect.NETWORKS, "recorder", Recorder)
+    for every, count in ((1, 36), (2, 9)):
+        seen.clear()
+        cam_effect.train("recorder", torch.rand(6, 6, 3), every, steps=1, seed=0)
+        trained, *drawn = seen
+        assert len(trained) == count and sum(map(len, drawn)) == 36
+        assert torch.allclose(trained[1], torch.tensor([(every + 0.5) / 6, 0.5 / 6]))
+
+
+def test_cam_effect_takes_the_middle_of_the_picture(tmp_path):
+    values = np.zeros((4, 8, 3), np.uint8)
+    values[:, 2:6] = 255
+    picture = cam_effect.read_square(save(values, tmp_path / "p.png"), 2)
+    assert picture.shape == (2, 2, 3) and (picture == 1).all()

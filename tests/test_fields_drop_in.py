@@ -30,7 +30,11 @@ def run_golden(golden, dtype, module, forward, names):
 
 
 both = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-acts = pytest.mark.parametrize("act", [None, nn.ReLU(inplace=True), F.relu], ids=["default", "module", "function"])
+acts = pytest.mark.parametrize(  # the last is a ReLU that is not computed in the kernel
+    "act",
+    [None, nn.ReLU(inplace=True), F.relu, nn.LeakyReLU(0.0, inplace=True)],
+    ids=["default", "module", "function", "in place"],
+)
 
 
 @both

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""mip-NeRF's network with layers that are modulated by the direction of the ray."""
+"""mip-NeRF's network with layers that are modulated by the direction of the ray.
+
+The public code's mip-NeRF 360 has no field here: as released it cannot be imported and, mended, modulates no layer.
+"""
 
 from __future__ import annotations
 

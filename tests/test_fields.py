@@ -87,10 +87,12 @@ NAMES = [
 ]
 
 
+@pytest.mark.parametrize("backend", ["best", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_golden(name, dtype):
+def test_golden(name, dtype, backend, monkeypatch):
     assert len(NAMES) == 10
+    monkeypatch.setenv("CAMKERNELS_BACKEND", "" if backend == "best" else backend)
     golden = testing.load_golden(name)
     field, inputs, outputs = field_of(golden)
     field.to(dtype)

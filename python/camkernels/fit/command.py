@@ -65,8 +65,8 @@ def add_fit(subparsers: argparse._SubParsersAction) -> None:
     signal = kinds.add_parser(
         "signal",
         help="the one-dimensional experiment of CAM",
-        description="Fits four networks to a sum of ten sines and prints their errors beside the published ones; about "
-        "ten seconds on a quiet core.",
+        description="Fits four networks to a sum of ten sines and prints their errors beside the published ones; half "
+        "a minute of one core.",
     )
     signal.add_argument("--steps", type=_positive_int, default=1500, help="training steps (default 1500)")
     signal.set_defaults(run=_fit_signal)

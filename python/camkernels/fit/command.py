@@ -31,8 +31,9 @@ def add_fit(subparsers: argparse._SubParsersAction) -> None:
     image = kinds.add_parser(
         "image",
         help="fit a picture",
-        description="Fits a picture and writes reconstruction.png, error.png, loss.png, checkpoint.pt and report.json. "
-        "Ctrl-C ends the training early and keeps the work.",
+        description="Fits a picture and writes reconstruction.png, error.png, loss.png, checkpoint.pt and report.json; "
+        "modulation.png too where the network is scaled and shifted. Ctrl-C ends the training early and keeps the "
+        "work.",
     )
     image.add_argument("path", type=Path, help="any image that Pillow reads")
     image.add_argument("--out", type=Path, help="folder for the results (default: <name>-fit here)")

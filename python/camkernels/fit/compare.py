@@ -46,16 +46,15 @@ class Comparison:
 
     def describe(self) -> str:
         """One sentence, for a modulated model a second one."""
-        text = f"one training step on {self.batch:,} points: {_against(self.step, self.plain_step, self.backend)}"
+        times = _side_by_side(self.step, self.plain_step)
+        text = f"one training step on {self.batch:,} points with backend {self.backend}: {times}"
         if self.unmodulated_step is None:
             return text
-        return (
-            f"{text}\nwithout modulation: {_against(self.unmodulated_step, self.unmodulated_plain_step, self.backend)}"
-        )
+        return f"{text}\nwithout modulation: {_side_by_side(self.unmodulated_step, self.unmodulated_plain_step)}"
 
 
-def _against(step: float, plain: float | None, backend: str) -> str:
-    text = f"{step * 1e3:.1f} ms with backend {backend}"
+def _side_by_side(step: float, plain: float | None) -> str:
+    text = f"{step * 1e3:.1f} ms"
     return text if plain is None else f"{text}, {plain * 1e3:.1f} ms in plain PyTorch, {plain / step:.1f} times as long"
 
 

@@ -14,6 +14,7 @@
 #include "cpu/storage.h"
 #include "math/activation.h"
 #include "math/hash_grid.h"
+#include "math/modulation.h"
 
 namespace py = pybind11;
 using namespace camk;
@@ -135,6 +136,42 @@ py::dict formulas(const Point& p, bool general, const Rows& table, const Numbers
   return out;
 }
 
+// Per node around u, in a grid of these sizes whose first axis is contiguous: row, weight, slope [D], curve [D * D];
+// and whether a coordinate is NaN.
+template <int D>
+py::tuple nodes(const Numbers& u, const std::vector<uint32_t>& sizes, bool zeros, bool align_corners) {
+  math::NodeGrid<double> grid{};
+  grid.rows = 1, grid.zeros = zeros;
+  const int dims = int(u.size());
+  for (int d = 0; d < dims; ++d) {
+    grid.axis[d] = {(sizes[d] - align_corners) / 2.0, align_corners ? 0.0 : -0.5, sizes[d], grid.rows};
+    grid.rows *= sizes[d];
+  }
+  const math::Nodes<D, double> found(grid, dims, vector_of<math::Nodes<D, double>::kAxes>(u));
+  std::vector<uint32_t> index;
+  Numbers weight;
+  Rows slope, curve;
+  found.each_corner([&](int c) {
+    index.push_back(found.index(c)), weight.push_back(found.weight(c));
+    slope.emplace_back(), curve.emplace_back();
+    for (int a = 0; a < dims; ++a) {
+      slope.back().push_back(found.slope(c, a));
+      for (int b = 0; b < dims; ++b) curve.back().push_back(found.curve(c, a, b));
+    }
+  });
+  return py::make_tuple(index, weight, slope, curve, found.broken);
+}
+
+// What a product of three lookups y needs, for tangents h, per factor.
+py::tuple products(const Numbers& y, const Numbers& h) {
+  const Vec<double, 3> ys = vector_of<3>(y), hs = vector_of<3>(h);
+  Numbers without, tangent_without;
+  for (int p = 0; p < 3; ++p) {
+    without.push_back(math::without(ys, p)), tangent_without.push_back(math::tangent_without(ys, hs, p));
+  }
+  return py::make_tuple(math::product(ys), without, math::tangent(ys, hs), tangent_without);
+}
+
 template <class C>
 py::tuple settle(double x, int mode) {
   math::Status status;
@@ -235,6 +272,13 @@ PYBIND11_MODULE(CAMK_PROBE, m) {
   py::class_<Point>(m, "Point").def(py::init(&make_point));
   m.def("corners", corners<double>);
   m.def("formulas", formulas);
+  m.def("nodes",
+        [](const Numbers& u, const std::vector<uint32_t>& sizes, bool zeros, bool align_corners, bool general) {
+          if (general || u.size() > 3) return nodes<0>(u, sizes, zeros, align_corners);
+          if (u.size() == 1) return nodes<1>(u, sizes, zeros, align_corners);
+          return u.size() == 2 ? nodes<2>(u, sizes, zeros, align_corners) : nodes<3>(u, sizes, zeros, align_corners);
+        });
+  m.def("products", products);
 #endif
 
   using Floats1 = py::array_t<float>;

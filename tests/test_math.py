@@ -8,6 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from camkernels.reference.hash_grid import PRIMES
 
@@ -227,6 +228,63 @@ def test_formulas(probe, dims, general, kind):
     ):
         assert set(out[name]) == {row for row, _ in level.corners()}
         assert sum(np.dot(row, table[i]) for i, row in out[name].items()) == pytest.approx(whole, abs=1e-12)
+
+
+# ---- grids of nodes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+@pytest.mark.parametrize("zeros", [True, False], ids=["zeros", "border"])
+@pytest.mark.parametrize(("dims", "general"), DIMS)
+def test_nodes_around_a_point(probe, dims, general, zeros, align_corners):
+    sizes = [3, 4, 2, 1, 5][:dims]
+    rows = math.prod(sizes)
+    generator = np.random.default_rng(dims)
+    table = np.append(generator.random(rows) - 0.5, 0.0)  # the last row stands for nodes beyond
+
+    def of(u):
+        return probe.nodes(list(u), sizes, zeros, align_corners, bool(general))[:4]
+
+    def dot(u, part):
+        found = of(u)
+        return np.tensordot(table[found[0]], np.array(found[part]).reshape(len(found[0]), -1), 1)
+
+    for u in generator.uniform(-1.4, 1.4, (12, dims)):
+        index, weight, *_ = of(u)
+        assert max(index) <= rows and sum(weight) == pytest.approx(1.0)
+        tensor = torch.tensor(table[:-1]).reshape(1, 1, *reversed(sizes))
+        options = {"padding_mode": "zeros" if zeros else "border", "align_corners": align_corners}
+        if dims in (2, 3):
+            where = torch.tensor(u).reshape(*[1] * (dims + 1), dims)
+            assert dot(u, 1) == pytest.approx(F.grid_sample(tensor, where, **options).item(), abs=1e-14)
+        for a in range(dims):
+            step = STEP * np.eye(dims)[a]
+            numeric = (dot(u + step, 1) - dot(u - step, 1)) / (2 * STEP)
+            assert dot(u, 2)[a] == pytest.approx(numeric.item(), abs=1e-8)
+            numeric = (dot(u + step, 2) - dot(u - step, 2)) / (2 * STEP)
+            np.testing.assert_allclose(dot(u, 3).reshape(dims, dims)[a], numeric, atol=1e-8)
+
+
+@pytest.mark.parametrize("zeros", [True, False], ids=["zeros", "border"])
+def test_nodes_around_points_that_are_not_finite(probe, zeros):
+    for u, broken in (([NAN, 0.1], True), ([0.1, NAN], True), ([INF, 0.1], False), ([0.1, -INF], False)):
+        index, weight, *_, found = probe.nodes(u, [4, 1], zeros, True, False)
+        assert found == broken and np.isfinite(weight).all()
+        if broken:
+            assert index == [4] * 4  # no node is touched
+    assert probe.nodes([INF, 0.1], [4, 1], zeros, True, False)[0] == ([4] * 4 if zeros else [3, 4, 4, 4])
+
+
+def test_products_of_three(probe):
+    y, h = [0.3, -0.7, 1.1], [0.5, 0.2, -0.4]
+    leaves, directions = ([torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in t] for t in (y, h))
+    value = leaves[0] * leaves[1] * leaves[2]
+    first = torch.autograd.grad(value, leaves, create_graph=True)
+    tangent = sum(d * g for d, g in zip(directions, first, strict=True))
+    second = torch.autograd.grad(tangent, leaves)
+    expected = (value.item(), [g.item() for g in first], tangent.item(), [g.item() for g in second])
+    for found, wanted in zip(probe.products(y, h), expected, strict=True):
+        assert found == pytest.approx(wanted, rel=1e-14)
 
 
 # ---- number types ----------------------------------------------------------------------------------------------------

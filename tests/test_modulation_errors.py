@@ -162,7 +162,8 @@ LOOKUP = {"coords": torch.rand(5, 2), "grids": torch.rand(3, 2, 4, 5)}
 LOOKUPS = {
     "a list of coordinates": (TypeError, r"coords must be a torch\.Tensor", {"coords": [[0.0, 0.0]]}),
     "integer coordinates": (TypeError, r"coords must be float32", {"coords": torch.zeros(5, 2).long()}),
-    "no axis": (ValueError, r"coords must have shape \[\.\.\., d\]", {"coords": torch.tensor(0.5)}),
+    "no axis": (ValueError, r"coords must have shape \[\.\.\., d\], d from 1 to 7,", {"coords": torch.tensor(0.5)}),
+    "eight axes": (ValueError, r"coords must .* d from 1 to 7, .* got \[5, 8\]", {"coords": torch.rand(5, 8)}),
     "integer grids": (TypeError, r"grids must be float32", {"grids": torch.ones(3, 2, 4, 5).long()}),
     "grids of other axes": (
         ValueError,

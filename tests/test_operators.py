@@ -21,6 +21,7 @@ MLP = (
     "{}int[] activations, float[] omegas, bool[] skips, bool output_layer, bool point_norm, float eps, bool keep, "
     "bool deterministic"
 )
+LOOKUP = "Tensor coords, Tensor grids, bool zeros, bool align_corners, bool planes, bool deterministic"
 SCHEMAS = {
     "hash_grid": f"(Tensor x, Tensor table, Tensor? level_counts, {GRID}) -> Tensor",
     "hash_grid_backward": f"(Tensor grad_y, Tensor x, Tensor table, Tensor? level_counts, {GRID}, bool[] mask)"
@@ -36,6 +37,10 @@ SCHEMAS = {
     "modulated_mlp_backward_backward": "(Tensor? grad_x, Tensor[] grad_weights, Tensor[] grad_biases, "
     f"Tensor? grad_modulation, Tensor grad_y, {MLP.format('Tensor hidden, ')}, bool[] mask)"
     " -> (Tensor, Tensor, Tensor[], Tensor[], Tensor)",
+    "coordinate_modulation": f"({LOOKUP}) -> Tensor",
+    "coordinate_modulation_backward": f"(Tensor grad_y, {LOOKUP}, bool[] mask) -> (Tensor, Tensor)",
+    "coordinate_modulation_backward_backward": "(Tensor? grad_coords, Tensor? grad_grids, Tensor grad_y, "
+    f"{LOOKUP}, bool[] mask) -> (Tensor, Tensor, Tensor)",
 }
 
 

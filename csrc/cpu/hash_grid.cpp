@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // The hash-grid operators on the CPU; schemas and shapes: python/camkernels/hash_grid.py. The setting `deterministic`
 // changes nothing here: sums have one order for any number of threads.
+#include "cpu/dispatch.h"
 #include "cpu/hash_grid_pass.h"
 
 namespace camk::cpu {
@@ -11,25 +12,6 @@ using launch::GridLists;
 using OptionalTensor = std::optional<Tensor>;
 using Doubles = std::vector<double>;
 using Ints = std::vector<int64_t>;
-
-// Coordinates are float64 where the table is.
-template <class Body>
-auto dispatch(const Tensor& x, const Tensor& table, const Body& body) {
-  const bool wide = x.scalar_type() == ScalarType::Double;
-  switch (table.scalar_type()) {
-    case ScalarType::Double:
-      STD_TORCH_CHECK(wide, "hash_grid: x must be float64 beside a float64 table");
-      return body(Tag<double>{}, Tag<double>{});
-    case ScalarType::Float:
-      return wide ? body(Tag<double>{}, Tag<float>{}) : body(Tag<float>{}, Tag<float>{});
-    case ScalarType::Half:
-      return wide ? body(Tag<double>{}, Tag<Half>{}) : body(Tag<float>{}, Tag<Half>{});
-    case ScalarType::BFloat16:
-      return wide ? body(Tag<double>{}, Tag<BFloat16>{}) : body(Tag<float>{}, Tag<BFloat16>{});
-    default:
-      STD_TORCH_CHECK(false, "hash_grid: table must be float16, bfloat16, float32 or float64");
-  }
-}
 
 Grid checked_grid(const Tensor& x, const Tensor& table, const OptionalTensor& counts, const GridLists& lists) {
   STD_TORCH_CHECK(x.dim() == 2 && table.dim() == 2, "hash_grid: x and table must have 2 dimensions");
@@ -50,10 +32,6 @@ Grid checked_grid(const Tensor& x, const Tensor& table, const OptionalTensor& co
   return grid;
 }
 
-void check_mask(const std::vector<bool>& mask, size_t gradients) {
-  STD_TORCH_CHECK(mask.size() == gradients, "hash_grid: mask must have one entry for each gradient");
-}
-
 void check_like(const Tensor& t, const Tensor& like, int64_t numel, const char* name) {
   check_contiguous(t, "hash_grid", name);
   STD_TORCH_CHECK(t.scalar_type() == like.scalar_type() && t.numel() == numel, "hash_grid: dtype or size of ", name);
@@ -64,7 +42,7 @@ Tensor forward(Tensor x, Tensor table, OptionalTensor counts, Doubles scales, do
   const Grid grid =
       checked_grid(x, table, counts, {scales, shift, layout, ceil_corner, outside, interpolation, active_levels});
   const Tensor y = in_large_pages(empty(table, {x.size(0), grid.channels()}));
-  dispatch(x, table, [&]<class S, class T>(Tag<S>, Tag<T>) {
+  dispatch("hash_grid", x, table, [&]<class S, class T>(Tag<S>, Tag<T>) {
     const Pass<S, T> pass(grid, x, counts, grid.channels());
     pass.each_chunk([&](const Chunk<S>& chunk) {
       parallel_points(chunk.n, [&](int64_t begin, int64_t end) {
@@ -89,7 +67,7 @@ std::tuple<Tensor, Tensor> jacobian(Tensor x, Tensor table, OptionalTensor count
   const int64_t width = grid.channels(), dims = grid.dims;
   const Tensor y = in_large_pages(empty(table, {x.size(0), width}));
   const Tensor j = in_large_pages(empty(x, {x.size(0), width, dims}));
-  dispatch(x, table, [&]<class S, class T>(Tag<S>, Tag<T>) {
+  dispatch("hash_grid", x, table, [&]<class S, class T>(Tag<S>, Tag<T>) {
     const Pass<S, T> pass(grid, x, counts, width * (1 + dims));
     pass.each_chunk([&](const Chunk<S>& chunk) {
       parallel_points(chunk.n, [&](int64_t begin, int64_t end) {
@@ -113,12 +91,12 @@ std::tuple<Tensor, Tensor> value_and_jacobian_backward(const Grid& grid, const O
                                                        const OptionalTensor& gj, const Tensor& x, const Tensor& table,
                                                        const OptionalTensor& counts, const std::vector<bool>& mask) {
   const int64_t width = grid.channels(), dims = grid.dims;
-  check_mask(mask, 2);
+  check_mask("hash_grid", mask, 2);
   if (g) check_like(*g, table, x.size(0) * width, "grad");
   if (gj) check_like(*gj, x, x.size(0) * width * dims, "grad_jacobian");
   const Tensor gx = mask[0] ? torch::stable::empty_like(x) : empty(x, {0});
   Tensor gtable;
-  dispatch(x, table, [&]<class S, class T>(Tag<S>, Tag<T>) {
+  dispatch("hash_grid", x, table, [&]<class S, class T>(Tag<S>, Tag<T>) {
     // Scratch channels: gradients of the value, of the Jacobian, then of x.
     const int64_t jacobians = g ? width : 0, coordinates = jacobians + (gj ? width * dims : 0);
     const Pass<S, T> pass(grid, x, counts, coordinates + (mask[0] ? dims : 0));
@@ -180,14 +158,14 @@ std::tuple<Tensor, Tensor, Tensor> backward_backward(OptionalTensor ggx, Optiona
   const Grid grid =
       checked_grid(x, table, counts, {scales, shift, layout, ceil_corner, outside, interpolation, active_levels});
   const int64_t width = grid.channels(), dims = grid.dims;
-  check_mask(mask, 3);
+  check_mask("hash_grid", mask, 3);
   check_like(grad, table, x.size(0) * width, "grad");
   if (ggx) check_like(*ggx, x, x.numel(), "ggx");
   if (ggtable) check_like(*ggtable, table, table.numel(), "ggtable");
   const Tensor ggrad = mask[0] ? in_large_pages(torch::stable::empty_like(grad)) : empty(grad, {0});
   const Tensor gx = mask[1] ? torch::stable::empty_like(x) : empty(x, {0});
   Tensor gtable;
-  dispatch(x, table, [&]<class S, class T>(Tag<S>, Tag<T>) {
+  dispatch("hash_grid", x, table, [&]<class S, class T>(Tag<S>, Tag<T>) {
     const int64_t second = width, along = 2 * width, coordinates = along + dims;  // scratch behind the gradient
     const Pass<S, T> pass(grid, x, counts, coordinates + dims);
     const TableGradient<T> sums(table, mask[2], x.size(0) == 0 || !ggx);

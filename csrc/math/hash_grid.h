@@ -12,8 +12,6 @@
 
 namespace camk::math {
 
-inline constexpr int kMaxDims = 7;
-
 // What the host computes once per level (python: GridGeometry).
 struct Level {
   double scale[kMaxDims];     // float32 values
@@ -31,9 +29,6 @@ CAMK_HD uint32_t hash_prime(int axis) {
 }
 
 enum class Outside : int { kClamp = 0, kZero = 1, kWrap = 2 };
-
-// How far a wrapped coordinate may be: times the largest scale, which is below 2^31, it is still a finite float32.
-inline constexpr float kFar = 1e28f;
 
 // What becomes of one coordinate before it is used.
 enum Status : int { kInside = 0, kClamped = 1, kZeroed = 2, kNotFinite = 3 };
@@ -53,26 +48,21 @@ CAMK_HD C settle(C x, Outside mode, Status& status) {
   return x < C(0) ? C(0) : C(1);
 }
 
-// The corners around a point and what each needs: its entry, its weight, and the derivatives of that weight. D = 0
-// leaves the number of axes, and whether the lookup is a nearest one, to run time. Unrolled writes the corners out.
+// The corners around a point and the entry of each; Corners has the rest.
 template <int D, class C, bool Nearest = false, bool Unrolled = (D > 0 && D <= 4)>
-struct Stencil {
+struct Stencil : Corners<D, C, Nearest, Unrolled> {
+  using Base = Corners<D, C, Nearest, Unrolled>;
+  using Base::each_axis, Base::kAxes, Base::value, Base::first, Base::second;
   using Index = typename index_of<C>::type;
   using Scalar = typename scalar_of<C>::type;
-  static constexpr int kAxes = D > 0 ? D : kMaxDims;  // room for so many
 
-  int dims;
-  bool hashed, nearest;
+  bool hashed;
   uint32_t size;
-  Vec<Vec<Index, 2>, kAxes> term;              // per axis, lower and upper corner: coordinate times prime or stride
-  Vec<Vec<C, 2>, kAxes> value, first, second;  // their weights and the derivatives of these in x
+  Vec<Vec<Index, 2>, kAxes> term;  // per axis, lower and upper corner: coordinate times prime or stride
 
   Stencil() = default;
   CAMK_HD Stencil(const Level& level, int n_dims, const Vec<C, kAxes>& x, Interpolation kind)
-      : dims(n_dims),
-        hashed(level.hashed),
-        nearest(D > 0 ? Nearest : kind == Interpolation::kNearest),
-        size(level.size) {
+      : Base(n_dims, D > 0 ? Nearest : kind == Interpolation::kNearest), hashed(level.hashed), size(level.size) {
     each_axis([&](int d) CAMK_INLINED {
       const C scale = C(Scalar(level.scale[d]));
       const C pos = multiply_add(x[d], scale, C(Scalar(level.shift)));
@@ -89,25 +79,6 @@ struct Stencil {
     });
   }
 
-  template <class Body>
-  CAMK_HD void each_axis(Body&& body) const {
-    if constexpr (D > 0) {
-      unroll<D>(body);
-    } else {
-      for (int d = 0; d < dims; ++d) body(d);
-    }
-  }
-
-  template <class Body>
-  CAMK_HD void each_corner(Body&& body) const {
-    if constexpr (Unrolled) {
-      unroll<(Nearest ? 1 : 1 << D)>(body);
-    } else {
-      const int corners = nearest ? 1 : 1 << (D > 0 ? D : dims);
-      for (int c = 0; c < corners; ++c) body(c);
-    }
-  }
-
   CAMK_HD Index index(int corner) const {
     Index i = Index(0);
     each_axis([&](int d) CAMK_INLINED {
@@ -115,30 +86,6 @@ struct Stencil {
       i = hashed ? i ^ t : i + t;
     });
     return (size & (size - 1)) == 0 ? i & Index(size - 1) : remainder_of(i, size);
-  }
-
-  // The derivative of this corner's weight along axes a and b; -1 stands for no axis.
-  CAMK_HD C derivative(int corner, int a, int b) const {
-    if (nearest) return a < 0 ? C(1) : C(0);
-    C product = C(1);
-    each_axis([&](int d) CAMK_INLINED {
-      const int order = (a == d) + (b == d), side = (corner >> d) & 1;
-      const Vec<C, 2>& pair = order == 0 ? value[d] : order == 1 ? first[d] : second[d];
-      const C factor = of_side(pair, side);
-      product = d == 0 ? factor : product * factor;
-    });
-    return product;
-  }
-
-  CAMK_HD C weight(int corner) const { return derivative(corner, -1, -1); }
-  CAMK_HD C slope(int corner, int a) const { return derivative(corner, a, -1); }
-  CAMK_HD C curve(int corner, int a, int b) const { return derivative(corner, a, b); }
-
-  // sum_a v_a d weight / d x_a
-  CAMK_HD C along(int corner, const Vec<C, kAxes>& v) const {
-    C sum = C(0);
-    each_axis([&](int a) CAMK_INLINED { sum = sum + v[a] * slope(corner, a); });
-    return sum;
   }
 };
 

@@ -79,4 +79,8 @@ inline void check_contiguous(const Tensor& t, const char* op, const char* name) 
   require(t.is_contiguous(), op, ": ", name, " must be contiguous");
 }
 
+inline void check_mask(const char* op, const std::vector<bool>& mask, size_t gradients) {
+  require(mask.size() == gradients, op, ": mask must have one entry for each gradient");
+}
+
 }  // namespace camk

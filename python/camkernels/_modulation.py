@@ -21,6 +21,7 @@ ACTIVATIONS = (
 NORMS = (None, "point", "ray", "frame")
 PADDINGS = ("border", "zeros")
 COMBINES = ("single", "plane_product")
+MAX_DIMS = 7  # axes of a grid
 PLANES = ((0, 1), (0, 2), (1, 2))  # coordinate slots of the planes xy, xz, yz
 
 Activation = str | None | Sequence[str | None]
@@ -242,10 +243,10 @@ def check_lookup(op: str, coords: Tensor, grids: Tensor, padding: str, align_cor
     check_floating(op, "coords", coords)
     check_floating(op, "grids", grids)
     dims = coords.shape[-1] if coords.ndim else 0
-    if dims < 1 or (combine == "plane_product" and dims != 3):
-        wanted = "3" if combine == "plane_product" else "d"
+    if not 1 <= dims <= MAX_DIMS or (combine == "plane_product" and dims != 3):
+        wanted = "3]" if combine == "plane_product" else f"d], d from 1 to {MAX_DIMS},"
         given = list(coords.shape)
-        raise ValueError(f"{op}: coords must have shape [..., {wanted}] for combine={combine!r}, got {given}")
+        raise ValueError(f"{op}: coords must have shape [..., {wanted} for combine={combine!r}, got {given}")
     fixed = [2, 3] if combine == "plane_product" else [2]
     nodes = 2 if combine == "plane_product" else dims
     found = list(grids.shape)

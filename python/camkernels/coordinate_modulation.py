@@ -10,12 +10,38 @@ import torch
 from torch import Tensor, nn
 
 from . import reference
+from ._autograd import Argument, Operator
 from ._backends import BACKENDS, Call, choose, define, round_to_autocast
 from ._checks import check_choice, check_dtype, check_floating, check_size
 from ._layers import KeepsGeometry
-from ._modulation import COMBINES, PADDINGS
+from ._modulation import COMBINES, PADDINGS, check_lookup, compute_dtype
 
 __all__ = ["CoordinateModulation", "coordinate_modulation"]
+
+# ---- operators -------------------------------------------------------------------------------------------------------
+# coords [N, d] float32 or float64 (float64 beside float64 grids), grids as in the function; planes: combine is
+# "plane_product".
+
+_TENSORS = (Argument("coords", points=True), Argument("grids"))
+_SETTINGS = "bool zeros, bool align_corners, bool planes, bool deterministic"
+
+
+def _meta(coords: Tensor, grids: Tensor, zeros: bool, align_corners: bool, planes: bool, *settings: Any) -> Tensor:
+    nodes = 2 if planes else coords.shape[1]
+    channels = grids.shape[3 if planes else 2 : grids.ndim - nodes]
+    return grids.new_empty(coords.shape[0], grids.shape[0], 2, *channels)
+
+
+def _declare(prefix: str) -> Operator:
+    op = Operator(f"{prefix}coordinate_modulation", _TENSORS, _SETTINGS, [Argument("y", points=True)], _meta)
+    op.differentiate().differentiate()
+    return op
+
+
+_COMPILED = _declare("")  # "cpu" and "cuda": the dispatcher tells them apart
+
+
+# ---- function --------------------------------------------------------------------------------------------------------
 
 
 def coordinate_modulation(
@@ -40,10 +66,22 @@ def coordinate_modulation(
     >>> coordinate_modulation(torch.rand(5, 2) * 2 - 1, torch.rand(3, 2, 32, 32)).shape
     torch.Size([5, 3, 2])
     """
-    check_floating("coordinate_modulation", "coords", coords)
-    choose(Call("coordinate_modulation", coords.device.type, coords.device.index), backend)
-    options = {"padding": padding, "align_corners": align_corners, "combine": combine}
-    return round_to_autocast(define(reference.coordinate_modulation, coords, grids, **options))
+    op = "coordinate_modulation"
+    check_floating(op, "coords", coords)
+    if choose(Call(op, coords.device.type, coords.device.index), backend) == "reference":
+        options = {"padding": padding, "align_corners": align_corners, "combine": combine}
+        y = define(reference.coordinate_modulation, coords, grids, **options)
+    else:
+        check_lookup(op, coords, grids, padding, align_corners, combine)
+        points = coords.to(compute_dtype(coords, grids)).reshape(-1, coords.shape[-1])
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        settings = (padding == "zeros", align_corners, combine == "plane_product", deterministic)
+        y = _COMPILED(points, grids, settings=settings)
+        y = y.reshape(*coords.shape[:-1], *y.shape[1:])
+    return round_to_autocast(y)
+
+
+# ---- layer -----------------------------------------------------------------------------------------------------------
 
 
 class CoordinateModulation(KeepsGeometry):

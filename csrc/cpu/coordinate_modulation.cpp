@@ -1,0 +1,267 @@
+// SPDX-License-Identifier: MIT
+// The operators of coordinate_modulation on the CPU; schemas and shapes: python/camkernels/coordinate_modulation.py.
+// The setting `deterministic` changes nothing here: sums have one order for any number of threads.
+#include "cpu/channels.h"
+#include "cpu/coordinate_modulation_loops.h"
+#include "cpu/dispatch.h"
+#include "cpu/memory.h"
+#include "cpu/parallel.h"
+
+namespace camk::cpu {
+namespace {
+
+using launch::NodeGrids;
+using OptionalTensor = std::optional<Tensor>;
+constexpr const char* kOp = "coordinate_modulation";
+
+// Nodes that are packed, or unpacked, at a time.
+constexpr int64_t kNodeBlock = 64;
+// Rows of points that are converted at a time hold about this many numbers: they stay in the first-level cache.
+constexpr int64_t kBlockNumbers = 4096, kBlockPoints = 64;
+
+NodeGrids checked(const Tensor& coords, const Tensor& grids, bool zeros, bool align_corners, bool planes) {
+  const bool number = coords.scalar_type() == ScalarType::Double || coords.scalar_type() == ScalarType::Float;
+  require(number, kOp, ": coords must be float32 or float64");
+  check_contiguous(coords, kOp, "coords");
+  check_contiguous(grids, kOp, "grids");
+  return launch::measure_grids(coords, grids, {zeros, align_corners, planes});
+}
+
+void check_like(const Tensor& t, const Tensor& like, int64_t numel, const char* name) {
+  check_contiguous(t, kOp, name);
+  require(t.scalar_type() == like.scalar_type() && t.numel() == numel, kOp, ": dtype or size of ", name);
+}
+
+// body(rows, of where they lie in the grids, of where they go in a packed row) for every plane: rows of a plane that
+// are `nodes` apart in the grids.
+template <class Body>
+void each_run(const NodeGrids& g, int plane, const Body& body) {
+  if (g.planes == 1) return body(g.width(), int64_t(0), int64_t(0));
+  for (int64_t l = 0; l < 2 * g.layers; ++l) body(g.each(), (l * g.planes + plane) * g.each(), l * g.each());
+}
+
+// Grids [layers, 2, (3,) (channels,) *nodes] <-> rows [planes, nodes + 1, pitch], all numbers of a node side by side.
+template <class S>
+class PackedGrids {
+ public:
+  PackedGrids(const NodeGrids& grids, const Tensor& like, int64_t copies = 1)
+      : grids_(grids), pitch_(round_up(grids.width(), lanes_of<PackOf<S>>)) {
+    numbers_ = grids.planes * (int64_t(grids.grid.rows) + 1) * pitch_;
+    memory_ = in_large_pages(scratch_bytes(like, copies * numbers_ * int64_t(sizeof(S))));
+  }
+  int64_t pitch() const { return pitch_; }
+  int64_t numbers() const { return numbers_; }
+  S* data(int64_t copy = 0) const { return write<S>(memory_) + copy * numbers_; }
+  // A lookup in these grids.
+  LookupPiece<S> piece(const Tensor& coords) const {
+    return {grids_.grid_in<S>(), grids_.dims, grids_.slots, pitch_, read<S>(coords), data()};
+  }
+
+  template <class T>
+  void pack(const T* from) const {
+    each_block([&](int plane, int64_t first, int64_t count) {
+      S* rows = row(plane, first);
+      each_run(grids_, plane, [&](int64_t runs, int64_t source, int64_t target) {
+        transpose(from + source * grids_.grid.rows + first, runs, count, grids_.grid.rows, rows + target, pitch_);
+      });
+      for (int64_t i = 0; i < count; ++i) std::fill(rows + i * pitch_ + grids_.width(), rows + (i + 1) * pitch_, S(0));
+    });
+    for (int plane = 0; plane < grids_.planes; ++plane) {
+      S* beyond = row(plane, grids_.grid.rows);
+      std::fill(beyond, beyond + pitch_, S(0));
+    }
+  }
+
+  // The sum of all copies, in their order.
+  template <class T>
+  void unpack_sum(int64_t copies, T* to) const {
+    each_block([&](int plane, int64_t first, int64_t count) {
+      S* rows = row(plane, first);
+      for (int64_t copy = 1; copy < copies; ++copy) {
+        const S* more = rows + copy * numbers_;
+        for (int64_t k = 0; k < count * pitch_; ++k) rows[k] += more[k];
+      }
+      each_run(grids_, plane, [&](int64_t runs, int64_t target, int64_t source) {
+        transpose(rows + source, count, runs, pitch_, to + target * grids_.grid.rows + first, grids_.grid.rows);
+      });
+    });
+  }
+
+ private:
+  S* row(int plane, int64_t node) const { return data() + (plane * (int64_t(grids_.grid.rows) + 1) + node) * pitch_; }
+
+  // body(plane, first node, count)
+  template <class Body>
+  void each_block(const Body& body) const {
+    const int64_t rows = grids_.grid.rows, blocks = (rows + kNodeBlock - 1) / kNodeBlock;
+    torch::stable::parallel_for(0, grids_.planes * blocks, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) {
+        const int64_t first = b % blocks * kNodeBlock;
+        body(int(b / blocks), first, std::min(kNodeBlock, rows - first));
+      }
+    });
+  }
+
+  const NodeGrids& grids_;
+  int64_t pitch_, numbers_;
+  Tensor memory_;
+};
+
+// Rows of numbers of a few points, converted from and to how tensors [points, width] store them.
+template <class S>
+class RowBlock {
+ public:
+  RowBlock(int64_t width, int64_t pitch)
+      : width_(width), pitch_(pitch), points_(std::clamp<int64_t>(kBlockNumbers / pitch, 1, kBlockPoints)) {
+    numbers_.resize(points_ * pitch);
+  }
+  int64_t points() const { return points_; }
+  S* data() { return numbers_.data(); }
+
+  template <class T>
+  void read(const T* from, int64_t begin, int64_t end) {
+    for (int64_t i = 0; i < end - begin; ++i) {
+      convert(from + (begin + i) * width_, data() + i * pitch_);
+    }
+  }
+  template <class T>
+  void write(T* to, int64_t begin, int64_t end) const {
+    for (int64_t i = 0; i < end - begin; ++i) convert(numbers_.data() + i * pitch_, to + (begin + i) * width_);
+  }
+
+ private:
+  template <class From, class To>
+  void convert(const From* from, To* to) const {
+    if constexpr (std::is_same_v<From, To>) {
+      memcpy(to, from, width_ * sizeof(To));
+    } else {
+      for (int64_t k = 0; k < width_; ++k) to[k] = from_number<To>(to_number(from[k]));
+    }
+  }
+
+  int64_t width_, pitch_, points_;
+  std::vector<S> numbers_;
+};
+
+// Points go in pieces that sum into rows of their own, added up in order: the same bits for any number of threads.
+struct Pieces {
+  int64_t count, each;
+
+  // A piece is worth a thread's while, adds at least as many rows as it clears, and all of them have room.
+  Pieces(const NodeGrids& g, int64_t points, bool sums, int64_t bytes) {
+    constexpr int64_t kLeastPoints = 2048, kMost = 64, kMostBytes = 64 << 20;
+    count = std::min(points / kLeastPoints, kMost);
+    if (sums) count = std::min({count, points * g.corners() / g.grid.rows, kMostBytes / bytes});
+    count = std::max<int64_t>(count, 1);
+    each = (points + count - 1) / count;
+  }
+};
+
+Tensor forward(Tensor coords, Tensor grids, bool zeros, bool align_corners, bool planes, bool) {
+  const NodeGrids g = checked(coords, grids, zeros, align_corners, planes);
+  std::vector<int64_t> sizes{coords.size(0), g.layers, 2};
+  if (g.channels >= 0) sizes.push_back(g.channels);
+  const Tensor y =
+      in_large_pages(allocate([&] { return torch::stable::new_empty(grids, {sizes.data(), sizes.size()}); }));
+  dispatch(kOp, coords, grids, [&]<class S, class T>(Tag<S>, Tag<T>) {
+    const PackedGrids<S> packed(g, coords);
+    packed.pack(read<T>(grids));
+    with_lookup_loops<S>(g, [&](auto loops) {
+      parallel_points(coords.size(0), [&](int64_t begin, int64_t end) {
+        RowBlock<S> rows(g.width(), packed.pitch());
+        LookupPiece<S> piece = packed.piece(coords);
+        piece.y = rows.data();
+        for (int64_t i = begin; i < end; i += rows.points()) {
+          piece.begin = i, piece.end = std::min(end, i + rows.points());
+          loops.value(piece);
+          rows.write(write<T>(y), piece.begin, piece.end);
+        }
+      });
+    });
+  });
+  return y;
+}
+
+// Goes over points with the gradient `grad` of the value; body(loops, piece) computes a block of them, and
+// finished(block of the rows in piece.y, piece) follows. Returns the gradient in the grids.
+template <class S, class T, class Tell, class Body>
+Tensor sum_over_points(const NodeGrids& g, const Tensor& coords, const Tensor& grids, const Tensor& grad, bool wanted,
+                       const Tell& tell, const Body& body) {
+  const PackedGrids<S> packed(g, coords);
+  packed.pack(read<T>(grids));
+  const Pieces pieces(g, coords.size(0), wanted, packed.numbers() * int64_t(sizeof(S)));
+  const PackedGrids<S> sums(g, coords, wanted ? pieces.count : 0);
+  with_lookup_loops<S>(g, [&](auto loops) {
+    parallel_tasks(pieces.count, [&](int64_t task) {
+      RowBlock<S> rows(g.width(), packed.pitch());
+      LookupPiece<S> piece = packed.piece(coords);
+      tell(piece);
+      piece.g = rows.data();
+      piece.sums = wanted ? sums.data(task) : nullptr;
+      if (wanted) std::fill(piece.sums, piece.sums + sums.numbers(), S(0));
+      const int64_t last = std::min(coords.size(0), (task + 1) * pieces.each);
+      for (int64_t i = task * pieces.each; i < last; i += rows.points()) {
+        piece.begin = i, piece.end = std::min(last, i + rows.points());
+        rows.read(read<T>(grad), piece.begin, piece.end);
+        body(loops, piece);
+      }
+    });
+  });
+  if (!wanted) return empty(grids, {0});
+  const Tensor ggrids = in_large_pages(empty_as(grids));
+  sums.unpack_sum(pieces.count, write<T>(ggrids));
+  return ggrids;
+}
+
+std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor coords, Tensor grids, bool zeros, bool align_corners,
+                                    bool planes, bool, std::vector<bool> mask) {
+  const NodeGrids g = checked(coords, grids, zeros, align_corners, planes);
+  check_mask(kOp, mask, 2);
+  check_like(grad, grids, coords.size(0) * g.width(), "grad_y");
+  const Tensor gu = mask[0] ? empty_as(coords) : empty(coords, {0});
+  Tensor ggrids;
+  dispatch(kOp, coords, grids, [&]<class S, class T>(Tag<S>, Tag<T>) {
+    const auto tell = [&](LookupPiece<S>& piece) { piece.gu = mask[0] ? write<S>(gu) : nullptr; };
+    ggrids = sum_over_points<S, T>(g, coords, grids, grad, mask[1], tell,
+                                   [](auto loops, LookupPiece<S>& piece) { loops.backward(piece); });
+  });
+  return {gu, ggrids};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward_backward(OptionalTensor v, OptionalTensor tangents, Tensor grad,
+                                                     Tensor coords, Tensor grids, bool zeros, bool align_corners,
+                                                     bool planes, bool, std::vector<bool> mask) {
+  const NodeGrids g = checked(coords, grids, zeros, align_corners, planes);
+  check_mask(kOp, mask, 3);
+  check_like(grad, grids, coords.size(0) * g.width(), "grad_y");
+  if (v) check_like(*v, coords, coords.numel(), "grad_coords");
+  if (tangents) check_like(*tangents, grids, grids.numel(), "grad_grids");
+  const Tensor ggrad = mask[0] ? in_large_pages(empty_as(grad)) : empty(grad, {0});
+  const Tensor gu = mask[1] ? empty_as(coords) : empty(coords, {0});
+  Tensor ggrids;
+  dispatch(kOp, coords, grids, [&]<class S, class T>(Tag<S>, Tag<T>) {
+    const PackedGrids<S> along(g, coords, tangents ? 1 : 0);
+    if (tangents) along.pack(read<T>(*tangents));
+    const auto tell = [&](LookupPiece<S>& piece) {
+      piece.v = v ? read<S>(*v) : nullptr;
+      piece.tangents = tangents ? along.data() : nullptr;
+      piece.gu = mask[1] ? write<S>(gu) : nullptr;
+    };
+    ggrids = sum_over_points<S, T>(g, coords, grids, grad, mask[2], tell, [&](auto loops, LookupPiece<S>& piece) {
+      RowBlock<S> rows(g.width(), piece.pitch);
+      piece.y = mask[0] ? rows.data() : nullptr;
+      loops.second_order(piece);
+      if (mask[0]) rows.write(write<T>(ggrad), piece.begin, piece.end);
+    });
+  });
+  return {ggrad, gu, ggrids};
+}
+
+}  // namespace
+}  // namespace camk::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(camkernels, CPU, m) {
+  m.impl("coordinate_modulation", TORCH_BOX(&camk::cpu::forward));
+  m.impl("coordinate_modulation_backward", TORCH_BOX(&camk::cpu::backward));
+  m.impl("coordinate_modulation_backward_backward", TORCH_BOX(&camk::cpu::backward_backward));
+}

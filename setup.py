@@ -176,6 +176,7 @@ class Step(NamedTuple):
             return
         for made in (self.output, self.record):
             os.makedirs(os.path.dirname(made), exist_ok=True)
+        Path(self.record).unlink(missing_ok=True)  # an output of a compiler that is interrupted must not pass for made
         started = time.time_ns()
         done = subprocess.run(self.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         told = f"camkernels: {os.path.basename(self.command[0])} -> {os.path.relpath(self.output)}\n{done.stdout}"

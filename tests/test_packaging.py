@@ -151,6 +151,22 @@ def test_a_compiler_error_shows_the_error_and_the_command(mini: Path) -> None:
     assert "missing" in done.stdout and "-c csrc/cpu/a.cpp" in done.stderr
 
 
+def test_what_an_interrupted_compiler_left_is_made_anew(mini: Path) -> None:
+    compiler = mini / "compiler"  # ends in the middle of its output while there is a file `interrupt`
+    compiler.write_text(
+        '#!/bin/sh\nwhile [ -e interrupt ] && [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2" && exit 1; shift; done\n'
+        'exec g++ "$@"\n'
+    )
+    compiler.chmod(0o755)
+    only = {"CAMKERNELS_ISAS": "baseline", "CXX": str(compiler)}
+    build(mini, **only)
+    (mini / "csrc/cpu/a.cpp").write_text('#include "math/one.h"\nint a() { return one() + 1; }\n')
+    (mini / "interrupt").touch()
+    assert python(mini, "setup.py", "-q", "build_ext", "--inplace", **only).returncode == 1
+    (mini / "interrupt").unlink()
+    assert build(mini, **only) == ["_cpu_baseline.so", "a.cpp.o"]
+
+
 @needs_nvcc
 def test_cuda_library_is_built_without_gpu_and_without_cuda_torch(mini: Path) -> None:
     (mini / "csrc/cuda").mkdir()

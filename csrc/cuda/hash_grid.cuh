@@ -4,6 +4,7 @@
 #pragma once
 #include "cuda/device.cuh"
 #include "cuda/hash_grid.h"
+#include "cuda/storage.cuh"
 
 namespace camk::cuda {
 
@@ -78,23 +79,6 @@ CAMK_DEVICE math::Level level_of(const JobLevel<S>& record, int dims) {
 
 // ---- Rows -------------------------------------------------------------------------------------------------
 
-// float16 or bfloat16: which of them is asked for at run time, an instruction more per number and half as many kernels.
-struct Short {
-  uint16_t bits;
-};
-CAMK_DEVICE float to_number(Short v, Storage kind) {
-  return kind == Storage::kHalf ? __half2float(__ushort_as_half(v.bits))
-                                : __bfloat162float(__ushort_as_bfloat16(v.bits));
-}
-CAMK_DEVICE float to_number(float v, Storage) { return v; }
-CAMK_DEVICE double to_number(double v, Storage) { return v; }
-CAMK_DEVICE void from_number(Short& v, double x, Storage kind) {
-  v.bits = kind == Storage::kHalf ? __half_as_ushort(__float2half_rn(float(x)))
-                                  : __bfloat16_as_ushort(__float2bfloat16_rn(float(x)));
-}
-CAMK_DEVICE void from_number(float& v, double x, Storage) { v = float(x); }
-CAMK_DEVICE void from_number(double& v, double x, Storage) { v = x; }
-
 // F stored numbers as one word, or as words of 16 bytes.
 template <class T, int F>
 struct alignas(F * sizeof(T) < 16 ? F * sizeof(T) : 16) Row {
@@ -133,20 +117,6 @@ CAMK_DEVICE void store_row(T* to, const Vec<C, F>& row, Storage kind) {
     Row<T, W> word;
     memcpy(&word, packed.v + k, sizeof(word));
     store_streaming(reinterpret_cast<Row<T, W>*>(to + k), word);
-  }
-}
-
-// body(null pointer of the stored type)
-template <class Body>
-CAMK_DEVICE void with_storage(Storage kind, Body body) {
-  switch (kind) {
-    case Storage::kHalf:
-    case Storage::kBFloat16:
-      return body(static_cast<Short*>(nullptr));
-    case Storage::kFloat:
-      return body(static_cast<float*>(nullptr));
-    case Storage::kDouble:
-      return body(static_cast<double*>(nullptr));
   }
 }
 

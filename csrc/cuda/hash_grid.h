@@ -4,13 +4,10 @@
 #pragma once
 #include <cuda_runtime_api.h>
 
+#include "cuda/storage.h"
 #include "math/hash_grid.h"
 
 namespace camk::cuda {
-
-// How table, gradients and outputs are stored.
-enum class Storage : int { kHalf, kBFloat16, kFloat, kDouble };
-constexpr int bytes_of(Storage kind) { return kind == Storage::kDouble ? 8 : kind == Storage::kFloat ? 4 : 2; }
 
 // Levels of one launch: their records travel as kernel arguments, of which 4 KB are certain to exist.
 inline constexpr int kLevelsPerLaunch = 32;

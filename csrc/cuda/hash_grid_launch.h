@@ -7,15 +7,6 @@
 
 namespace camk::cuda {
 
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// A number of the current device, which PyTorch has made that of the tensors.
-inline int device_number(cudaDeviceAttr attribute) {
-  int device = 0, value = 1;
-  if (cudaGetDevice(&device) == cudaSuccess) cudaDeviceGetAttribute(&value, attribute, device);
-  return value;
-}
-
 // Up to `most` levels of a point for one thread, fewer where that would leave the device without work: below about half
 // of the threads it can hold, latency decides, and threads hide it better than the cache.
 inline int levels_per_thread(int64_t points, int n_levels, int most) {

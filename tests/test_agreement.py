@@ -12,6 +12,7 @@ from conftest import (
     WITH_JACOBIAN,
     backends,
     definition_of,
+    device_of,
     each,
     function_of,
     make,
@@ -163,3 +164,21 @@ def test_terms_that_cancel_leave_their_rounding_and_no_more():
         else:
             with pytest.raises(AssertionError, match=r"second\.table: 2 of "):
                 testing.compare(case, call, actual, expected)
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 1), (1, 4, 1), (3, 4, 1), (1, 1, 5), (4, 1), (5,), (1, 1, 1), ()], ids=str)
+@pytest.mark.parametrize("backend", [b for b in backends("modulated_mlp") if b != "reference"])
+def test_modulation_that_broadcasts_to_the_points(backend, shape):
+    generator = torch.Generator().manual_seed(0)
+    place = {"generator": generator, "dtype": torch.float64}
+    inputs = {
+        "x": torch.rand(3, 4, 5, 2, **place),
+        "weights.0": torch.rand(6, 2, **place),
+        "weights.1": torch.rand(3, 6, **place),
+        "modulation": torch.rand(*shape, 1, 2, **place),
+    }
+    call = testing.Call({name: t.to(device_of(backend)) for name, t in inputs.items()}, {"activation": "tanh"})
+    functions = (function_of("modulated_mlp", backend), definition_of("modulated_mlp"))
+    actual, expected = (testing.evaluate(f, call, order=2) for f in functions)
+    for name, wanted in expected.items():
+        testing.assert_close(actual[name], wanted, rtol=1e-12, atol=1e-12, name=name)

@@ -100,11 +100,9 @@ def _per_group(modulation: Tensor, leading: torch.Size, tail: int) -> Tensor:
     groups = equal.index(False) if False in equal else len(equal)
     if all(a == 1 for a in axes[groups:]):  # the same row for all points of a group
         leading = leading[:groups]
-    return (
-        modulation.expand(*leading, *modulation.shape[modulation.ndim - tail :]).flatten(0, len(leading) - 1)
-        if (leading)
-        else modulation.reshape(1, *modulation.shape[modulation.ndim - tail :])
-    )
+    values = modulation.shape[modulation.ndim - tail :]
+    rows = modulation.reshape(*axes[: len(leading)], *values).expand(*leading, *values)
+    return rows.reshape(math.prod(leading), *values)
 
 
 def _keep(tensors: Sequence[Tensor | None], values: int, dtype: torch.dtype) -> bool:

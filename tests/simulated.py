@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""`hash_grid` on the CUDA kernels that tests/sim executes: the same glue, kernels and launchers that a GPU runs.
+"""Ops on the CUDA kernels that tests/sim executes: the same glue, kernels and launchers that a GPU runs.
 
-The public function is routed to operators of a simulated library. No GPU takes part.
+The public functions are routed to operators of a simulated library. No GPU takes part.
 """
 
 from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import lru_cache, partial
 from typing import Any
 from unittest import mock
 
@@ -23,7 +23,7 @@ from camkernels._autograd import Operator
 from sim import build, library
 
 CASES = testing.cases("hash_grid")
-MODULE = sys.modules["camkernels.hash_grid"]
+MODULES = [sys.modules[f"camkernels.{op}"] for op in ("hash_grid", "modulated_mlp")]
 
 
 def chain(operator: Operator) -> Iterator[Operator]:
@@ -35,14 +35,18 @@ def chain(operator: Operator) -> Iterator[Operator]:
 def define(namespace: str) -> torch.library.Library:
     """The real operators' schemas in another namespace."""
     defined = torch.library.Library(namespace, "DEF")
-    for root in MODULE._COMPILED:
-        for operator in chain(root):
-            defined.define(str(operator.call._schema).split("::", 1)[1])
+    for module in MODULES:
+        compiled = module._COMPILED
+        for root in (compiled,) if isinstance(compiled, Operator) else compiled:
+            for operator in chain(root):
+                defined.define(str(operator.call._schema).split("::", 1)[1])
     return defined
 
 
-def rerouted(operator: Operator, namespace: str) -> Operator:
-    """The operator, and those of its derivatives, calling what another namespace registers."""
+def rerouted(operator: Any, namespace: str) -> Any:
+    """The operator or operators, and those of their derivatives, calling what another namespace registers."""
+    if isinstance(operator, tuple):
+        return tuple(rerouted(root, namespace) for root in operator)
     other = copy.copy(operator)
     other.call = getattr(getattr(torch.ops, namespace), operator.name).default
     other.next = rerouted(operator.next, namespace) if operator.next is not None else None
@@ -50,40 +54,55 @@ def rerouted(operator: Operator, namespace: str) -> Operator:
 
 
 class Simulated:
-    """A simulated library and `hash_grid` on it."""
+    """A simulated library and the ops on it."""
 
     def __init__(self, recipe: build.Recipe) -> None:
         self.schemas = define(recipe.namespace)
         self.library = library.load(recipe)
-        self.operators = tuple(rerouted(root, recipe.namespace) for root in MODULE._COMPILED)
+        self.operators = [rerouted(module._COMPILED, recipe.namespace) for module in MODULES]
 
     @contextmanager
     def routed(self) -> Iterator[None]:
-        with mock.patch.multiple(MODULE, _COMPILED=self.operators, choose=lambda call, backend: "cuda"):
+        with ExitStack() as stack:
+            for module, operators in zip(MODULES, self.operators, strict=True):
+                routes = {"_COMPILED": operators, "choose": lambda call, backend: "cuda"}
+                stack.enter_context(mock.patch.multiple(module, **routes))
             yield
 
+    def function(self, op: str) -> Callable[..., Any]:
+        def run(*args, **options):
+            with self.routed():
+                return getattr(camkernels, op)(*args, **options)
+
+        return run
+
     def hash_grid(self, *args, **options):
-        with self.routed():
-            return camkernels.hash_grid(*args, **options)
+        return self.function("hash_grid")(*args, **options)
 
-    def check(self, case: testing.Case, dtype: torch.dtype) -> None:
-        """Value, gradients, second order, Jacobian and its gradients."""
+    def check(self, case: testing.Case, dtype: torch.dtype, schedules: Sequence[str] = ("forward",)) -> None:
+        """Value, gradients, second order; where there is one, Jacobian and its gradients."""
         call = case.make(dtype)
-        for options in ({"order": 2}, {"order": 1, "jacobian": True}):
-            actual = testing.evaluate(self.hash_grid, call, **options)
-            expected = testing.evaluate(camkernels.reference.hash_grid, call, **options)
-            testing.compare(case, call, actual, expected)
-        actual, expected = (jacobian_gradients(f, call) for f in (self.hash_grid, camkernels.reference.hash_grid))
-        testing.compare(case, call, actual, expected)
+        ways = [partial(testing.evaluate, call=call, order=2)]
+        if testing.has_jacobian(case.op):
+            ways += [
+                partial(testing.evaluate, call=call, order=1, jacobian=True),
+                partial(jacobian_gradients, call=call),
+            ]
+        for way in ways:
+            expected = way(getattr(camkernels.reference, case.op))
+            for schedule in schedules:
+                with self.library.schedule(schedule):
+                    testing.compare(case, call, way(self.function(case.op)), expected)
 
-    def agree(self, call: testing.Call, order: int = 2) -> None:
+    def agree(self, call: testing.Call, order: int = 2, op: str = "hash_grid") -> None:
         """`check` for a call that is no case, of points that are far enough from faces."""
-        functions = (self.hash_grid, camkernels.reference.hash_grid)
+        functions = (self.function(op), getattr(camkernels.reference, op))
         actual, expected = (testing.evaluate(f, call, order=order) for f in functions)
-        if order == 2:
+        if order == 2 and testing.has_jacobian(op):
             for results, function in zip((actual, expected), functions, strict=True):
                 results |= {f"jacobian {name}": g for name, g in jacobian_gradients(function, call).items()}
-        rtol, atol = testing.tolerance(call.inputs["table"].dtype, "second")
+        parameter = next(t for name, t in call.inputs.items() if name != call.points)
+        rtol, atol = testing.tolerance(parameter.dtype, "second")
         for name, wanted in expected.items():
             testing.assert_close(actual[name], wanted, rtol=10 * rtol, atol=10 * atol, name=name)
 
@@ -120,6 +139,37 @@ def regular_call(dims: int, features: int, dtype: torch.dtype, n: int, levels: i
     x = torch.rand(n, dims, generator=generator)
     table = (torch.rand(geometry.n_entries, features, generator=generator) * 2 - 1).to(dtype)
     return testing.Call({"x": x, "table": table}, {"geometry": geometry, "interpolation": "linear", "max_level": None})
+
+
+def network(
+    points: int,
+    widths: list[int],
+    dtype: torch.dtype = torch.float32,
+    *,
+    groups: int = 0,
+    channels: bool = False,
+    **options: Any,
+) -> testing.Call:
+    """Random points and layers of these widths, the first that of x; groups > 0: rows of modulation."""
+    generator = torch.Generator().manual_seed(points + len(widths))
+
+    def draw(*shape: int, size: float = 1.0) -> Tensor:
+        return ((torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1) * size).to(dtype)
+
+    x = draw(points, widths[0])
+    inputs = {"x": x if dtype == torch.float64 else x.float()}
+    skips = options.get("skips", ())
+    for i, out in enumerate(widths[1:]):
+        fan_in = widths[i] + widths[0] * (i - 1 in skips)
+        inputs[f"weights.{i}"] = draw(out, fan_in, size=(3 / fan_in) ** 0.5)
+    inputs |= {f"biases.{i}": draw(out, size=0.5) for i, out in enumerate(widths[1:])}
+    if groups:
+        leading = (groups, 1) if groups < points else (points,)
+        modulation = 1 + draw(*leading, len(widths) - 2, 2, *[widths[1]] * channels, size=0.5)
+        inputs["modulation"] = modulation
+        if groups < points:
+            inputs["x"] = inputs["x"].unflatten(0, (groups, -1))
+    return testing.Call(inputs, {"activation": "tanh"} | options)
 
 
 def shifted(tensor: Tensor) -> Tensor:

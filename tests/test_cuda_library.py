@@ -22,6 +22,7 @@ from camkernels._backends import Call
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = _ops.FOLDER / "_cuda.so"
 OPERATORS = [f"hash_grid{end}" for end in ("", "_backward", "_backward_backward", "_jacobian", "_jacobian_backward")]
+OPERATORS += [f"modulated_mlp{end}" for end in ("", "_backward", "_backward_backward")]
 OWN_ARCHITECTURES = {"sm_80", "sm_90", "compute_90"}
 
 needs_library = pytest.mark.skipif(
@@ -81,11 +82,26 @@ def test_the_machine_code_of_its_kernels(found):
 @needs_library
 @needs_cuobjdump
 def test_kernels_keep_everything_in_registers(found):
-    """But for those that learn the number of axes at run time, whose arrays must be indexed."""
+    """But for those that learn the number of axes at run time, whose arrays must be indexed, and those with a sine,
+    which reduces a large argument by words of 2 / pi: 7 of 4 bytes in float32, 5 of 8 in float64."""
     of_any_axes = [k for k in found if re.match(r"any_\w+<(float|double), 0, ", k.name)]
-    assert len({k.name for k in of_any_axes}) == 10
-    for kernel in (k for k in found if k not in of_any_axes):
+    with_sine = [k for k in found if re.match(r"(forward|derivatives)<", k.name)]
+    assert len({k.name for k in of_any_axes}) == 10 and len({k.name for k in with_sine}) == 4
+    for kernel in (k for k in found if k not in [*of_any_axes, *with_sine]):
         assert kernel.local == kernel.stack == 0, kernel
+    for kernel in with_sine:
+        assert kernel.stack <= 40, kernel
+
+
+@needs_library
+@needs_cuobjdump
+def test_products_of_float32_are_made_by_tensor_cores(found):
+    names = ("forward", "derivatives", "weight_sums")
+    products = [k for k in found if k.name in [f"{name}<float>" for name in names]]
+    assert len(products) == 2 * len(names)
+    for kernel in products:
+        assert kernel.count("HMMA") > 0 and kernel.count("LDS", "128") > 0, kernel
+    assert all(k.count("DFMA") > 0 for k in found if k.name in [f"{name}<double>" for name in names])
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +155,8 @@ PREPARE = """
     x, table = torch.rand(5, 3), torch.rand(geometry.n_entries, 2)
     y, j = torch.rand(5, 8), torch.rand(5, 8, 3)
     settings = module._settings(geometry, "linear", 4)
+    w, g = torch.rand(2, 3), torch.rand(5, 2)
+    mlp, all5 = ([1], [1.0], [False], False, False, 1e-5, False, False), [True] * 5
 
     def on_cuda(name, *arguments):  # the CUDA kernel itself, past every check of Python
         operator = getattr(torch.ops.camkernels, name).default
@@ -161,6 +179,9 @@ def test_every_kernel_refuses_cpu_tensors_in_a_sentence():
     on_cuda("hash_grid_backward", y, x, table, None, *settings, [True, True])
     on_cuda("hash_grid_jacobian_backward", y, j, x, table, None, *settings, [True, True])
     on_cuda("hash_grid_backward_backward", x, table, y, x, table, None, *settings, [True, True, True])
+    on_cuda("modulated_mlp", x, [w], [], None, None, *mlp)
+    on_cuda("modulated_mlp_backward", g, x, [w], [], None, None, g, *mlp, [True, True, False, False])
+    on_cuda("modulated_mlp_backward_backward", x, [], [], None, g, x, [w], [], None, None, g, *mlp, all5)
     """
     ).splitlines()
     assert len(told) == len(OPERATORS)
@@ -180,11 +201,29 @@ BAD = {
 }
 
 
+BAD_MLP = {
+    "x must have 2 dimensions": "x.flatten(), [w], [], None, None",
+    "x must be contiguous": "x.t().contiguous().t(), [w], [], None, None",
+    "weights, biases and settings must be of one length": "x, [w, w], [], None, None",
+    "weights[0] must have shape [out, 3]": "x, [w.t().contiguous()], [], None, None",
+    "weights must be float16, bfloat16, float32 or float64": "x, [w.int()], [], None, None",
+    "dtype or size of biases": "x, [w], [w], None, None",
+    "modulation must have shape [groups, hidden, 2] or": "x, [w], [], torch.rand(5, 2, 2), None",
+    "modulation of another width": "x, [w], [], torch.rand(5, 1, 2, 3), None",
+    "modulation must divide the points into equal groups": "x, [w], [], torch.rand(2, 1, 2), None",
+    "x and modulation must be in the dtype of hidden values": "x.half(), [w], [], None, None",
+    "frequencies must be in the dtype of hidden values": "x, [w], [], None, torch.ones(2).half()",
+}
+
+
 @needs_library
-def test_bad_arguments_of_the_kernels_are_sentences():
-    calls = "".join(f"    on_cuda('hash_grid', {arguments}, *settings)\n" for arguments in BAD.values())
-    for sentence, line in zip(BAD, run(PREPARE + calls).splitlines(), strict=True):
-        assert line.startswith("RuntimeError: hash_grid: ") and sentence in line, line
+@pytest.mark.parametrize(
+    ("op", "settings", "bad"), [("hash_grid", "settings", BAD), ("modulated_mlp", "mlp", BAD_MLP)], ids=["grid", "mlp"]
+)
+def test_bad_arguments_of_the_kernels_are_sentences(op, settings, bad):
+    calls = "".join(f"    on_cuda('{op}', {arguments}, *{settings})\n" for arguments in bad.values())
+    for sentence, line in zip(bad, run(PREPARE + calls).splitlines(), strict=True):
+        assert line.startswith(f"RuntimeError: {op}: ") and sentence in line, line
 
 
 def test_cuda_is_not_forced_onto_cpu_tensors():

@@ -37,17 +37,29 @@ CAMK_DEVICE void with_storage(Storage kind, Body body) {
   }
 }
 
+// The same for numbers that are computed in C, which are stored as C or narrower.
+template <class C, class Body>
+CAMK_DEVICE void with_storage_of(Storage kind, const Body& body) {
+  if constexpr (sizeof(C) == 8) {
+    with_storage(kind, body);
+  } else if (kind == Storage::kFloat) {
+    body(static_cast<float*>(nullptr));
+  } else {
+    body(static_cast<Short*>(nullptr));
+  }
+}
+
 template <class C>
 CAMK_DEVICE C load_number(const void* from, Storage kind, int64_t at) {
   C number;
-  with_storage(kind,
-               [&]<class T>(T*) { number = C(to_number(load_readonly(static_cast<const T*>(from) + at), kind)); });
+  with_storage_of<C>(
+      kind, [&]<class T>(T*) { number = C(to_number(load_readonly(static_cast<const T*>(from) + at), kind)); });
   return number;
 }
 
 template <class C>
 CAMK_DEVICE void store_number(void* to, Storage kind, int64_t at, C value) {
-  with_storage(kind, [&]<class T>(T*) {
+  with_storage_of<C>(kind, [&]<class T>(T*) {
     T number;
     from_number(number, value, kind);
     store_streaming(static_cast<T*>(to) + at, number);

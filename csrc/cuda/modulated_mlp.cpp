@@ -1,0 +1,433 @@
+// SPDX-License-Identifier: MIT
+// The operators of the modulated MLP on CUDA; schemas and shapes: python/camkernels/modulated_mlp.py. Nothing is kept
+// for the derivatives: their kernels compute the values anew.
+#include <algorithm>
+
+#include "cuda/modulated_mlp.h"
+#include "cuda/stream.h"
+#include "math/activation.h"
+#include "torch/seam.h"
+
+#ifndef CAMK_NAMESPACE
+#define CAMK_NAMESPACE camkernels
+#endif
+#ifndef CAMK_DISPATCH_KEY
+#define CAMK_DISPATCH_KEY CUDA
+#endif
+
+namespace camk::cuda {
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+using Tensors = std::vector<Tensor>;
+using Doubles = std::vector<double>;
+using Ints = std::vector<int64_t>;
+using Bools = std::vector<bool>;
+
+// Estimated, not measured: rows of a launch that stay in the L2 cache until the sums over points read them.
+constexpr int64_t kRowBytesPerMultiprocessor = 512 << 10;
+
+Storage storage_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Half:
+      return Storage::kHalf;
+    case ScalarType::BFloat16:
+      return Storage::kBFloat16;
+    case ScalarType::Float:
+      return Storage::kFloat;
+    case ScalarType::Double:
+      return Storage::kDouble;
+    default:
+      fail("modulated_mlp: ", name, " must be float16, bfloat16, float32 or float64");
+  }
+}
+
+struct Settings {
+  const Ints& activations;
+  const Doubles& omegas;
+  const Bools& skips;
+  bool output_layer, point_norm;
+  double eps;
+};
+
+// Directions along which gradients are differentiated.
+struct Tangents {
+  const OptionalTensor& x;
+  const Tensors &weights, &biases;
+  const OptionalTensor& modulation;
+};
+
+struct Wishes {
+  bool y, x, weights, biases, modulation;
+};
+
+struct Results {
+  Tensor y, x;
+  Tensors weights, biases;
+  Tensor modulation;
+};
+
+// The tensors every operator takes, checked, and the records of the layers.
+class Call {
+ public:
+  Call(const Tensor& points, const Tensors& matrices, const Tensors& vectors, const OptionalTensor& scales,
+       const OptionalTensor& constants, const Settings& chosen)
+      : x(points),
+        weights(matrices),
+        biases(vectors),
+        modulation(scales),
+        frequencies(constants),
+        settings(chosen),
+        layers(checked_layers()),
+        stream(points) {}
+
+  const Tensor& x;
+  const Tensors &weights, &biases;
+  const OptionalTensor &modulation, &frequencies;
+  const Settings settings;
+  std::vector<Layer> layers;
+  CurrentStream stream;
+
+  int64_t points() const { return x.size(0); }
+  int64_t outputs() const { return layers.back().out + (settings.skips.back() ? x.size(1) : 0); }
+  // Hidden values are float64 where a tensor is.
+  bool is_wide() const {
+    const auto wide = [](const Tensor& t) { return t.scalar_type() == ScalarType::Double; };
+    return wide(x) || wide(weights[0]) || (modulation && wide(*modulation)) || (frequencies && wide(*frequencies));
+  }
+  ScalarType number_type() const { return is_wide() ? ScalarType::Double : ScalarType::Float; }
+  int64_t group() const { return modulation && modulation->size(0) > 0 ? points() / modulation->size(0) : 1; }
+
+  void check_like(const OptionalTensor& t, const Tensor& like, const char* name) const {
+    if (!t) return;
+    check_tensor(*t, name);
+    require(t->scalar_type() == like.scalar_type() && t->numel() == like.numel(), "modulated_mlp: dtype or size of ",
+            name);
+  }
+  void check_like(const Tensors& some, const Tensors& like, const char* name) const {
+    require(some.empty() || some.size() == like.size(), "modulated_mlp: length of ", name);
+    for (size_t i = 0; i < some.size(); ++i) check_like(some[i], like[i], name);
+  }
+  void check_gradient(const Tensor& g) const {
+    check_tensor(g, "grad_y");
+    require(g.scalar_type() == weights[0].scalar_type() && g.numel() == points() * outputs(),
+            "modulated_mlp: dtype or size of grad_y");
+  }
+  void check(cudaError_t error) const {
+    if (error != cudaSuccess) fail("modulated_mlp: the CUDA kernel could not run: ", explain(error));
+  }
+
+  // A job without columns, results and directions.
+  template <class C>
+  Job<C> job() const {
+    Job<C> job{};
+    job.points = points(), job.group = group();
+    job.layers = int(layers.size()), job.hidden = job.layers - settings.output_layer;
+    job.features = int(x.size(1)), job.outputs = int(outputs());
+    for (const auto& layer : layers) job.widest = std::max(job.widest, layer.out);
+    job.channels = modulation && modulation->dim() == 4 ? int(modulation->size(3)) : 1;
+    job.weights = storage_of(weights[0], "weights"), job.coordinates = storage_of(x, "x");
+    job.modulated = modulation ? storage_of(*modulation, "modulation") : Storage::kFloat;
+    job.terms = job.weights == Storage::kFloat ? 3 : 2, job.sum_terms = 3;
+    job.point_norm = settings.point_norm, job.eps = C(settings.eps);
+    job.x = x.const_data_ptr();
+    if (modulation) job.modulation = modulation->const_data_ptr();
+    if (frequencies) job.frequencies = read<C>(*frequencies);
+    return job;
+  }
+
+  // The records, with these gradients and directions, where the kernels find them.
+  template <class C>
+  Tensor place_layers(Job<C>& job) const {
+    std::copy_n(layers.begin(), std::min<size_t>(layers.size(), kLayersInArguments), job.layer);
+    if (layers.size() <= kLayersInArguments) return scratch_bytes(x, 0);
+    Tensor memory = scratch_bytes(x, int64_t(layers.size() * sizeof(Layer)));
+    auto* records = static_cast<Layer*>(memory.mutable_data_ptr());
+    check(launch_set_layers(layers.data(), records, int64_t(layers.size()), stream.get()));
+    job.more = records;
+    return memory;
+  }
+
+ private:
+  void check_tensor(const Tensor& t, const char* name) const {
+    check_contiguous(t, "modulated_mlp", name);
+    check_same_device(t, x, "modulated_mlp", name);
+    storage_of(t, name);
+  }
+
+  std::vector<Layer> checked_layers() const {
+    require(x.dim() == 2, "modulated_mlp: x must have 2 dimensions");
+    check_tensor(x, "x");
+    const size_t count = weights.size();
+    require(count > 0 && settings.activations.size() == count && settings.omegas.size() == count &&
+                settings.skips.size() == count && (biases.empty() || biases.size() == count),
+            "modulated_mlp: weights, biases and settings must be of one length, and not empty");
+    std::vector<Layer> found;
+    for (size_t l = 0; l < count; ++l) {
+      const int own = l > 0 ? found.back().out : 0;
+      found.push_back(checked_layer(l, own, own + (l == 0 || settings.skips[l - 1] ? x.size(1) : 0)));
+    }
+    check_modulation(found);
+    const auto usable = [&](const Tensor& t) {
+      return t.scalar_type() == number_type() || t.scalar_type() == weights[0].scalar_type();
+    };
+    require(usable(x) && (!modulation || usable(*modulation)),
+            "modulated_mlp: x and modulation must be in the dtype of hidden values, or of the weights");
+    if (frequencies) check_tensor(*frequencies, "frequencies");
+    require(!frequencies || frequencies->scalar_type() == number_type(),
+            "modulated_mlp: frequencies must be in the dtype of hidden values");
+    return found;
+  }
+
+  Layer checked_layer(size_t l, int own, int64_t in) const {
+    const Tensor& weight = weights[l];
+    check_tensor(weight, "weights");
+    require(weight.dim() == 2 && weight.size(1) == in && weight.size(0) > 0 && in > 0, "modulated_mlp: weights[", l,
+            "] must have shape [out, ", in, "]");
+    require(weight.scalar_type() == weights[0].scalar_type(), "modulated_mlp: weights must have one dtype");
+    Layer layer{};
+    layer.weight = weight.const_data_ptr();
+    layer.in = int(in), layer.own = own, layer.out = int(weight.size(0));
+    layer.omega = settings.omegas[l], layer.activation = int(settings.activations[l]);
+    layer.modulated = l + 1 < weights.size() || !settings.output_layer;
+    require(layer.activation >= 0 && layer.activation < math::kActivations, "modulated_mlp: activations");
+    require(
+        layer.activation != int(math::Activation::kResidualSine) || (frequencies && frequencies->numel() == layer.out),
+        "modulated_mlp: frequencies must have one number per channel");
+    if (biases.empty()) return layer;
+    check_tensor(biases[l], "biases");
+    require(biases[l].scalar_type() == weight.scalar_type() && biases[l].numel() == layer.out,
+            "modulated_mlp: dtype or size of biases");
+    layer.bias = biases[l].const_data_ptr();
+    return layer;
+  }
+
+  void check_modulation(const std::vector<Layer>& found) const {
+    if (!modulation) return;
+    check_tensor(*modulation, "modulation");
+    const int64_t hidden = int64_t(found.size()) - settings.output_layer, dims = modulation->dim();
+    require((dims == 3 || dims == 4) && modulation->size(1) == hidden && modulation->size(2) == 2,
+            "modulated_mlp: modulation must have shape [groups, hidden, 2] or [groups, hidden, 2, width]");
+    for (int64_t l = 0; dims == 4 && l < hidden; ++l) {
+      require(modulation->size(3) == found[l].out, "modulated_mlp: modulation of another width");
+    }
+    const int64_t groups = modulation->size(0);
+    require(groups > 0 ? points() % groups == 0 : points() == 0,
+            "modulated_mlp: modulation must divide the points into equal groups");
+  }
+};
+
+// ---- columns of a row ----------------------------------------------------------------------------------------------
+
+// Of the forward pass: two places, into which the results of every layer come. Those that products read from shared
+// memory lie in words of 16 bytes, rows 4 banks apart.
+template <class C>
+void assign_places(std::vector<Layer>& layers, Job<C>& job) {
+  constexpr int64_t kBanks = 32;
+  for (Layer& layer : layers) layer.y = 0, layer.n = job.widest, layer.deviation = -1;
+  job.stride = divide_up(2 * job.widest, kBanks) * kBanks + 4;
+}
+
+// Of derivatives: what every layer leaves for the way back, and gradients.
+template <class C>
+void assign_columns(std::vector<Layer>& layers, Job<C>& job, Order order) {
+  int next = 0;
+  const auto take = [&](int count) { return std::exchange(next, next + count); };
+  for (size_t l = 0; l < layers.size(); ++l) {
+    Layer& layer = layers[l];
+    const int given = l + 1 < layers.size() ? layer.out : 0;
+    layer.n = take(layer.out), layer.y = take(given);
+    layer.deviation = job.point_norm && layer.modulated ? take(2) : -1;
+    if (order == Order::kSecond) layer.dn = take(layer.out), layer.dz = take(layer.out), layer.dy = take(given);
+  }
+  job.g_row = take(job.widest), job.gx_row = take(job.features);
+  if (order == Order::kSecond) job.dg_row = take(job.widest);
+  job.stride = next;
+}
+
+template <class C>
+Tensor value(Call& call) {
+  const Tensor y = empty(call.weights[0], {call.points(), call.outputs()});
+  if (call.points() == 0) return y;
+  Job<C> job = call.job<C>();
+  assign_places(call.layers, job);
+  job.y = y.mutable_data_ptr();
+  const int blocks = forward_blocks(job);
+  const Tensor rows = empty(call.x, {blocks * kTileRows * job.stride}, call.number_type());
+  if (blocks > 0) job.rows = write<C>(rows);
+  const Tensor records = call.place_layers(job);
+  call.check(launch_forward(job, call.stream.get()));
+  return y;
+}
+
+// ---- derivatives ---------------------------------------------------------------------------------------------------
+
+// One pass: results, scratch memory, and launches over parts of the points.
+template <class C>
+class Derivatives {
+ public:
+  Results results;
+
+  Derivatives(Call& call, Order order, const Tensor& g, const Wishes& wishes) : call_(call), order_(order) {
+    job_ = call.job<C>();
+    assign_columns(call.layers, job_, order);
+    job_.g = g.const_data_ptr();
+    results.y = wishes.y ? fresh(g) : empty(g, {0});
+    results.x = wishes.x ? fresh(call.x) : empty(call.x, {0});
+    if (wishes.y) job_.y = results.y.mutable_data_ptr();
+    if (wishes.x) job_.gx = results.x.mutable_data_ptr();
+    for (size_t l = 0; l < call.layers.size(); ++l) {
+      Layer& layer = call.layers[l];
+      if (wishes.weights) layer.weight_gradient = add(results.weights, call.weights[l]);
+      if (wishes.biases) layer.bias_gradient = add(results.biases, call.biases[l]);
+    }
+    with_sums_ = wishes.weights || wishes.biases;
+    with_modulation_ = wishes.modulation;
+    if (with_modulation_) results.modulation = fresh(*call.modulation);
+  }
+
+  void run(const Tangents* along) {
+    if (call_.points() == 0) return;
+    if (along) set_directions(*along);
+    const int64_t per_launch = points_per_launch();
+    const Tensor rows = numbers(per_launch * job_.stride);
+    job_.rows = write<C>(rows);
+    const Tensor sums = plan_sums(per_launch);
+    plan_modulation(per_launch);
+    const Tensor records = call_.place_layers(job_);
+    for (int64_t before = 0; before < call_.points(); before += per_launch) run_part(before, per_launch);
+    if (with_sums_) call_.check(launch_weight_gradients(job_, stream()));
+    if (groups_ && !same_) store(*groups_, 0, call_.modulation->numel());
+  }
+
+ private:
+  Call& call_;
+  Order order_;
+  Job<C> job_;
+  bool with_sums_, with_modulation_, same_ = true;  // same_: gradients of the modulation are stored as C
+  std::optional<Tensor> points_, groups_;           // gradients of the modulation: of each point, sums of groups
+
+  cudaStream_t stream() const { return call_.stream.get(); }
+  Tensor numbers(int64_t count) const { return empty(call_.x, {count}, call_.number_type()); }
+  Tensor fresh(const Tensor& t) const {
+    return call_.points() == 0 ? zeros(t, t.sizes(), t.scalar_type()) : empty_as(t);
+  }
+  void* add(Tensors& list, const Tensor& like) const {
+    list.push_back(fresh(like));
+    return list.back().mutable_data_ptr();
+  }
+
+  void set_directions(const Tangents& along) {
+    if (along.x) job_.x_tangent = along.x->const_data_ptr();
+    if (along.modulation) job_.modulation_tangent = along.modulation->const_data_ptr();
+    for (size_t l = 0; l < call_.layers.size(); ++l) {
+      if (!along.weights.empty()) call_.layers[l].weight_tangent = along.weights[l].const_data_ptr();
+      if (!along.biases.empty()) call_.layers[l].bias_tangent = along.biases[l].const_data_ptr();
+    }
+  }
+
+  // Whole tiles: at least one for every multiprocessor.
+  int64_t points_per_launch() const {
+    const int64_t processors = device_number(cudaDevAttrMultiProcessorCount);
+    const int64_t fitting = processors * kRowBytesPerMultiprocessor / (job_.stride * int64_t(sizeof(C)));
+    const int64_t most = std::max(fitting / kTileRows, processors) * kTileRows;
+    return std::min(most, divide_up(call_.points(), kTileRows) * kTileRows);
+  }
+
+  Tensor plan_sums(int64_t per_launch) {
+    for (Layer& layer : call_.layers) {
+      layer.sums = job_.weight_sums;
+      const int64_t count = int64_t(layer.out) * (layer.in + 1);
+      job_.weight_sums += count, job_.most_sums = std::max(job_.most_sums, count);
+      job_.sum_tiles += divide_up(layer.out, kTileRows) * divide_up(layer.in, kTileRows);
+    }
+    job_.splits = with_sums_ ? splits_for(job_, std::min(per_launch, call_.points())) : 0;
+    const Tensor sums = numbers(job_.splits * job_.weight_sums);
+    job_.sums = write<C>(sums);
+    return sums;
+  }
+
+  void plan_modulation(int64_t per_launch) {
+    if (!with_modulation_) return;
+    same_ = call_.modulation->scalar_type() == call_.number_type();
+    if (same_ && job_.group == 1) return;
+    points_ = numbers(per_launch * modulation_values(job_));
+    job_.modulation_points = write<C>(*points_);
+    if (job_.group > 1) groups_ = same_ ? results.modulation : numbers(call_.modulation->numel());
+  }
+
+  void run_part(int64_t before, int64_t per_launch) {
+    const int64_t values = modulation_values(job_);
+    job_.before = before, job_.points = std::min(per_launch, call_.points() - before);
+    job_.accumulate = before > 0;
+    if (with_modulation_ && !points_) job_.modulation_points = write<C>(results.modulation) + before * values;
+    call_.check(launch_backward(job_, order_, stream()));
+    if (with_sums_) call_.check(launch_weight_sums(job_, order_, stream()));
+    if (groups_) {
+      call_.check(launch_group_sums(job_, write<C>(*groups_), stream()));
+    } else if (points_) {
+      store(*points_, before * values, job_.points * values);
+    }
+  }
+
+  void store(const Tensor& from, int64_t offset, int64_t count) {
+    const Storage kind = storage_of(results.modulation, "modulation");
+    auto* to = static_cast<char*>(results.modulation.mutable_data_ptr()) + offset * bytes_of(kind);
+    call_.check(launch_store(read<C>(from), to, kind, count, stream()));
+  }
+};
+
+Results derivatives(Call& call, Order order, const Tensor& g, const Tangents* along, const Wishes& wishes) {
+  const auto run = [&]<class C>(Tag<C>) {
+    Derivatives<C> pass(call, order, g, wishes);
+    pass.run(along);
+    return pass.results;
+  };
+  return call.is_wide() ? run(Tag<double>{}) : run(Tag<float>{});
+}
+
+// ---- operators -----------------------------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor> forward(Tensor x, Tensors weights, Tensors biases, OptionalTensor modulation,
+                                   OptionalTensor frequencies, Ints activations, Doubles omegas, Bools skips,
+                                   bool output_layer, bool point_norm, double eps, bool, bool) {
+  Call call(x, weights, biases, modulation, frequencies, {activations, omegas, skips, output_layer, point_norm, eps});
+  return {call.is_wide() ? value<double>(call) : value<float>(call), empty(x, {0}, call.number_type())};
+}
+
+std::tuple<Tensor, Tensors, Tensors, Tensor> backward(Tensor g, Tensor x, Tensors weights, Tensors biases,
+                                                      OptionalTensor modulation, OptionalTensor frequencies, Tensor,
+                                                      Ints activations, Doubles omegas, Bools skips, bool output_layer,
+                                                      bool point_norm, double eps, bool, bool, Bools mask) {
+  Call call(x, weights, biases, modulation, frequencies, {activations, omegas, skips, output_layer, point_norm, eps});
+  call.check_gradient(g);
+  Results found = derivatives(call, Order::kGradients, g, nullptr, {false, mask[0], mask[1], mask[2], mask[3]});
+  if (!mask[3]) found.modulation = empty(modulation ? *modulation : g, {0});
+  return {found.x, found.weights, found.biases, found.modulation};
+}
+
+std::tuple<Tensor, Tensor, Tensors, Tensors, Tensor> backward_backward(
+    OptionalTensor x_tangent, Tensors weight_tangents, Tensors bias_tangents, OptionalTensor modulation_tangent,
+    Tensor g, Tensor x, Tensors weights, Tensors biases, OptionalTensor modulation, OptionalTensor frequencies, Tensor,
+    Ints activations, Doubles omegas, Bools skips, bool output_layer, bool point_norm, double eps, bool, bool,
+    Bools mask) {
+  Call call(x, weights, biases, modulation, frequencies, {activations, omegas, skips, output_layer, point_norm, eps});
+  call.check_gradient(g);
+  call.check_like(x_tangent, x, "grad_x");
+  call.check_like(weight_tangents, weights, "grad_weights");
+  call.check_like(bias_tangents, biases, "grad_biases");
+  if (modulation) call.check_like(modulation_tangent, *modulation, "grad_modulation");
+  const Tangents along{x_tangent, weight_tangents, bias_tangents, modulation_tangent};
+  Results found = derivatives(call, Order::kSecond, g, &along, {mask[0], mask[1], mask[2], mask[3], mask[4]});
+  if (!mask[4]) found.modulation = empty(modulation ? *modulation : x_tangent ? *x_tangent : g, {0});
+  return {found.y, found.x, found.weights, found.biases, found.modulation};
+}
+
+}  // namespace
+}  // namespace camk::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(CAMK_NAMESPACE, CAMK_DISPATCH_KEY, m) {
+  m.impl("modulated_mlp", TORCH_BOX(&camk::cuda::forward));
+  m.impl("modulated_mlp_backward", TORCH_BOX(&camk::cuda::backward));
+  m.impl("modulated_mlp_backward_backward", TORCH_BOX(&camk::cuda::backward_backward));
+}

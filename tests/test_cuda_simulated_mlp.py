@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: MIT
+"""The CUDA kernels of the modulated MLP, executed by the simulator in tests/sim, compute what the definition says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+import camkernels
+from camkernels import testing
+from conftest import require
+from sim import library, toolkit
+from simulated import Simulated, network, production, shifted
+
+pytestmark = pytest.mark.skipif(toolkit.why_no_simulator() is not None, reason=str(toolkit.why_no_simulator()))
+
+OP = "modulated_mlp"
+CASES = testing.cases(OP)
+HALF = (torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def sim() -> Simulated:
+    return production()
+
+
+# ---- agreement with the definition -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_case_in_three_schedules(sim: Simulated, case: testing.Case, dtype: torch.dtype) -> None:
+    sim.check(case, dtype, library.SCHEDULES)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("case", CASES[::2], ids=str)
+def test_half_precision(sim: Simulated, case: testing.Case, dtype: torch.dtype) -> None:
+    sim.check(case, dtype)
+
+
+@pytest.mark.parametrize("case", CASES[::8], ids=str)
+def test_sm_80(sim: Simulated, case: testing.Case) -> None:
+    with sim.library.architecture(80):
+        sim.check(case, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_layers_too_wide_for_shared_memory(sim: Simulated, dtype: torch.dtype) -> None:
+    """Two tiles of 64 points and slabs of several columns; the rows of the forward pass are in global memory."""
+    sim.agree(network(70, [5, 450, 270, 3], dtype, norm="point", skips=[0]), op=OP)
+
+
+def test_a_width_of_256_leaves_shared_memory_for_one_pair_of_slabs_on_sm_80(sim: Simulated) -> None:
+    with sim.library.architecture(80):
+        sim.agree(network(70, [5, 256, 256, 3], norm="point"), order=0, op=OP)
+
+
+@pytest.mark.parametrize("channels", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_more_layers_than_arguments_hold_and_more_points_than_a_launch(
+    sim: Simulated, dtype: torch.dtype, channels: bool
+) -> None:
+    """Groups of 90 points share their modulation, and one of them is computed in two launches."""
+    widths = [3, *[26 if dtype == torch.float64 else 40] * 29, 2]
+    call = network(270, widths, dtype, groups=3, channels=channels, norm="point")
+    sim.library.counters()
+    sim.agree(call, op=OP)
+    assert sim.library.counters()["launches"] > 2 * 8
+
+
+@pytest.mark.parametrize("groups", [270, 1])
+def test_modulation_stored_as_weights(sim: Simulated, groups: int) -> None:
+    sim.agree(network(270, [3, 40, 24, 2], torch.float16, groups=groups), op=OP)
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_empty_and_single(sim: Simulated, n: int) -> None:
+    sim.agree(network(n, [3, 8, 8, 2], torch.float32, groups=n), op=OP)
+
+
+def test_misaligned_tensors(sim: Simulated) -> None:
+    call = network(50, [3, 17, 2], torch.float32, groups=50)
+    moved = {name: shifted(t) for name, t in call.inputs.items()}
+    found = [testing.evaluate(sim.function(OP), testing.Call(i, call.options), order=2) for i in (call.inputs, moved)]
+    for name, tensor in found[0].items():
+        assert torch.equal(tensor, found[1][name]), name
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_sums_beyond_the_range_of_float16_stay_finite_inside(sim: Simulated, dtype: torch.dtype) -> None:
+    x = torch.full((3, 4), 100.0)
+    weights = [torch.full((4, 4), 300.0), torch.full((2, 4), 2.0**-12)]
+    inputs = {"x": x} | {f"weights.{i}": w.to(dtype) for i, w in enumerate(weights)}
+    call = testing.Call(inputs, {"activation": "relu"})
+    y = call.run(sim.function(OP))
+    torch.testing.assert_close(y, call.run(camkernels.reference.modulated_mlp))
+    assert y.isfinite().all() and (y > 100).all()
+
+
+# ---- derivatives -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES[::4], ids=str)
+def test_gradcheck_and_gradgradcheck(sim: Simulated, case: testing.Case) -> None:
+    call = case.make(torch.float64, points="safe")
+    inputs = require(call, "both")
+
+    def function(*tensors: torch.Tensor) -> torch.Tensor:
+        return camkernels.modulated_mlp(**call.arguments(dict(zip(inputs, tensors, strict=True))))
+
+    with sim.routed():
+        assert gradcheck(function, tuple(inputs.values()), eps=1e-5, fast_mode=True)
+        assert gradgradcheck(function, tuple(inputs.values()), eps=1e-5, fast_mode=True)
+
+
+@pytest.mark.parametrize("wanted", ["x", "weights", "biases", "modulation"])
+def test_one_gradient_alone_is_the_same(sim: Simulated, wanted: str) -> None:
+    call = network(40, [3, 12, 12, 2], torch.float64, groups=40, skips=[1])
+    results = []
+    for name in (wanted, ""):
+        inputs = {key: t.clone().requires_grad_(key.startswith(name)) for key, t in call.inputs.items()}
+        some = [t for key, t in inputs.items() if key.startswith(wanted)]
+        y = sim.function(OP)(**call.arguments(inputs))
+        grads = torch.autograd.grad(y.square().sum(), some, create_graph=True)
+        results.append([*grads, *torch.autograd.grad(sum(g.square().sum() for g in grads), some)])
+    for alone, together in zip(*results, strict=True):
+        assert torch.equal(alone, together)
+
+
+def test_sums_do_not_depend_on_the_order(sim: Simulated) -> None:
+    call = network(700, [3, 40, 24, 2], torch.float32, groups=1)
+    found = []
+    for schedule in library.SCHEDULES:
+        with sim.library.schedule(schedule):
+            found.append(testing.evaluate(sim.function(OP), call))
+    for name, tensor in found[0].items():
+        assert torch.equal(tensor, found[1][name]) and torch.equal(tensor, found[2][name]), name

@@ -7,6 +7,7 @@ from .coordinate_modulation import CoordinateModulation, coordinate_modulation
 from .hash_grid import GridGeometry, HashGrid, hash_grid
 from .modulate import Modulate, modulate
 from .modulated_mlp import ModulatedMLP, hash_grid_mlp, modulated_mlp
+from .radial_basis import radial_basis
 
 __all__ = [
     "CoordinateModulation",
@@ -20,5 +21,6 @@ __all__ = [
     "hash_grid_mlp",
     "modulate",
     "modulated_mlp",
+    "radial_basis",
     "reference",
 ]

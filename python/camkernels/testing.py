@@ -24,6 +24,7 @@ from torch import Tensor
 from . import reference
 from ._cases import hash_grid as _hash_grid
 from ._cases import modulated_mlp as _modulated_mlp
+from ._cases import radial_basis as _radial_basis
 from ._cases.golden import Golden, golden_names, load_golden, load_json
 from ._cases.hash_grid import face_distance, safe_points
 from ._cases.pairwise import pairwise
@@ -185,6 +186,7 @@ CASES: dict[str, tuple[Case, ...]] = {
             _modulated_mlp.lookup_options(),
             {"coordinates": "coords"},
         ),
+        ("radial_basis", _radial_basis.make, _radial_basis.case_options(), {"beside": ("neighbors",)}),
     )
 }
 # What jumps at a cell face, where either side is right, and who knows the sides.

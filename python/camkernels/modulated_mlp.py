@@ -169,11 +169,12 @@ def modulated_mlp(
     norm: None or "point", over the values of a point. activation: one name or None, or a list of one per hidden layer;
     names in `camkernels.reference.modulate`. output_layer: the last weight is a plain linear layer, with
     output_activation; False: it is a hidden layer too. omega: of "sine", a number or one per hidden layer. frequencies
-    [width]: constants of "residual_sine". backend: None takes the best that can run; only "reference" does so far.
+    [width]: constants of "residual_sine". backend: "cpu", "cuda", "reference"; None takes the best.
 
     First and second derivatives in x, weights, biases and modulation; call backward outside of autocast, as PyTorch
     advises: inside, the products of its own backward are rounded.
-    Hidden values are float32, or float64 if a tensor is float64.
+    Hidden values are float32, or float64 if a tensor is float64. On the CPU those that the backward pass needs are kept
+    up to 2 GiB per call and computed again beyond; the environment variable CAMKERNELS_RECOMPUTE=0|1 overrides that.
 
     Raises ValueError for shapes, values and mixed devices, TypeError for dtypes, RuntimeError where a
     backend that was asked for cannot run.

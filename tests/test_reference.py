@@ -308,10 +308,10 @@ def test_max_level():
 
 
 def test_count_levels():
-    assert [count_levels(m, 4, ()) for m in (None, 0, 3, 0.0, 0.5, 1.0)] == [4, 0, 3, 1, 3, 4]
+    assert [count_levels(m, 4, (), torch.float32) for m in (None, 0, 3, 0.0, 0.5, 1.0)] == [4, 0, 3, 1, 3, 4]
     per_point = torch.linspace(0, 1, 11)
-    counts = count_levels(per_point, 4, (2, 11))
-    assert counts[1].tolist() == [count_levels(float(m), 4, ()) for m in per_point]
+    counts = count_levels(per_point, 4, (2, 11), torch.float32)
+    assert counts[1].tolist() == [count_levels(float(m), 4, (), torch.float32) for m in per_point]
 
 
 def test_masked_levels_get_no_gradient():

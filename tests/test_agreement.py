@@ -4,6 +4,7 @@
 import pytest
 import torch
 
+import camkernels
 from camkernels import _backends, testing
 from conftest import (
     CASES,
@@ -182,3 +183,17 @@ def test_modulation_that_broadcasts_to_the_points(backend, shape):
     actual, expected = (testing.evaluate(f, call, order=2) for f in functions)
     for name, wanted in expected.items():
         testing.assert_close(actual[name], wanted, rtol=1e-12, atol=1e-12, name=name)
+
+
+@pytest.mark.parametrize("channels", [False, True])
+@pytest.mark.parametrize("backend", backends("modulated_mlp"))
+def test_gradients_of_modulation_that_no_point_reads_are_zero(backend, channels):
+    device = device_of(backend)
+    weights = [torch.rand(4, 3, device=device), torch.rand(2, 4, device=device)]
+    shape = (1, 2, 4) if channels else (1, 2)
+    for _ in range(3):  # memory that was written to before
+        torch.full((8,), 7.0, device=device)
+        modulation = torch.rand(shape, device=device, requires_grad=True)
+        y = camkernels.modulated_mlp(torch.rand(0, 3, device=device), weights, None, modulation, backend=backend)
+        (gradient,) = torch.autograd.grad(y.sum(), modulation)
+        assert torch.equal(gradient, torch.zeros_like(modulation))

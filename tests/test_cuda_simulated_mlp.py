@@ -75,6 +75,13 @@ def test_modulation_stored_as_weights(sim: Simulated, groups: int) -> None:
     sim.agree(network(270, [3, 40, 24, 2], torch.float16, groups=groups), op=OP)
 
 
+@pytest.mark.parametrize("channels", [False, True])
+def test_gradients_of_modulation_that_no_point_reads_are_zero(sim: Simulated, channels: bool) -> None:
+    call = network(0, [3, 8, 8, 2])
+    call.inputs["modulation"] = torch.rand(1, 2, 2, *[8] * channels)
+    sim.agree(call, op=OP)
+
+
 @pytest.mark.parametrize("n", [0, 1])
 def test_empty_and_single(sim: Simulated, n: int) -> None:
     sim.agree(network(n, [3, 8, 8, 2], torch.float32, groups=n), op=OP)

@@ -1,28 +1,40 @@
 // SPDX-License-Identifier: MIT
-// Run-time number types of a lookup as types of the compiler.
+// Run-time number types as types of the compiler.
 #pragma once
 #include "cpu/storage.h"
 #include "torch/seam.h"
 
 namespace camk::cpu {
 
-// body(Tag<arithmetic of the coordinates>, Tag<storage of the table>); coordinates are float64 where the table is.
+// body(Tag<T>) for the number type of a tensor.
 template <class Body>
-auto dispatch(const char* op, const Tensor& coordinates, const Tensor& table, const Body& body) {
-  const bool wide = coordinates.scalar_type() == ScalarType::Double;
-  switch (table.scalar_type()) {
+void with_numbers(const char* op, const Tensor& tensor, const Body& body) {
+  switch (tensor.scalar_type()) {
     case ScalarType::Double:
-      require(wide, op, ": coordinates must be float64 beside a float64 table");
-      return body(Tag<double>{}, Tag<double>{});
+      return body(Tag<double>{});
     case ScalarType::Float:
-      return wide ? body(Tag<double>{}, Tag<float>{}) : body(Tag<float>{}, Tag<float>{});
+      return body(Tag<float>{});
     case ScalarType::Half:
-      return wide ? body(Tag<double>{}, Tag<Half>{}) : body(Tag<float>{}, Tag<Half>{});
+      return body(Tag<Half>{});
     case ScalarType::BFloat16:
-      return wide ? body(Tag<double>{}, Tag<BFloat16>{}) : body(Tag<float>{}, Tag<BFloat16>{});
+      return body(Tag<BFloat16>{});
     default:
       fail(op, ": parameters must be float16, bfloat16, float32 or float64");
   }
+}
+
+// body(Tag<arithmetic of the coordinates>, Tag<storage of the table>); coordinates are float64 where the table is.
+template <class Body>
+void dispatch(const char* op, const Tensor& coordinates, const Tensor& table, const Body& body) {
+  const bool wide = coordinates.scalar_type() == ScalarType::Double;
+  with_numbers(op, table, [&]<class T>(Tag<T> storage) {
+    if (wide) return body(Tag<double>{}, storage);
+    if constexpr (std::is_same_v<T, double>) {
+      fail(op, ": coordinates must be float64 beside a float64 table");
+    } else {
+      body(Tag<float>{}, storage);
+    }
+  });
 }
 
 }  // namespace camk::cpu

@@ -14,27 +14,26 @@ using Doubles = std::vector<double>;
 using Ints = std::vector<int64_t>;
 
 Grid checked_grid(const Tensor& x, const Tensor& table, const OptionalTensor& counts, const GridLists& lists) {
-  STD_TORCH_CHECK(x.dim() == 2 && table.dim() == 2, "hash_grid: x and table must have 2 dimensions");
+  require(x.dim() == 2 && table.dim() == 2, "hash_grid: x and table must have 2 dimensions");
   const Grid grid = launch::unpack_grid(x.size(1), table.size(1), lists);
-  STD_TORCH_CHECK(!grid.levels.empty(), "hash_grid: the settings describe no grid of ", x.size(1), " axes");
-  STD_TORCH_CHECK(grid.offsets.back() + grid.levels.back().size == table.size(0),
-                  "hash_grid: the table does not fit the geometry");
-  STD_TORCH_CHECK(grid.active_levels >= 0 && grid.active_levels <= grid.n_levels, "hash_grid: active_levels");
+  require(!grid.levels.empty(), "hash_grid: the settings describe no grid of ", x.size(1), " axes");
+  require(grid.offsets.back() + grid.levels.back().size == table.size(0),
+          "hash_grid: the table does not fit the geometry");
+  require(grid.active_levels >= 0 && grid.active_levels <= grid.n_levels, "hash_grid: active_levels");
   const bool number = x.scalar_type() == ScalarType::Double || x.scalar_type() == ScalarType::Float;
-  STD_TORCH_CHECK(number, "hash_grid: x must be float32 or float64");
+  require(number, "hash_grid: x must be float32 or float64");
   check_contiguous(x, "hash_grid", "x");
   check_contiguous(table, "hash_grid", "table");
   if (counts) {
     check_contiguous(*counts, "hash_grid", "level_counts");
-    STD_TORCH_CHECK(counts->scalar_type() == ScalarType::Int && counts->numel() == x.size(0),
-                    "hash_grid: level_counts");
+    require(counts->scalar_type() == ScalarType::Int && counts->numel() == x.size(0), "hash_grid: level_counts");
   }
   return grid;
 }
 
 void check_like(const Tensor& t, const Tensor& like, int64_t numel, const char* name) {
   check_contiguous(t, "hash_grid", name);
-  STD_TORCH_CHECK(t.scalar_type() == like.scalar_type() && t.numel() == numel, "hash_grid: dtype or size of ", name);
+  require(t.scalar_type() == like.scalar_type() && t.numel() == numel, "hash_grid: dtype or size of ", name);
 }
 
 Tensor forward(Tensor x, Tensor table, OptionalTensor counts, Doubles scales, double shift, Ints layout,
@@ -94,7 +93,7 @@ std::tuple<Tensor, Tensor> value_and_jacobian_backward(const Grid& grid, const O
   check_mask("hash_grid", mask, 2);
   if (g) check_like(*g, table, x.size(0) * width, "grad");
   if (gj) check_like(*gj, x, x.size(0) * width * dims, "grad_jacobian");
-  const Tensor gx = mask[0] ? torch::stable::empty_like(x) : empty(x, {0});
+  const Tensor gx = mask[0] ? empty_as(x) : empty(x, {0});
   Tensor gtable;
   dispatch("hash_grid", x, table, [&]<class S, class T>(Tag<S>, Tag<T>) {
     // Scratch channels: gradients of the value, of the Jacobian, then of x.
@@ -162,8 +161,8 @@ std::tuple<Tensor, Tensor, Tensor> backward_backward(OptionalTensor ggx, Optiona
   check_like(grad, table, x.size(0) * width, "grad");
   if (ggx) check_like(*ggx, x, x.numel(), "ggx");
   if (ggtable) check_like(*ggtable, table, table.numel(), "ggtable");
-  const Tensor ggrad = mask[0] ? in_large_pages(torch::stable::empty_like(grad)) : empty(grad, {0});
-  const Tensor gx = mask[1] ? torch::stable::empty_like(x) : empty(x, {0});
+  const Tensor ggrad = mask[0] ? in_large_pages(empty_as(grad)) : empty(grad, {0});
+  const Tensor gx = mask[1] ? empty_as(x) : empty(x, {0});
   Tensor gtable;
   dispatch("hash_grid", x, table, [&]<class S, class T>(Tag<S>, Tag<T>) {
     const int64_t second = width, along = 2 * width, coordinates = along + dims;  // scratch behind the gradient

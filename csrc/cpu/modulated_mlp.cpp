@@ -11,8 +11,7 @@ using Ints = std::vector<int64_t>;
 using Doubles1 = std::vector<double>;
 using Bools = std::vector<bool>;
 
-// ---- checks
-// ----------------------------------------------------------------------------------------------------------
+// ---- checks ---------------------------------------------------------------------------------------------------------
 
 bool is_wide(const Tensor& t) { return t.scalar_type() == ScalarType::Double; }
 
@@ -25,41 +24,40 @@ bool any_wide(const Tensor& x, const TensorList& weights, const OptionalTensor& 
 
 void check(const Tensor& x, const TensorList& weights, const TensorList& biases, const OptionalTensor& modulation,
            const OptionalTensor& frequencies, const NetLists& lists) {
-  const char* op = "modulated_mlp";
+  const char* op = kMlp;
   const size_t layers = weights.size();
-  STD_TORCH_CHECK(x.dim() == 2 && layers > 0, op, ": x must have 2 dimensions, and there must be weights");
-  STD_TORCH_CHECK(lists.activations.size() == layers && lists.omegas.size() == layers && lists.skips.size() == layers,
-                  op, ": settings of another number of layers");
-  STD_TORCH_CHECK(biases.empty() || biases.size() == layers, op, ": biases of another number of layers");
+  require(x.dim() == 2 && layers > 0, op, ": x must have 2 dimensions, and there must be weights");
+  require(lists.activations.size() == layers && lists.omegas.size() == layers && lists.skips.size() == layers, op,
+          ": settings of another number of layers");
+  require(biases.empty() || biases.size() == layers, op, ": biases of another number of layers");
   check_contiguous(x, op, "x");
   int64_t given = x.size(1), width = 0;
   for (size_t l = 0; l < layers; ++l) {
     const Tensor& w = weights[l];
-    STD_TORCH_CHECK(w.dim() == 2 && w.size(1) == given && w.size(0) > 0, op, ": shape of weights[", l, "]");
+    require(w.dim() == 2 && w.size(1) == given && w.size(0) > 0, op, ": shape of weights[", l, "]");
     check_contiguous(w, op, "weights");
     width = w.size(0), given = width + (lists.skips[l] ? x.size(1) : 0);
-    STD_TORCH_CHECK(biases.empty() || biases[l].numel() == width, op, ": shape of biases[", l, "]");
+    require(biases.empty() || biases[l].numel() == width, op, ": shape of biases[", l, "]");
     if (!biases.empty()) check_contiguous(biases[l], op, "biases");
     const bool waves = math::Activation(lists.activations[l]) == math::Activation::kResidualSine;
-    STD_TORCH_CHECK(lists.activations[l] >= 0 && lists.activations[l] < math::kActivations, op, ": activation ", l);
-    STD_TORCH_CHECK(!waves || (frequencies && frequencies->numel() == width), op, ": frequencies");
+    require(lists.activations[l] >= 0 && lists.activations[l] < math::kActivations, op, ": activation ", l);
+    require(!waves || (frequencies && frequencies->numel() == width), op, ": frequencies");
   }
   if (!modulation) return;
   const int64_t groups = modulation->size(0), hidden = int64_t(layers) - lists.output_layer;
   check_contiguous(*modulation, op, "modulation");
-  STD_TORCH_CHECK(modulation->dim() == 3 || modulation->dim() == 4, op, ": modulation must have 3 or 4 dimensions");
-  STD_TORCH_CHECK(modulation->size(1) == hidden && modulation->size(2) == 2, op, ": shape of modulation");
-  STD_TORCH_CHECK(groups > 0 ? x.size(0) % groups == 0 : x.size(0) == 0, op,
-                  ": rows of modulation must divide those of x");
+  require(modulation->dim() == 3 || modulation->dim() == 4, op, ": modulation must have 3 or 4 dimensions");
+  require(modulation->size(1) == hidden && modulation->size(2) == 2, op, ": shape of modulation");
+  require(groups > 0 ? x.size(0) % groups == 0 : x.size(0) == 0, op, ": rows of modulation must divide those of x");
   for (int64_t l = 0; l < hidden && modulation->dim() == 4; ++l) {
-    STD_TORCH_CHECK(weights[l].size(0) == modulation->size(3), op, ": channels of modulation");
+    require(weights[l].size(0) == modulation->size(3), op, ": channels of modulation");
   }
 }
 
 void check_like(const OptionalTensor& t, const Tensor& like, const char* name) {
   if (!t) return;
-  check_contiguous(*t, "modulated_mlp", name);
-  STD_TORCH_CHECK(t->numel() == like.numel(), "modulated_mlp: size of ", name);
+  check_contiguous(*t, kMlp, name);
+  require(t->numel() == like.numel(), kMlp, ": size of ", name);
 }
 
 template <class Body>
@@ -67,8 +65,7 @@ void with_arithmetic(bool wide, const Body& body) {
   wide ? body(Tag<double>{}) : body(Tag<float>{});
 }
 
-// ---- work over points
-// ------------------------------------------------------------------------------------------------
+// ---- work over points -----------------------------------------------------------------------------------------------
 
 // body(first point, number of points) for every tile of a range.
 template <class Body>
@@ -83,7 +80,7 @@ template <class C>
 class Parts {
  public:
   Parts(const Net<C>& net, const Tensor& like, bool sums, bool modulation) : net_(net) {
-    rows_ = modulation && net.groups < net.points ? net.hidden * 2 * net.values : 0;
+    rows_ = modulation && net.shares_rows() ? net.hidden * 2 * net.values : 0;
     sums_ = sums ? net.sums : 0;
     const int64_t bytes = std::max<int64_t>(1, (sums_ + rows_) * int64_t(sizeof(C)));
     const int64_t most = std::clamp<int64_t>(kMostBytes / bytes, 1, kMostParts);
@@ -146,13 +143,11 @@ class Parts {
 
 TensorList empty_like_all(const TensorList& list, bool wanted) {
   TensorList made;
-  for (size_t i = 0; wanted && i < list.size(); ++i) made.push_back(torch::stable::empty_like(list[i]));
+  for (size_t i = 0; wanted && i < list.size(); ++i) made.push_back(empty_as(list[i]));
   return made;
 }
 
-Tensor empty_or_like(const Tensor& like, bool wanted) {
-  return wanted ? torch::stable::empty_like(like) : empty(like, {0});
-}
+Tensor empty_or_like(const Tensor& like, bool wanted) { return wanted ? empty_as(like) : empty(like, {0}); }
 
 template <class C>
 void add_up_all(const Net<C>& net, const Parts<C>& parts, const TensorList& weights, const TensorList& biases) {
@@ -165,8 +160,7 @@ void add_up_all(const Net<C>& net, const Parts<C>& parts, const TensorList& weig
   });
 }
 
-// ---- operators
-// -------------------------------------------------------------------------------------------------------
+// ---- operators ------------------------------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor> forward(Tensor x, TensorList weights, TensorList biases, OptionalTensor modulation,
                                    OptionalTensor frequencies, Ints activations, Doubles1 omegas, Bools skips,
@@ -176,9 +170,8 @@ std::tuple<Tensor, Tensor> forward(Tensor x, TensorList weights, TensorList bias
   Tensor y, kept;
   with_arithmetic(any_wide(x, weights, modulation, frequencies), [&]<class C>(Tag<C>) {
     const Net<C> net(x, weights, biases, modulation, frequencies, lists, false);
-    const ScalarType dtype = std::is_same_v<C, double> ? ScalarType::Double : ScalarType::Float;
     y = in_large_pages(empty(weights[0], {net.points, net.out}));
-    kept = in_large_pages(empty(x, {keep ? net.points * net.kept_values() : 0}, dtype));
+    kept = in_large_pages(empty(x, {keep ? net.points * net.kept_values() : 0}, number_type<C>()));
     torch::stable::parallel_for(0, round_up(net.points, kTile) / kTile, 4, [&](int64_t first, int64_t last) {
       ForwardTile<C> tile(net);
       each_tile(first * kTile, std::min(net.points, last * kTile), [&](int64_t begin, int64_t count) {
@@ -196,13 +189,14 @@ std::tuple<Tensor, TensorList, TensorList, Tensor> backward(Tensor grad, Tensor 
                                                             bool point_norm, double eps, bool, bool, Bools mask) {
   const NetLists lists{activations, omegas, skips, output_layer, point_norm, eps};
   check(x, weights, biases, modulation, frequencies, lists);
+  check_mask(kMlp, mask, 4);
   const Tensor gx = empty_or_like(x, mask[0]), gm = empty_or_like(modulation ? *modulation : x, mask[3]);
   const TensorList gw = empty_like_all(weights, mask[1]), gb = empty_like_all(biases, mask[2]);
   with_arithmetic(any_wide(x, weights, modulation, frequencies), [&]<class C>(Tag<C>) {
     const Net<C> net(x, weights, biases, modulation, frequencies, lists, mask[0]);
-    STD_TORCH_CHECK(grad.numel() == net.points * net.out, "modulated_mlp: size of grad_y");
-    check_contiguous(grad, "modulated_mlp", "grad_y");
-    const bool fits = kept.numel() == net.points * net.kept_values();
+    require(grad.numel() == net.points * net.out, kMlp, ": size of grad_y");
+    check_contiguous(grad, kMlp, "grad_y");
+    const bool fits = kept.numel() == net.points * net.kept_values() && kept.scalar_type() == number_type<C>();
     const Gradients<C> gradients(net, gm, mask);
     const Parts<C> parts(net, x, mask[1] || mask[2], mask[3]);
     parts.each([&](int64_t first, int64_t last, const PartSums<C>& sums) {
@@ -213,7 +207,7 @@ std::tuple<Tensor, TensorList, TensorList, Tensor> backward(Tensor grad, Tensor 
       });
     });
     add_up_all(net, parts, gw, gb);
-    if (mask[3] && net.groups < net.points) parts.add_up_modulation(gm);
+    if (mask[3] && net.shares_rows()) parts.add_up_modulation(gm);
   });
   return {gx, gw, gb, gm};
 }
@@ -225,6 +219,9 @@ std::tuple<Tensor, Tensor, TensorList, TensorList, Tensor> backward_backward(
     Bools mask) {
   const NetLists lists{activations, omegas, skips, output_layer, point_norm, eps};
   check(x, weights, biases, modulation, frequencies, lists);
+  check_mask(kMlp, mask, 5);
+  require(ggweights.empty() || ggweights.size() == weights.size(), kMlp, ": grad_weights of another number of layers");
+  require(ggbiases.empty() || ggbiases.size() == biases.size(), kMlp, ": grad_biases of another number of layers");
   check_like(ggx, x, "grad_x");
   if (modulation) check_like(ggmodulation, *modulation, "grad_modulation");
   for (size_t l = 0; l < ggweights.size(); ++l) check_like(ggweights[l], weights[l], "grad_weights");
@@ -235,8 +232,8 @@ std::tuple<Tensor, Tensor, TensorList, TensorList, Tensor> backward_backward(
   const Directions along{ggx, ggweights, ggbiases, ggmodulation};
   with_arithmetic(any_wide(x, weights, modulation, frequencies), [&]<class C>(Tag<C>) {
     const Net<C> net(x, weights, biases, modulation, frequencies, lists, mask[1]);
-    STD_TORCH_CHECK(grad.numel() == net.points * net.out, "modulated_mlp: size of grad_y");
-    check_contiguous(grad, "modulated_mlp", "grad_y");
+    require(grad.numel() == net.points * net.out, kMlp, ": size of grad_y");
+    check_contiguous(grad, kMlp, "grad_y");
     Scratch<C> memory;
     const std::vector<Panels<C>> panels = pack_directions(net, along, mask[1], memory);
     const Gradients<C> gradients(net, gm, {mask[1], mask[2], mask[3], mask[4]});
@@ -249,7 +246,7 @@ std::tuple<Tensor, Tensor, TensorList, TensorList, Tensor> backward_backward(
       });
     });
     add_up_all(net, parts, gw, gb);
-    if (mask[4] && net.groups < net.points) parts.add_up_modulation(gm);
+    if (mask[4] && net.shares_rows()) parts.add_up_modulation(gm);
   });
   return {dy, gx, gw, gb, gm};
 }

@@ -6,14 +6,20 @@
 #include <cstring>
 #include <memory>
 
+#include "cpu/dispatch.h"
 #include "cpu/modulated_mlp_rows.h"
 #include "cpu/parallel.h"
-#include "cpu/storage.h"
 
 namespace camk::cpu {
 
 using TensorList = std::vector<Tensor>;
 using OptionalTensor = std::optional<Tensor>;
+inline constexpr const char* kMlp = "modulated_mlp";
+
+template <class C>
+constexpr ScalarType number_type() {
+  return std::is_same_v<C, double> ? ScalarType::Double : ScalarType::Float;
+}
 
 // Points that pass through all layers together; a multiple of kBlockRows on every instruction set.
 inline constexpr int64_t kTile = 48;
@@ -25,7 +31,7 @@ class Scratch {
   C* take(int64_t count) {
     const size_t bytes = size_t(padded(std::max<int64_t>(count, 1))) * sizeof(C);
     C* made = static_cast<C*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
-    STD_TORCH_CHECK(made, "modulated_mlp: no memory for ", bytes, " bytes");
+    require(made, kMlp, ": no memory for ", bytes, " bytes");
     std::memset(made, 0, bytes);
     owned_.emplace_back(made);
     return made;
@@ -38,23 +44,6 @@ class Scratch {
   };
   std::vector<std::unique_ptr<C, Free>> owned_;
 };
-
-// body(Tag<T>) for the number type of a tensor.
-template <class Body>
-void with_numbers(ScalarType dtype, const Body& body) {
-  switch (dtype) {
-    case ScalarType::Double:
-      return body(Tag<double>{});
-    case ScalarType::Float:
-      return body(Tag<float>{});
-    case ScalarType::Half:
-      return body(Tag<Half>{});
-    case ScalarType::BFloat16:
-      return body(Tag<BFloat16>{});
-    default:
-      STD_TORCH_CHECK(false, "modulated_mlp: tensors must be float16, bfloat16, float32 or float64");
-  }
-}
 
 template <class To, class From>
 CAMK_HD void convert(const From* from, int64_t count, To* to) {
@@ -70,14 +59,14 @@ CAMK_HD void convert(const From* from, int64_t count, To* to) {
 // `count` rows of `width` numbers of a tensor, from row `first` on, read as C or written.
 template <class C>
 void read_rows(const Tensor& t, int64_t first, int64_t count, int64_t width, Rows<C> to) {
-  with_numbers(t.scalar_type(), [&]<class T>(Tag<T>) {
+  with_numbers(kMlp, t, [&]<class T>(Tag<T>) {
     const T* from = read<T>(t) + first * width;
     for (int64_t i = 0; i < count; ++i) convert(from + i * width, width, to[i]);
   });
 }
 template <class C>
 void write_rows(Rows<C> from, int64_t first, int64_t count, int64_t width, const Tensor& t) {
-  with_numbers(t.scalar_type(), [&]<class T>(Tag<T>) {
+  with_numbers(kMlp, t, [&]<class T>(Tag<T>) {
     T* to = write<T>(t) + first * width;
     for (int64_t i = 0; i < count; ++i) convert(from[i], width, to + i * width);
   });
@@ -173,14 +162,22 @@ struct Net {
     out = given;
   }
 
-  // Whether a layer's z is wanted for derivatives: of all but a plain output layer.
+  // A plain output layer, whose result is the network's; of all others derivatives need z.
   bool is_plain(const Layer<C>& layer) const { return !layer.modulated && layer.activation == math::Activation::kNone; }
   int64_t kept_values() const {
     int64_t sum = 0;
     for (const Layer<C>& layer : layers) sum += is_plain(layer) ? 0 : layer.padded;
     return sum;
   }
-  int64_t group_of(int64_t point) const { return groups == points ? point : point / (points / groups); }
+  // The longest row that a tile holds.
+  int64_t widest() const {
+    int64_t most = in;
+    for (const Layer<C>& layer : layers) most = std::max({most, layer.padded, layer.next});
+    return most;
+  }
+  // Whether points share rows of the modulation, or there are rows and no points: then gradients are sums.
+  bool shares_rows() const { return groups != points; }
+  int64_t group_of(int64_t point) const { return shares_rows() ? point / (points / groups) : point; }
 };
 
 }  // namespace camk::cpu

@@ -154,8 +154,7 @@ void deactivate_rows(const RowLayer<C>& layer, int64_t count, Rows<C> z, Rows<C>
   });
 }
 
-// ---- second order: a layer together with its tangent along given directions
-// ------------------------------------------
+// ---- second order: a layer together with its tangent along given directions -----------------------------------------
 
 template <class C>
 struct TangentRows {

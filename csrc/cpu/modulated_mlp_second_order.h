@@ -31,10 +31,8 @@ class TangentTile {
  public:
   TangentTile(const Net<C>& net, const Directions& along)
       : net_(net), along_(along), modulation_(net, memory_), direction_(net, memory_, 0) {
-    int64_t widest = net.in;
     for (size_t l = 0; l < net.layers.size(); ++l) {
       const Layer<C>& layer = net.layers[l];
-      widest = std::max({widest, layer.padded, layer.next});
       TangentRows<C> t{};
       for (Rows<C>* rows : {&t.n, &t.dn, &t.dz, &t.slope, &t.bend}) *rows = memory_.rows(layer.width);
       t.r = memory_.take(kTile), t.mean_ndz = memory_.take(kTile);
@@ -43,8 +41,8 @@ class TangentTile {
       change_.push_back(TileModulation<C>::rows_for(layer, memory_));
     }
     for (Rows<C>* rows : {&x_, &dx_, &gx_, &unused_}) *rows = memory_.rows(net.in);
-    for (Rows<C>& rows : d_) rows = memory_.rows(widest);
-    for (Rows<C>& rows : e_) rows = memory_.rows(widest);
+    for (Rows<C>& rows : d_) rows = memory_.rows(net.widest());
+    for (Rows<C>& rows : e_) rows = memory_.rows(net.widest());
   }
 
   // panels: of the directions of the weights. Gives dy, and gradients of <grad, dy>.

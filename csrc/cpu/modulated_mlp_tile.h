@@ -10,8 +10,7 @@ namespace camk::cpu {
 template <class C>
 Rows<C> tile_of(const Tensor& t, int64_t begin, int64_t count, Rows<C> room, bool whole_packs) {
   const int64_t width = t.size(1);
-  const bool same = t.scalar_type() == (std::is_same_v<C, double> ? ScalarType::Double : ScalarType::Float);
-  if (same && count == kTile && (!whole_packs || width % kPanel == 0)) {
+  if (t.scalar_type() == number_type<C>() && count == kTile && (!whole_packs || width % kPanel == 0)) {
     return {const_cast<C*>(read<C>(t)) + begin * width, width};
   }
   const Rows<C> to{room.data, padded(width)};
@@ -42,7 +41,7 @@ class TileModulation {
   void read(const OptionalTensor& modulation, int64_t begin, int64_t count) {
     if (!modulation) return;
     const bool alike = net_.group_of(begin) == net_.group_of(begin + count - 1);
-    with_numbers(modulation->scalar_type(), [&]<class T>(Tag<T>) {
+    with_numbers(kMlp, *modulation, [&]<class T>(Tag<T>) {
       for (int64_t l = 0; l < net_.hidden; ++l) {
         Modulation<C>& m = made_[l];
         m.rows.stride = alike ? 0 : 2 * m.values;
@@ -102,14 +101,14 @@ class Gradients {
                       const PartSums<C>& to) const {
     if (!wants_modulation_ || l >= net_.hidden) return;
     const int64_t values = net_.values, row = net_.hidden * 2 * values;
-    if (net_.groups < net_.points) {
+    if (net_.shares_rows()) {
       for (int64_t i = 0; i < count; ++i) {
         C* sums = to.modulation + (net_.group_of(begin + i) - to.first_group) * row + l * 2 * values;
         for (int64_t v = 0; v < values; ++v) sums[v] += change.scale(i)[v], sums[values + v] += change.shift(i)[v];
       }
       return;
     }
-    with_numbers(modulation_.scalar_type(), [&]<class T>(Tag<T>) {
+    with_numbers(kMlp, modulation_, [&]<class T>(Tag<T>) {
       for (int64_t i = 0; i < count; ++i) {
         T* to = write<T>(modulation_) + (begin + i) * row + l * 2 * values;
         convert(change.scale(i), values, to);
@@ -124,15 +123,13 @@ class Gradients {
   bool wants_weights_, wants_modulation_;
 };
 
-// ---- forward
-// ---------------------------------------------------------------------------------------------------------
+// ---- forward --------------------------------------------------------------------------------------------------------
 
 template <class C>
 class ForwardTile {
  public:
   explicit ForwardTile(const Net<C>& net) : net_(net), modulation_(net, memory_) {
-    int64_t widest = net.in;
-    for (const Layer<C>& layer : net.layers) widest = std::max({widest, layer.padded, layer.next});
+    const int64_t widest = net.widest();
     x_ = memory_.rows(net.in), z_ = memory_.rows(widest);
     h_[0] = memory_.rows(widest), h_[1] = memory_.rows(widest);
     r_ = memory_.take(kTile);
@@ -170,22 +167,19 @@ class ForwardTile {
   C* r_;
 };
 
-// ---- backward
-// --------------------------------------------------------------------------------------------------------
+// ---- backward -------------------------------------------------------------------------------------------------------
 
 template <class C>
 class BackwardTile {
  public:
   explicit BackwardTile(const Net<C>& net) : net_(net), modulation_(net, memory_) {
-    int64_t widest = net.in;
     for (const Layer<C>& layer : net.layers) {
-      widest = std::max({widest, layer.padded, layer.next});
       z_.push_back(memory_.rows(layer.width)), slope_.push_back(memory_.rows(layer.width));
       h_.push_back(memory_.rows(layer.next)), r_.push_back(memory_.take(kTile));
       change_.push_back(TileModulation<C>::rows_for(layer, memory_));
     }
     x_ = memory_.rows(net.in), gx_ = memory_.rows(net.in);
-    d_[0] = memory_.rows(widest), d_[1] = memory_.rows(widest);
+    d_[0] = memory_.rows(net.widest()), d_[1] = memory_.rows(net.widest());
   }
 
   // kept: z of the layers from the forward pass; null: computed again.

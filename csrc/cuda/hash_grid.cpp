@@ -24,21 +24,6 @@ using OptionalTensor = std::optional<Tensor>;
 using Doubles = std::vector<double>;
 using Ints = std::vector<int64_t>;
 
-Storage storage_of(const Tensor& table) {
-  switch (table.scalar_type()) {
-    case ScalarType::Half:
-      return Storage::kHalf;
-    case ScalarType::BFloat16:
-      return Storage::kBFloat16;
-    case ScalarType::Float:
-      return Storage::kFloat;
-    case ScalarType::Double:
-      return Storage::kDouble;
-    default:
-      fail("hash_grid: table must be float16, bfloat16, float32 or float64");
-  }
-}
-
 void check_like(const Tensor& t, const Tensor& like, int64_t numel, const char* name) {
   check_contiguous(t, "hash_grid", name);
   check_same_device(t, like, "hash_grid", name);
@@ -84,7 +69,8 @@ struct Call {
     require(g.active_levels >= 0 && g.active_levels <= g.n_levels, "hash_grid: active_levels");
     const bool wide = x.scalar_type() == ScalarType::Double;
     require(wide || x.scalar_type() == ScalarType::Float, "hash_grid: x must be float32 or float64");
-    require(wide || storage_of(table) != Storage::kDouble, "hash_grid: x must be float64 beside a float64 table");
+    require(wide || storage_of(table, "hash_grid", "table") != Storage::kDouble,
+            "hash_grid: x must be float64 beside a float64 table");
     check_contiguous(x, "hash_grid", "x");
     check_contiguous(table, "hash_grid", "table");
     check_same_device(table, x, "hash_grid", "table");
@@ -105,7 +91,7 @@ struct Call {
     job.first_level = first, job.n_levels = std::min(kLevelsPerLaunch, grid.n_levels - first);
     job.active_levels = grid.active_levels, job.levels_per_thread = 1;
     job.interpolation = grid.interpolation, job.outside = grid.outside;
-    job.storage = storage_of(table);
+    job.storage = storage_of(table, "hash_grid", "table");
     job.accumulate = first > 0;
     job.x = read<S>(x);
     job.counts = counts ? read<int32_t>(*counts) : nullptr;
@@ -140,7 +126,7 @@ template <class Tell>
 Tensor table_gradient(const Call& call, bool wanted, bool anything, bool deterministic, const Tell& tell) {
   const Tensor& table = call.table;
   if (!wanted) return empty(table, {0});
-  const Storage kind = storage_of(table);
+  const Storage kind = storage_of(table, "hash_grid", "table");
   const bool direct = kind == Storage::kFloat || kind == Storage::kDouble;
   const ScalarType sum_type = kind == Storage::kDouble ? ScalarType::Double : ScalarType::Float;
   const Tensor sums = zeros(table, table.sizes(), sum_type);

@@ -27,21 +27,6 @@ using Bools = std::vector<bool>;
 // Estimated, not measured: rows of a launch that stay in the L2 cache until the sums over points read them.
 constexpr int64_t kRowBytesPerMultiprocessor = 512 << 10;
 
-Storage storage_of(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case ScalarType::Half:
-      return Storage::kHalf;
-    case ScalarType::BFloat16:
-      return Storage::kBFloat16;
-    case ScalarType::Float:
-      return Storage::kFloat;
-    case ScalarType::Double:
-      return Storage::kDouble;
-    default:
-      fail("modulated_mlp: ", name, " must be float16, bfloat16, float32 or float64");
-  }
-}
-
 struct Settings {
   const Ints& activations;
   const Doubles& omegas;
@@ -126,8 +111,9 @@ class Call {
     job.features = int(x.size(1)), job.outputs = int(outputs());
     for (const auto& layer : layers) job.widest = std::max(job.widest, layer.out);
     job.channels = modulation && modulation->dim() == 4 ? int(modulation->size(3)) : 1;
-    job.weights = storage_of(weights[0], "weights"), job.coordinates = storage_of(x, "x");
-    job.modulated = modulation ? storage_of(*modulation, "modulation") : Storage::kFloat;
+    job.weights = storage_of(weights[0], "modulated_mlp", "weights"),
+    job.coordinates = storage_of(x, "modulated_mlp", "x");
+    job.modulated = modulation ? storage_of(*modulation, "modulated_mlp", "modulation") : Storage::kFloat;
     job.terms = job.weights == Storage::kFloat ? 3 : 2, job.sum_terms = 3;
     job.point_norm = settings.point_norm, job.eps = C(settings.eps);
     job.x = x.const_data_ptr();
@@ -152,7 +138,7 @@ class Call {
   void check_tensor(const Tensor& t, const char* name) const {
     check_contiguous(t, "modulated_mlp", name);
     check_same_device(t, x, "modulated_mlp", name);
-    storage_of(t, name);
+    storage_of(t, "modulated_mlp", name);
   }
 
   std::vector<Layer> checked_layers() const {
@@ -371,7 +357,7 @@ class Derivatives {
   }
 
   void store(const Tensor& from, int64_t offset, int64_t count) {
-    const Storage kind = storage_of(results.modulation, "modulation");
+    const Storage kind = storage_of(results.modulation, "modulated_mlp", "modulation");
     auto* to = static_cast<char*>(results.modulation.mutable_data_ptr()) + offset * bytes_of(kind);
     call_.check(launch_store(read<C>(from), to, kind, count, stream()));
   }

@@ -7,6 +7,7 @@
 
 #include <string>
 
+#include "cuda/storage.h"
 #include "torch/seam.h"
 
 #ifndef CAMK_SIMULATE
@@ -45,6 +46,21 @@ class CurrentStream {
 inline void check_same_device(const Tensor& t, const Tensor& like, const char* op, const char* name) {
   require(t.is_cuda() == like.is_cuda() && t.get_device_index() == like.get_device_index(), op, ": ", name,
           " is on another device than x; move it with .to(x.device)");
+}
+
+inline Storage storage_of(const Tensor& t, const char* op, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Half:
+      return Storage::kHalf;
+    case ScalarType::BFloat16:
+      return Storage::kBFloat16;
+    case ScalarType::Float:
+      return Storage::kFloat;
+    case ScalarType::Double:
+      return Storage::kDouble;
+    default:
+      fail(op, ": ", name, " must be float16, bfloat16, float32 or float64");
+  }
 }
 
 inline std::string explain(cudaError_t error) {

@@ -83,14 +83,14 @@ def _declare(prefix: str) -> Operator:
 _COMPILED = _declare("")  # "cpu" and "cuda": the dispatcher tells them apart
 
 
-def _settings(plan: Plan, keep: bool) -> tuple:
+def _settings(plan: Plan) -> tuple:
+    """All but keep and deterministic."""
     names, omegas = list(plan.activations), list(plan.omegas)
     if plan.output_layer:
         names, omegas = [*names, plan.output_activation], [*omegas, plan.output_omega]
     skips = [i in plan.skips for i in range(len(names))]
     numbers = [ACTIVATIONS.index(name) for name in names]
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    return (numbers, omegas, skips, plan.output_layer, plan.norm == "point", plan.eps, keep, deterministic)
+    return (numbers, omegas, skips, plan.output_layer, plan.norm == "point", plan.eps)
 
 
 def _per_group(modulation: Tensor, leading: torch.Size, tail: int) -> Tensor:
@@ -133,9 +133,10 @@ def _kernels(
     points = x.reshape(-1, x.shape[-1])
     points = points if x.dtype in usable else points.to(dtype)
     biases = list(biases or ())
-    settings = _settings(plan, False)
+    settings = _settings(plan)
     values = _kept_values(points, weights, settings[0], plan.output_layer)
-    settings = _settings(plan, _keep([points, *weights, *biases, modulation], values, dtype))
+    keep = _keep([points, *weights, *biases, modulation], values, dtype)
+    settings = (*settings, keep, torch.are_deterministic_algorithms_enabled())
     y = _COMPILED(points, list(weights), biases, modulation, frequencies, settings=settings)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 

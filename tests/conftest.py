@@ -142,6 +142,10 @@ def _hash_grid_layer(**options: Any) -> torch.nn.Module:
     return camkernels.HashGrid(**sizes | options)
 
 
+def _hash_grid_draws(module: torch.nn.Module) -> list[Tensor]:
+    return [torch.empty_like(module.table).uniform_(-1.0, 1.0)]
+
+
 def _mlp_layer(**options: Any) -> torch.nn.Module:
     return camkernels.ModulatedMLP(3, 2, **{"width": 16, "activation": "silu", "norm": "point"} | options)
 
@@ -163,14 +167,7 @@ def _plane_draws(module: torch.nn.Module) -> list[Tensor]:
 
 MLP_PARAMETERS = tuple(f"layers.{i}.{name}" for i in range(3) for name in ("weight", "bias"))
 LAYERS = (
-    Layer(
-        "HashGrid",
-        "hash_grid",
-        _hash_grid_layer,
-        3,
-        ("table",),
-        lambda m: [torch.empty_like(m.table).uniform_(-1.0, 1.0)],
-    ),
+    Layer("HashGrid", "hash_grid", _hash_grid_layer, 3, ("table",), _hash_grid_draws),
     Layer("ModulatedMLP", "modulated_mlp", _mlp_layer, 3, MLP_PARAMETERS, _mlp_draws, extra_state=False),
     Layer("CoordinateModulation", "coordinate_modulation", _plane_layer, 3, ("grids",), _plane_draws),
 )

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
-from numbers import Integral
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,3 +64,12 @@ def check_choice(op: str, name: str, value: object, choices: Iterable[str | None
     choices = list(choices)
     if value not in choices:
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_number(op: str, name: str, value: Any, least: float = -math.inf) -> None:
+    """TypeError unless the value is a number, ValueError unless it is finite and at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{op}: {name} must be a number, got {value!r}")
+    if not (-math.inf < value < math.inf and value >= least):  # torch.compile cannot trace isfinite of a free number
+        bound = "" if least == -math.inf else f" and at least {least:g}"
+        raise ValueError(f"{op}: {name} must be finite{bound}, got {value!r}")

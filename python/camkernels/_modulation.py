@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import check_choice, check_floating, check_same_device, check_shape
+from ._checks import check_choice, check_floating, check_number, check_same_device, check_shape
 
 ACTIVATIONS = (
     None, "relu", "leaky_relu", "gelu", "silu", "softplus", "sigmoid", "tanh", "exponential", "squareplus", "sine",
@@ -104,15 +103,6 @@ def _per_layer(op: str, name: str, value: Any, hidden: int) -> tuple:
         given = f"{len(value)} items" if isinstance(value, (list, tuple)) else f"{type(value).__name__}"
         raise ValueError(f"{op}: {name} must be one value or a list of one per hidden layer, {hidden}, got {given}")
     return tuple(value)
-
-
-def check_number(op: str, name: str, value: Any, least: float = -math.inf) -> None:
-    """TypeError unless the value is a number, ValueError unless it is finite and at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{op}: {name} must be a number, got {value!r}")
-    if not (-math.inf < value < math.inf and value >= least):  # torch.compile cannot trace isfinite of a free number
-        bound = "" if least == -math.inf else f" and at least {least:g}"
-        raise ValueError(f"{op}: {name} must be finite{bound}, got {value!r}")
 
 
 def check_frequencies(op: str, frequencies: Tensor | None, activation: str | None, width: int) -> None:

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._checks import check_choice, check_floating, check_same_device, check_shape, check_size
-from ._modulation import check_number
+from ._checks import check_choice, check_floating, check_number, check_same_device, check_shape, check_size
 
 KINDS = (
     "nlin", "ivq", "ivmq", "ivd", "ivc", "gauss", "sgauss2", "nsgauss2", "markov", "expsin", "qd", "mqd", "phs1",

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from . import reference, triton
 from ._autograd import Argument, Operator
 from ._backends import BACKENDS, Call, choose, round_to_autocast
-from ._checks import check_choice, check_dtype, check_floating, check_same_device, check_shape
+from ._checks import check_choice, check_dtype, check_floating, check_number, check_same_device, check_shape
 from ._geometry import GridGeometry
 from ._layers import KeepsGeometry
-from ._modulation import check_number
 from .reference.hash_grid import count_levels
 
 __all__ = ["GridGeometry", "HashGrid", "hash_grid"]

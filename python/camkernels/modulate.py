@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from . import reference
 from ._backends import BACKENDS, Call, choose, define, round_to_autocast
-from ._checks import check_choice, check_floating
-from ._modulation import ACTIVATIONS, NORMS, check_number
+from ._checks import check_choice, check_floating, check_number
+from ._modulation import ACTIVATIONS, NORMS
 
 __all__ = ["Modulate", "modulate"]
 

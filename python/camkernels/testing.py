@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import reference
 from ._cases import hash_grid as _hash_grid
-from ._cases import modulated_mlp as _modulated_mlp
+from ._cases import modulated_mlp as _mlp
 from ._cases import radial_basis as _radial_basis
 from ._cases.golden import Golden, golden_names, load_golden, load_json
 from ._cases.hash_grid import face_distance, safe_points
@@ -173,26 +173,21 @@ CASES: dict[str, tuple[Case, ...]] = {
     op: _cases(op, maker, named, **fields)
     for op, maker, named, fields in (
         ("hash_grid", _hash_grid.make, _hash_grid.case_options(), {"beside": ("max_level",)}),
-        ("modulated_mlp", _modulated_mlp.make_mlp, _modulated_mlp.mlp_options(), {"beside": ("modulation",)}),
+        ("modulated_mlp", _mlp.make_mlp, _mlp.mlp_options(), {"beside": ("modulation",)}),
         (
             "modulate",
-            _modulated_mlp.make_modulate,
-            _modulated_mlp.modulate_options(),
+            _mlp.make_modulate,
+            _mlp.modulate_options(),
             {"coordinates": "h", "beside": ("gamma", "beta"), "axes": 1},
         ),
-        (
-            "coordinate_modulation",
-            _modulated_mlp.make_lookup,
-            _modulated_mlp.lookup_options(),
-            {"coordinates": "coords"},
-        ),
+        ("coordinate_modulation", _mlp.make_lookup, _mlp.lookup_options(), {"coordinates": "coords"}),
         ("radial_basis", _radial_basis.make, _radial_basis.case_options(), {"beside": ("neighbors",)}),
     )
 }
 # What jumps at a cell face, where either side is right, and who knows the sides.
 SIDED: dict[str, tuple[Any, tuple[str, ...]]] = {
     "hash_grid": (_hash_grid, ("value", "jacobian", "grad.points")),
-    "coordinate_modulation": (_modulated_mlp, ("grad.points",)),
+    "coordinate_modulation": (_mlp, ("grad.points",)),
 }
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from . import ROOT
-from .cases import Floor
+from .case import Floor
 
 SOURCE = Path(__file__).with_name("ceilings.cpp")
 FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared"]
@@ -163,17 +163,19 @@ def measure(threads: int = 1) -> dict:
 def floor_ns(floor: Floor, ceilings: dict) -> dict[str, float]:
     """ns per point that each part of a floor takes at the ceilings; the largest is the floor of the whole.
 
-    A lookup goes at the rate of the smallest measured table that holds the memory it falls in.
+    A lookup goes at the rate of the smallest measured table that holds the memory it falls in; matrix products go at
+    the rate of their dtype where there is one.
     """
     sizes = sorted(map(int, ceilings["lookups"]))
     total = 0.0
     for size, count in floor.lookups:
         fitting = next((s for s in sizes if s >= size), sizes[-1])
         total += count / ceilings["lookups"][str(fitting)] * 1e9
+    rate = ceilings.get("product_gflops", {}).get(floor.product, ceilings["fma_gflops"])
     return {
         "lookups": total,
         "memory": floor.memory / ceilings["copy_gbs"],
-        "arithmetic": floor.flops / ceilings["fma_gflops"],
+        "arithmetic": floor.flops / rate,
     }
 
 

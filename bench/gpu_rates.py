@@ -3,6 +3,7 @@
 
     random reads    of 4, 8 and 16 bytes in 2 and 40 MiB: the forward pass of a hash grid cannot read faster
     sums            into random rows of 1, 2 and 4 float32, alone, and 8 or 64 in the same place: its table gradient
+    products        of matrices, in float32 proper, in TF32 and in half precision: an MLP cannot compute faster
     sorting         2^20 keys: whether points should be sorted first
     calls           of one point, in Python and from a CUDA graph: what a small batch pays
 
@@ -31,6 +32,7 @@ MIB = 1 << 20
 READS = 1 << 22
 POINTS = 1 << 20
 COPY_BYTES = 256 * MIB
+PRODUCTS, PRODUCT_SIZE = ("float32", "tf32", "bfloat16", "float16"), 8192
 ROUNDS, WARM_UPS = 10, 2
 LOOKUP_BYTES = (1 << 16, 1 << 19, 1 << 22, 40 * MIB)
 
@@ -83,19 +85,31 @@ def copying(device: str, size: int = COPY_BYTES) -> Work:
     return Work("copy", "bytes", 2 * size, lambda: into.copy_(source))
 
 
-def products(device: str, size: int = 4096) -> Work:
-    """Multiplications and additions of float32, each counted; TF32 stays as PyTorch has it, off by default."""
-    a = torch.ones(size, size, device=device)
-    return Work("float32 product", "flops", 2.0 * size**3, lambda: torch.mm(a, a))
+def product(device: str, kind: str, size: int = PRODUCT_SIZE) -> Work:
+    """Multiplications and additions of a matrix product; kind: a dtype, or "tf32", which float32 is not."""
+    a = torch.ones(size, size, device=device, dtype=getattr(torch, "float32" if kind == "tf32" else kind))
+    into, precision = torch.empty_like(a), "high" if kind == "tf32" else "highest"
+
+    def run() -> None:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(precision)
+        try:
+            torch.mm(a, a, out=into)
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    return Work(f"{kind} product", "flops", 2.0 * size**3, run)
 
 
 def ceilings(device: str = "cuda", seconds: float = 1.0) -> dict:
     """As `bench.ceilings.measure`, of a GPU."""
     reads = {size: random_reads(device, size, 8) for size in LOOKUP_BYTES}
-    works = [copying(device), products(device), *reads.values()]
+    products = {kind: product(device, kind) for kind in PRODUCTS}
+    works = [copying(device), *products.values(), *reads.values()]
     found = {name: result["per_second"]["median"] for name, result in measure(works, device, seconds).items()}
     return {
         "fma_gflops": found["float32 product"] / 1e9,
+        "product_gflops": {kind: found[work.name] / 1e9 for kind, work in products.items()},
         "copy_gbs": found["copy"] / 1e9,
         "lookups": {str(size): found[work.name] for size, work in reads.items()},
         "threads": 1,
@@ -166,7 +180,8 @@ def all_works(device: str = "cuda", shrink: int = 1) -> Iterator[Work]:
         for row in (4, 8, 16):
             yield random_reads(device, size // shrink, row, READS // shrink)
     yield copying(device, COPY_BYTES // shrink)
-    yield products(device, max(1, 4096 // shrink))
+    for kind in PRODUCTS:
+        yield product(device, kind, max(1, PRODUCT_SIZE // shrink))
     yield scalar_sums(device, POINTS // shrink)
     for backend in own_backends(device):
         for features in (1, 2, 4):

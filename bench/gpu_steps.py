@@ -28,6 +28,7 @@ PYTHON = (sys.executable, "-m")
 TAIL = 40  # lines of a step's output that are kept
 GRACE = 5.0  # seconds between asking a step to end and ending it
 PROVIDERS = "cuda,triton,eager,eager_fair,compile,tinycudann"
+MLP_PROVIDERS = "cuda,triton,eager,compile"
 
 
 def _nothing(folder: Path) -> dict[str, Any]:
@@ -158,11 +159,26 @@ def _no_build() -> str | None:
     return f"there is no nvcc; {have}"
 
 
-def _benchmark(folder: Path, name: str, about: str, limit: float, case: str, passes: str = "forward,fb-table") -> Step:
-    """A case of bench.run; the rounds get a quarter of the limit, torch.compile and the comparison the rest."""
-    arguments = ("--device", "cuda", "--cases", case, "--passes", passes, "--providers", PROVIDERS)
-    out = ("--seconds", f"{limit / 4:g}", "--rounds", "10", "--out", str(folder / f"{name}.jsonl"))
+def _benchmark(
+    folder: Path,
+    name: str,
+    about: str,
+    limit: float,
+    case: str,
+    passes: str = "forward,fb-table",
+    providers: str = PROVIDERS,
+) -> Step:
+    """Cases of bench.run; the rounds get a quarter of the limit, torch.compile and the comparison the rest."""
+    arguments = ("--device", "cuda", "--cases", case, "--passes", passes, "--providers", providers)
+    seconds = limit / 4 / len(case.split(","))
+    out = ("--seconds", f"{seconds:g}", "--rounds", "10", "--out", str(folder / f"{name}.jsonl"))
     return Step(name, about, (*PYTHON, "bench.run", *arguments, *out), limit, 20, _records)
+
+
+def _perceptron(folder: Path, name: str, about: str, network: str, size: str, half: str) -> Step:
+    """A network in float32 and in half precision."""
+    case = ",".join(f"modulated_mlp/{network}/{dtype}/{size}" for dtype in ("float32", half))
+    return _benchmark(folder, name, about, 80, case, "forward,fb-parameters", MLP_PROVIDERS)
 
 
 def marked() -> list[str]:
@@ -176,7 +192,7 @@ def all_steps(folder: Path = Path("FOLDER")) -> list[Step]:
     """In the order in which they are worth having; `folder` is where they leave their results."""
     report = folder / "tests.xml"
     pytest = (*PYTHON, "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider")
-    benchmark = functools.partial(_benchmark, folder)
+    benchmark, perceptron = (functools.partial(make, folder) for make in (_benchmark, _perceptron))
     grid = "hash_grid/{}/tcnn/{}/float32/{}".format
     return [
         Step(
@@ -202,6 +218,9 @@ def all_steps(folder: Path = Path("FOLDER")) -> list[Step]:
         benchmark("grid-3d-sorted", "the same in Morton order", 45, grid("3d", "coherent", "n20")),
         benchmark("grid-3d-small", "2^14 points", 45, grid("3d", "uniform", "n14")),
         benchmark("grid-2d", "2^20 random points in 2-D", 45, grid("2d", "uniform", "n20")),
+        perceptron("mlp-narrow", "2^20 points, 64 wide, modulated", "narrow", "n20", "bfloat16"),
+        perceptron("mlp-wide", "2^17 points, 256 wide, modulated", "wide", "n17", "bfloat16"),
+        perceptron("mlp-ngp", "2^20 points, 64 wide", "instant-ngp", "n20", "float16"),
     ]  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from camkernels import GridGeometry
 
+FORMS = ("blend", "fair", "sum")
 PRIMES = (1, 2654435761, 805459861)
 
 

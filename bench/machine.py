@@ -25,15 +25,16 @@ REGIMES: dict[str, dict[str, str]] = {
         "MALLOC_TOP_PAD_": "268435456",
     },
 }
-MALLOC_VARIABLES = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_THRESHOLD_")
+VARIABLES = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_THRESHOLD_")
+VARIABLES += ("CAMKERNELS_RECOMPUTE",)
 
 
-def environment(threads: int, malloc: dict[str, str]) -> dict[str, str]:
-    """Environment of a measuring process: malloc settings and thread count are nobody's but ours."""
-    kept = {name: value for name, value in os.environ.items() if name not in MALLOC_VARIABLES}
+def environment(threads: int, regime: dict[str, str]) -> dict[str, str]:
+    """Environment of a measuring process: what a regime sets and the thread count are nobody's but ours."""
+    kept = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     counts = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    return kept | malloc | counts | {"OMP_WAIT_POLICY": "passive", "PYTHONPATH": path}
+    return kept | regime | counts | {"OMP_WAIT_POLICY": "passive", "PYTHONPATH": path}
 
 
 def load() -> float | None:

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from . import ROOT, cases, machine, providers
-from .cases import Case, Pass
+from .case import Case, Pass
 from .providers import Provider
 from .worker import Job, base_record, make_cotangent
 
@@ -31,8 +31,14 @@ REGIMES: dict[str, dict[str, str]] = {
     "default": {},  # what the process takes with malloc as it is: freed blocks stay with it, and leave gaps
     # every block above 64 KB is mapped on its own and given back when freed: the peak is that of live memory
     "live": {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
+    "recompute": {"CAMKERNELS_RECOMPUTE": "1"},  # as "default", of an op that computes again what it could keep
 }
 TIMEOUT_S = 900
+
+
+def regimes(case: Case, provider: str) -> list[str]:
+    """Those that make a difference to a provider."""
+    return [name for name in REGIMES if name != "recompute" or (case.recomputes and provider == "cpu")]
 
 
 class NotSupportedError(RuntimeError):

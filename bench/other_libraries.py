@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cases import Case, Inputs, Pass
+from .case import Case, Inputs, Pass
 
 
 def _wrong_case(library: str, case: Case, task: Pass, dtype: str) -> str | None:

@@ -20,8 +20,8 @@ from torch.nn.functional import pad
 import camkernels
 from camkernels import _backends
 
-from . import hash_grid_eager, other_libraries
-from .cases import Case, Inputs, Pass
+from . import hash_grid_eager, modulated_mlp_eager, other_libraries
+from .case import Case, Inputs, Pass, arguments
 
 Outputs = dict[str, Tensor]  # "value", "jacobian", and the gradients by the name of their input
 
@@ -47,13 +47,13 @@ class TorchTask:
 
     def prepare(self, inputs: Inputs, cotangent: Tensor | None) -> None:
         self.inputs = {name: t.detach().requires_grad_(name in self.task.wrt) for name, t in inputs.items()}
-        self.cotangent = cotangent
+        self.arguments, self.cotangent = arguments(self.inputs), cotangent
 
     def run(self) -> tuple[Any, tuple[Tensor, ...]]:
         if not self.task.wrt:
             with torch.no_grad():
-                return self.function(**self.inputs), ()
-        y = self.function(**self.inputs)
+                return self.function(**self.arguments), ()
+        y = self.function(**self.arguments)
         return y, torch.autograd.grad(y, [self.inputs[name] for name in self.task.wrt], self.cotangent)
 
     def export(self, result: tuple[Any, tuple[Tensor, ...]]) -> Outputs:
@@ -116,11 +116,9 @@ def _compile_reference(case: Case, task: Pass, device: str) -> Task:
 
 # ---- eager PyTorch ---------------------------------------------------------------------------------------------------
 
-# op -> (options, device, form) -> function of the inputs. Forms: "blend", the baseline; "sum", another way to write it;
-# "fair", the baseline with the fastest operations PyTorch has. An op may treat forms that it lacks as the first.
-EAGER: dict[str, Callable[[dict[str, Any], str, str], Callable[..., Tensor]]] = {
-    "hash_grid": hash_grid_eager.make,
-}
+# Op -> module with FORMS and make(options, device, form) -> function of the inputs. Forms: "blend", the baseline, which
+# every op has; "sum", another way to write it; "fair", the baseline with the fastest operations PyTorch has.
+EAGER: dict[str, Any] = {"hash_grid": hash_grid_eager, "modulated_mlp": modulated_mlp_eager}
 
 
 def with_jacobian(function: Callable[..., Tensor], points: str = "x") -> Callable[..., tuple[Tensor, Tensor]]:
@@ -143,14 +141,21 @@ def with_jacobian(function: Callable[..., Tensor], points: str = "x") -> Callabl
 
 
 def _eager(case: Case, task: Pass, device: str, form: str = "blend", compiled: bool = False) -> Task:
-    function = EAGER[case.op](case.options(), device, form)
+    function = EAGER[case.op].make(case.options(), device, form)
     if task.jacobian:
         function = with_jacobian(function)
     return TorchTask(_compile(function) if compiled else function, task)
 
 
-def _no_eager(case: Case, task: Pass, device: str) -> str | None:
-    return None if case.op in EAGER else f"{case.op} has no eager baseline"
+def _no_eager(case: Case, task: Pass, device: str, form: str = "blend") -> str | None:
+    if case.op not in EAGER:
+        return f"{case.op} has no eager baseline"
+    return None if form in EAGER[case.op].FORMS else f"the eager baseline of {case.op} has one form only"
+
+
+def _eager_provider(name: str, about: str, form: str) -> Provider:
+    make, missing = (functools.partial(function, form=form) for function in (_eager, _no_eager))
+    return Provider(name, about, make, missing, scratch=1.0)
 
 
 # ---- registry --------------------------------------------------------------------------------------------------------
@@ -176,13 +181,9 @@ def _library(name: str, about: str, slack: float) -> Provider:
 
 PROVIDERS: tuple[Provider, ...] = (
     *(_camkernels(backend) for backend in _backends.BACKENDS),
-    Provider("eager", "eager PyTorch, table[index]", _eager, _no_eager, scratch=1.0),
-    Provider(
-        "eager_fair", "eager PyTorch, index_select", functools.partial(_eager, form="fair"), _no_eager, scratch=1.0
-    ),
-    Provider(
-        "eager_sum", "eager PyTorch, sum over corners", functools.partial(_eager, form="sum"), _no_eager, scratch=1.0
-    ),
+    _eager_provider("eager", "eager PyTorch, the baseline", "blend"),
+    _eager_provider("eager_fair", "eager PyTorch, the hash grid with index_select for table[index]", "fair"),
+    _eager_provider("eager_sum", "eager PyTorch, the hash grid as a sum over corners", "sum"),
     Provider(
         "compile",
         "torch.compile of eager",

@@ -4,7 +4,8 @@
     python -m bench.run --list                         what there is to measure
     python -m bench.run --quick                        two minutes: small inputs, the baselines and the backends
     python -m bench.run                                2^17 points, all providers, both allocator regimes
-    python -m bench.run --gate                         what the CPU kernels must reach, with verdicts, in ten minutes
+    python -m bench.run --gate                         what the CPU kernels must reach, with verdicts, in half an hour
+    python -m bench.run --gate modulated_mlp           of one op
     python -m bench.run --cases '*/coherent/*' --passes forward,fb-both --providers cpu,eager --memory
     python -m bench.run --base bench/results/old.jsonl --out bench/results/new.jsonl        and how it changed
 
@@ -26,7 +27,7 @@ from pathlib import Path
 from camkernels import _gpu
 
 from . import ROOT, cases, gate, machine, memory, providers, report, worker
-from .cases import Case
+from .case import Case
 
 QUICK_PROVIDERS = "cpu,cuda,triton,eager,eager_fair"
 RESULTS = ROOT / "bench" / "results"
@@ -40,8 +41,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--list", action="store_true", help="show cases, passes and providers, measure nothing")
     add("--quick", action="store_true", help="small inputs, few rounds, one regime")
-    add("--gate", action="store_true", help="exactly the gate's cases and passes, with verdicts")
-    add("--cases", metavar="GLOB", help="cases whose name matches (default: float32, uniform, 2^17)")
+    add("--gate", nargs="?", const="all", metavar="OP", help="the cases and passes of the gate, or of one op in it")
+    add("--cases", metavar="GLOBS", help="cases whose name matches one (default: float32, uniform, 2^17)")
     add("--providers", metavar="NAMES", help="comma-separated (default: all)")
     add("--passes", metavar="NAMES", help="comma-separated (default: all of the case)")
     add("--regimes", metavar="NAMES", help="allocator: default,tuned (both)")
@@ -72,15 +73,18 @@ def apply_presets(options: argparse.Namespace) -> argparse.Namespace:
     if options.threads < 1:
         raise ValueError(f"--threads must be at least 1, got {options.threads}")
     preset = "gate" if options.gate else "quick" if options.quick else "default"
-    options.cases = cases.select(options.cases) if options.cases else cases.select(tag=preset)
-    options.memory = options.memory or options.gate
+    if options.gate:
+        options.cases = gate.select(options.gate)
+    else:
+        options.cases = cases.select(options.cases) if options.cases else cases.select(tag=preset)
+    options.memory = options.memory or options.gate is not None
     options.rounds = options.rounds or (5 if options.quick else 15)
     if options.seconds is None:
         options.seconds = {"gate": None, "quick": 8.0, "default": 60.0}[preset]
     asked = options.providers or {"gate": gate.PROVIDERS, "quick": QUICK_PROVIDERS, "default": None}[preset]
     options.providers = tuple(provider.name for provider in providers.select(asked))
     every = dict.fromkeys(name for case in options.cases for name in case.passes)
-    passes = gate.PASSES if options.gate or options.quick else every
+    passes = [name for name in gate.PASSES if name in every] if options.gate or options.quick else every
     options.passes = names(options.passes or ",".join(passes), set(every), "pass")
     regimes = "tuned" if options.quick or options.device == "cuda" else ",".join(machine.REGIMES)
     options.regimes = names(options.regimes or regimes, set(machine.REGIMES), "regime")
@@ -135,7 +139,7 @@ def measure_memory(case: Case, options: argparse.Namespace) -> list[dict]:
             reason = provider.missing(case, case.passes[task], device) or worker.too_large(case, provider, device)
             if reason is None and not (options.gate and name not in gate.MEMORY_PROVIDERS):
                 print(f"  {case.name} {task} memory of {name}", file=sys.stderr, flush=True)
-                for regime in memory.REGIMES:
+                for regime in memory.regimes(case, name):
                     found.append(memory.measure(case.name, name, task, options.threads, regime))
     return found
 
@@ -151,7 +155,7 @@ def measure(options: argparse.Namespace) -> list[dict]:
 
     options.out.parent.mkdir(parents=True, exist_ok=True)
     for case in options.cases:
-        seconds = options.seconds or gate.SECONDS[case.facts["dims"]]
+        seconds = options.seconds or gate.SECONDS[case.name]
         for regime in options.regimes:
             job = worker.Job(
                 case=case.name,
@@ -184,7 +188,7 @@ def main(arguments: list[str] | None = None) -> int:
     records = measure(options)
     print(report.table(records))
     if options.gate:
-        print("\n".join(gate.lines(records)))
+        print("\n".join(gate.lines(records, options.cases)))
     if options.base is not None:
         print(report.changes(report.load([options.base]), records))
     if options.plot is not None:

@@ -21,19 +21,13 @@ from torch import Tensor
 import camkernels
 
 from . import cases, ceilings, gpu_rates, machine, providers, timing
-from .cases import Case, Inputs, Pass
+from .case import Case, Inputs, Pass, arguments
 from .providers import Outputs, Provider, Task
 
 SCHEMA = 1
 WARM_UPS = 2
 SAMPLE_POINTS = 4096
 MEMORY_SHARE = 0.7
-# ||a - b|| / ||b|| of outputs and gradients. Positions rounded twice instead of once move weights by 1e-4 at resolution
-# 2048 and single points into the next cell, where the derivative differs. bfloat16 gradients of the table are summed in
-# bfloat16 by PyTorch, up to some thousand times for one entry.
-TOLERANCES = {"value": 1e-3, "jacobian": 3e-2, "x": 3e-2, "table": 1e-3}
-DEFAULT_TOLERANCE = 1e-3
-TOLERANCES_BFLOAT16 = TOLERANCES | {"value": 1e-2, "table": 2e-1}
 
 
 @dataclass(frozen=True)
@@ -76,12 +70,11 @@ def relative_error(a: Tensor, b: Tensor) -> float:
     return error if error == error else float("inf")
 
 
-def compare(outputs: Outputs, expected: Outputs, dtype: str, slack: float) -> tuple[dict[str, float], str | None]:
-    """(relative errors, the first disagreement as a sentence)."""
-    tolerances = TOLERANCES_BFLOAT16 if dtype == "bfloat16" else TOLERANCES
+def compare(outputs: Outputs, expected: Outputs, case: Case, slack: float) -> tuple[dict[str, float], str | None]:
+    """(relative errors ||a - b|| / ||b||, the first that the case does not allow as a sentence)."""
     errors = {name: relative_error(outputs[name], expected[name]) for name in expected}
     for name, error in errors.items():
-        allowed = slack * tolerances.get(name, DEFAULT_TOLERANCE)
+        allowed = slack * case.tolerances[name]
         if not error <= allowed:
             return errors, f"disagrees in {name}: relative error {error:.1e}, allowed {allowed:.0e}"
     return errors, None
@@ -94,7 +87,7 @@ def make_cotangent(case: Case, task: Pass, inputs: Inputs) -> Tensor | None:
     points = case.make_points(1, 0)
     first = {name: t[:1] if name in points else t for name, t in inputs.items()}
     with torch.no_grad():
-        y = getattr(camkernels.reference, case.op)(**first, **case.options())
+        y = getattr(camkernels.reference, case.op)(**arguments(first), **case.options())
     count = inputs[next(iter(points))].shape[0]
     drawn = torch.randn(count, *y.shape[1:], generator=torch.Generator().manual_seed(7))
     return drawn.to(device=y.device, dtype=y.dtype)
@@ -111,7 +104,7 @@ def check_sample(case: Case, task: Pass, provider: Provider, inputs: Inputs, dev
         sample = source.make(case, task, device)
         sample.prepare(some, cotangent)
         results.append(sample.export(sample.run()))
-    return compare(results[1], results[0], case.facts["dtype"], provider.slack)[1]
+    return compare(results[1], results[0], case, provider.slack)[1]
 
 
 # ---- one pass --------------------------------------------------------------------------------------------------------
@@ -161,7 +154,7 @@ def gather(case: Case, task: Pass, job: Job, inputs: Inputs, cotangent: Tensor |
             elif anchor is None:
                 candidate.reason = "nothing to compare it with; name a provider that is not compiled beside it"
             else:
-                errors, candidate.reason = compare(outputs, anchor, case.facts["dtype"], provider.slack)
+                errors, candidate.reason = compare(outputs, anchor, case, provider.slack)
                 candidate.agreement = errors
         except Exception as error:  # whatever another library raises is its reason, the others are still measured
             candidate.reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

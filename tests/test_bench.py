@@ -21,7 +21,21 @@ if not (ROOT / "bench" / "run.py").exists():
     pytest.skip("the bench folder is not here", allow_module_level=True)
 sys.path.insert(0, str(ROOT))
 
-from bench import cam_effect, cases, ceilings, gate, machine, memory, providers, report, run, timing, worker  # noqa: E402
+from bench import (  # noqa: E402  # noqa: E402
+    cam_effect,
+    cases,
+    ceilings,
+    gate,
+    hash_grid_cases,
+    machine,
+    memory,
+    providers,
+    report,
+    run,
+    timing,
+    worker,
+)
+from bench.case import Case, Floor  # noqa: E402
 
 from camkernels import _bench  # noqa: E402
 from pictures import save  # noqa: E402
@@ -37,10 +51,10 @@ def small_grid(monkeypatch) -> None:
     def small(dims: int, convention: str) -> camkernels.GridGeometry:
         return camkernels.GridGeometry.build(dims, 4, 2, 8, 4, finest_resolution=32, convention=convention)
 
-    monkeypatch.setattr(cases, "grid_geometry", small)
+    monkeypatch.setattr(hash_grid_cases, "grid_geometry", small)
 
 
-def tiny(name: str) -> cases.Case:
+def tiny(name: str) -> Case:
     return dataclasses.replace(cases.find(name), points=TINY)
 
 
@@ -62,30 +76,30 @@ def test_case_names_are_unique_and_cover_what_is_promised():
     assert all(case.op in cases.OPS and hasattr(camkernels, case.op) for case in every)
 
 
-def test_gate_selects_both_dims_and_nothing_else():
-    names = {case.name for case in cases.select(tag="gate")}
-    assert names == {f"hash_grid/{dims}d/nerfstudio/uniform/float32/n17" for dims in (2, 3)}
-
-
 def test_select_by_pattern_and_a_pattern_without_cases():
     assert all("/coherent/" in case.name for case in cases.select("*/coherent/*"))
+    two = cases.select("hash_grid/2d/tcnn/coherent/float32/n14, modulated_mlp/siren/float16/n20")
+    assert [case.op for case in two] == ["hash_grid", "modulated_mlp"]
     with pytest.raises(ValueError, match="no case matches"):
         cases.select("nothing*")
 
 
-@pytest.mark.parametrize("draw, dims", [(cases.uniform_points, 3), (cases.morton_points, 3), (cases.raster_points, 2)])
+@pytest.mark.parametrize(
+    "draw, dims",
+    [(hash_grid_cases.uniform_points, 3), (hash_grid_cases.morton_points, 3), (hash_grid_cases.raster_points, 2)],
+)
 def test_points_lie_in_the_unit_cube_and_follow_the_seed(draw, dims):
     x = draw(512, dims, 3)
     assert x.shape == (512, dims) and x.min() >= 0 and x.max() <= 1
     assert torch.equal(x, draw(512, dims, 3)) and not torch.equal(x, draw(512, dims, 4))
 
 
-@pytest.mark.parametrize("draw, dims", [(cases.morton_points, 3), (cases.raster_points, 2)])
+@pytest.mark.parametrize("draw, dims", [(hash_grid_cases.morton_points, 3), (hash_grid_cases.raster_points, 2)])
 def test_coherent_points_are_near_their_neighbours(draw, dims):
     def step(x):
         return (x[1:] - x[:-1]).norm(dim=-1).median()
 
-    assert step(draw(4096, dims, 0)) < 0.3 * step(cases.uniform_points(4096, dims, 0))
+    assert step(draw(4096, dims, 0)) < 0.3 * step(hash_grid_cases.uniform_points(4096, dims, 0))
 
 
 @pytest.mark.parametrize(
@@ -95,11 +109,12 @@ def test_floors_grow_with_the_work(name):
     case = cases.find(name)
     floors = {task: case.floor(case.passes[task]) for task in case.passes}
     lookups = {task: sum(count for _, count in floor.lookups) for task, floor in floors.items()}
-    corners = cases.LEVELS * 2 ** case.facts["dims"]
+    corners = hash_grid_cases.LEVELS * 2 ** case.facts["dims"]
     assert lookups["forward"] == lookups["jacobian"] == corners
     assert lookups["fb-table"] == lookups["fb-x"] == 2 * corners and lookups["fb-both"] == 3 * corners
     assert floors["forward"].memory < floors["fb-x"].memory < floors["fb-both"].memory
-    assert max(size for size, _ in floors["forward"].lookups) <= cases.grid_geometry(3, "nerfstudio").sizes[0] * 8
+    table = 8 * hash_grid_cases.grid_geometry(3, "nerfstudio").sizes[0]
+    assert max(size for size, _ in floors["forward"].lookups) <= table
 
 
 # ---- providers -------------------------------------------------------------------------------------------------------
@@ -177,8 +192,14 @@ def test_contended_rounds():
 
 
 def test_ceilings_of_a_floor():
-    floor = cases.Floor(((1000, 2), (1 << 20, 10), (1 << 30, 1)), 50.0, 200.0)
-    assert ceilings.floor_ns(floor, LIMITS) == pytest.approx({"lookups": 12.0, "memory": 5.0, "arithmetic": 2.0})
+    work = ((1000, 2), (1 << 20, 10), (1 << 30, 1)), 50.0, 200.0
+    expected = {"lookups": 12.0, "memory": 5.0, "arithmetic": 2.0}
+    assert ceilings.floor_ns(Floor(*work), LIMITS) == pytest.approx(expected)
+    gpu = LIMITS | {"product_gflops": {"float32": 50.0, "bfloat16": 800.0}}
+    for product, arithmetic in ((None, 2.0), ("float32", 4.0), ("bfloat16", 0.25)):
+        found = ceilings.floor_ns(Floor(*work, product), gpu)
+        assert found == pytest.approx(expected | {"arithmetic": arithmetic})
+    assert ceilings.floor_ns(Floor(*work, "bfloat16"), LIMITS)["arithmetic"] == pytest.approx(2.0)
 
 
 def test_without_a_compiler_ceilings_are_estimates(monkeypatch):
@@ -262,32 +283,22 @@ def test_headline_is_the_smaller_ratio_and_changes_compare(records):
     assert "none of these" in report.changes(tuned, default)
 
 
-def test_gate_verdicts(records):
-    told = gate.lines(_faked(records, "cpu", "tuned", 32.0, 100.0) + _faked(records, "cpu", "default", 31.0, 90.0))
-    over_eager = [line for line in told if line.startswith("2-D") and " vs eager" in line]
-    forward, backward = over_eager
-    assert "tuned  32.0x" in forward and "default  31.0x" in forward and "short of it by 11 %" in forward
-    assert backward.endswith("PASS") and "needs 30x" in backward
-    assert sum("not measured" in line for line in told) == 4 + 2  # 3-D and memory
-    held = [{**records[0], "kind": "memory", "threads": 1, "points": 1 << 17, "status": "ok", "pass": "fb-table"}]
-    held[0] |= {"result_bytes_per_point": 50.0, "regime": "default"}
-    held = [held[0] | {"provider": name, "bytes_per_point": size} for name, size in (("cpu", 100.0), ("eager", 700.0))]
-    assert "100 B/point, eager 700: 1/7.0; needs 1/6 (default): PASS; floor" in gate.memory_line(held, gate.MEMORY[1])
-
-
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 
 def test_presets_of_the_command_line():
     options = run.parse(["--gate"])
     assert options.memory and options.passes == gate.PASSES and options.regimes == ("default", "tuned")
-    assert [case.facts["dims"] for case in options.cases] == [3, 2] and options.rounds == 15
+    assert [case.name for case in options.cases] == [gate.GRID_3D, gate.GRID_2D, gate.WIDE, gate.NARROW]
+    assert options.rounds == 15 and run.parse(["--gate", "modulated_mlp"]).cases == options.cases[2:]
     quick = run.parse(["--quick", "--providers", "cpu"])
     assert quick.providers == ("cpu",) and quick.regimes == ("tuned",) and not quick.memory
     with pytest.raises(SystemExit):
         run.parse(["--passes", "sideways"])
     with pytest.raises(SystemExit):
         run.parse(["--gate", "--quick"])
+    with pytest.raises(SystemExit):
+        run.parse(["--gate", "median"])
 
 
 def test_list_names_everything(capsys):
@@ -298,8 +309,10 @@ def test_list_names_everything(capsys):
 
 def test_environment_of_a_worker_is_set_by_the_regime_alone(monkeypatch):
     monkeypatch.setenv("MALLOC_TOP_PAD_", "1")
+    monkeypatch.setenv("CAMKERNELS_RECOMPUTE", "1")
     plain, tuned = (machine.environment(3, machine.REGIMES[regime]) for regime in ("default", "tuned"))
-    assert "MALLOC_TOP_PAD_" not in plain and tuned["MALLOC_TOP_PAD_"] == "268435456"
+    assert not {"MALLOC_TOP_PAD_", "CAMKERNELS_RECOMPUTE"} & set(plain)
+    assert tuned["MALLOC_TOP_PAD_"] == "268435456"
     assert plain["OMP_NUM_THREADS"] == "3"
 
 

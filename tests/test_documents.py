@@ -81,21 +81,21 @@ def test_the_readme_quotes_its_result_file():
 
     (name,) = set(re.findall(r"`(bench/results/[^`]+\.jsonl)`", README))
     records = report.load([ROOT / name])
-    for dims, task, title in (
-        (3, "forward", "3-D forward"),
-        (3, "fb-table", "3-D forward and table gradient"),
-        (2, "forward", "2-D forward"),
-        (2, "fb-table", "2-D forward and table gradient"),
+    for case, task, title in (
+        (gate.GRID_3D, "forward", "3-D forward"),
+        (gate.GRID_3D, "fb-table", "3-D forward and table gradient"),
+        (gate.GRID_2D, "forward", "2-D forward"),
+        (gate.GRID_2D, "fb-table", "2-D forward and table gradient"),
     ):
         wanted = {"kind": "time", "regime": gate.REGIME, "variant": "warm"}
-        found = gate._find(records, dims, task, gate.PROVIDER, **wanted)
+        found = gate.find(records, case, task, gate.PROVIDER, **wanted)
         eager, compiled = (found["speedup"][name] for name in ("eager", "compile"))
         ratios = f"{eager['median']:.0f} ({eager['q1']:.0f}-{eager['q3']:.0f}) | {compiled['median']:.2g}"
         row = f"| {title} | {ratios} | {found['ns_per_point']['median']:.0f} | {found['of_ceiling'] * 100:.0f} % | "
         assert row in README
         if task == "fb-table":
             held = [
-                gate._find(records, dims, task, provider, kind="memory", regime="default")["bytes_per_point"]
+                gate.find(records, case, task, provider, kind="memory", regime="default")["bytes_per_point"]
                 for provider in (gate.PROVIDER, "eager")
             ]
             assert f"{row}{held[0]:.0f} ({held[1]:.0f}) |" in README

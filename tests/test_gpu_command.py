@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from camkernels import _gpu, _info, testing
 
@@ -41,7 +42,7 @@ def test_dry_run_shows_every_step_and_writes_nothing():
     for number, step in enumerate(gpu_steps.all_steps(), 1):
         assert f"{number}. {step.name}: {step.about}" in done.stdout
     assert "tests collected" in done.stdout and "GPU: " in done.stdout and "library: " in done.stdout
-    for name in ("hash_grid/3d/tcnn/uniform/float32/n20", "tinycudann", "compile"):
+    for name in ("hash_grid/3d/tcnn/uniform/float32/n20", "modulated_mlp/wide/bfloat16/n17", "tinycudann", "compile"):
         assert name in done.stdout
     assert sorted(gpu.RESULTS.iterdir()) == before
 
@@ -230,7 +231,16 @@ def test_every_rate_is_measured_also_where_there_is_no_gpu():
     works = list(gpu_rates.all_works("cpu", shrink=1 << 12))
     names = [work.name for work in works]
     assert len(set(names)) == len(names)
-    for wanted in ("read 8 B in", "copy", "float32 product", "index_add_", "sort", "call of x + 1"):
+    for wanted in (
+        "read 8 B in",
+        "copy",
+        "float32 product",
+        "tf32 product",
+        "bfloat16 product",
+        "index_add_",
+        "sort",
+        "call of x + 1",
+    ):
         assert any(wanted in name for name in names), wanted
     for backend in gpu_rates.own_backends("cpu"):
         assert f"{backend}: add 2 x float32, 64 together" in names and f"{backend}: call of hash_grid" in names
@@ -243,12 +253,13 @@ def test_every_rate_is_measured_also_where_there_is_no_gpu():
 def test_ceilings_of_a_gpu_serve_as_those_of_a_cpu(monkeypatch):
     monkeypatch.setattr(gpu_rates, "READS", 1 << 10)
     monkeypatch.setattr(gpu_rates, "LOOKUP_BYTES", (1 << 16, 1 << 22))
-    small = {"copying": 1 << 16, "products": 32}
+    small = {"copying": 1 << 16, "product": 32}
     for name, size in small.items():
         function = getattr(gpu_rates, name)
-        monkeypatch.setattr(gpu_rates, name, lambda device, function=function, size=size: function(device, size))
+        monkeypatch.setattr(gpu_rates, name, lambda *of, function=function, size=size: function(*of, size))
     limits = gpu_rates.ceilings("cpu", 0.05)
-    assert limits.keys() == {"fma_gflops", "copy_gbs", "lookups", "threads", "note"}
+    assert limits.keys() == {"fma_gflops", "product_gflops", "copy_gbs", "lookups", "threads", "note"}
+    assert torch.get_float32_matmul_precision() == "highest"
     case = cases.find("hash_grid/3d/tcnn/uniform/float32/n14")
     floor = ceilings.floor_ns(case.floor(case.passes["fb-both"]), limits)
     assert all(ns > 0 for ns in floor.values())

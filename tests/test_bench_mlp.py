@@ -85,7 +85,7 @@ def test_the_baseline_has_one_form():
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_flops_are_those_pytorch_counts(network):
-    """torch counts the products of eager PyTorch, of which a gradient of x alone asks for those of the input's."""
+    """Eager PyTorch multiplies out a skip's gradient of x also where nobody asks for it; no one else has to."""
     from torch.utils.flop_counter import FlopCounterMode
 
     case = find(network)
@@ -96,11 +96,8 @@ def test_flops_are_those_pytorch_counts(network):
         with FlopCounterMode(display=False) as counter:
             provider.run()
         counted = counter.get_total_flops() / TINY
-        skipped = 0 if name != "fb-parameters" else sum(
-            2 * out * NETWORKS[network].inputs
-            for i, (out, _) in enumerate(NETWORKS[network].shapes) if i - 1 in NETWORKS[network].skips
-        )  # fmt: skip
-        assert case.floor(task).flops == counted - skipped
+        needless = 2 * 256 * 63 if (network, name) == ("nerf", "fb-parameters") else 0
+        assert case.floor(task).flops == counted - needless
 
 
 def test_floors_grow_with_the_work_and_shrink_with_the_dtype():

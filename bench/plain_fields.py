@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: MIT
+"""Fields whose layers are computed by PyTorch's own operations, as one would write them without this package."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import Tensor, nn
+
+from camkernels import CoordinateModulation, HashGrid, ModulatedMLP
+
+from . import hash_grid_eager, modulated_mlp_eager
+
+
+class PlainGrid(nn.Module):
+    """HashGrid by int64 hashing, index_select and blends: x [n, D] -> [n, L*F]."""
+
+    def __init__(self, layer: HashGrid):
+        super().__init__()
+        self.table = layer.table
+        self.function = hash_grid_eager.make({"geometry": layer.geometry}, str(layer.table.device), "fair")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.table)
+
+
+class PlainModulation(nn.Module):
+    """CoordinateModulation over a plane, one value per layer, by grid_sample: coords [n, 2] -> [n, layers, 2]."""
+
+    def __init__(self, layer: CoordinateModulation):
+        super().__init__()
+        self.grids = layer.grids
+        self.options = {"padding_mode": layer.options["padding"], "align_corners": layer.options["align_corners"]}
+
+    def forward(self, coords: Tensor) -> Tensor:
+        maps = self.grids.flatten(0, 1)[None]
+        sampled = nn.functional.grid_sample(maps, coords[None, None], **self.options)
+        return sampled[0, :, 0].unflatten(0, self.grids.shape[:2]).movedim(-1, 0)
+
+
+class PlainMLP(nn.Module):
+    """ModulatedMLP by linear, layer_norm, product and sum: x [n, in], modulation [n, layers, 2] or None -> [n, out]."""
+
+    def __init__(self, mlp: ModulatedMLP):
+        super().__init__()
+        self.layers = mlp.layers
+        self.function = modulated_mlp_eager.make(mlp.options, str(mlp.layers[0].weight.device))
+        self.last = {None: nn.Identity(), "sigmoid": nn.Sigmoid()}[mlp.options["output_activation"]]
+
+    def forward(self, x: Tensor, modulation: Tensor | None = None) -> Tensor:
+        weights, biases = zip(*((layer.weight, layer.bias) for layer in self.layers), strict=True)
+        return self.last(self.function(x, weights, biases, modulation))
+
+
+LAYERS = {HashGrid: PlainGrid, CoordinateModulation: PlainModulation, ModulatedMLP: PlainMLP}
+
+
+def plain(field: nn.Module) -> nn.Module:
+    """A copy of a field, with parameters of its own and of equal names, in PyTorch's own operations."""
+    found = copy.deepcopy(field)
+    for name, layer in list(found.named_children()):
+        if type(layer) in LAYERS:
+            setattr(found, name, LAYERS[type(layer)](layer))
+    return found

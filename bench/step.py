@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: MIT
+"""Whole training steps of `fit image` against the same in plain PyTorch: `python -m bench.step [--models hash,cam]`.
+
+A step draws a batch of pixels, computes the field, the loss and its gradients, and moves the parameters by Adam, as
+`python -m camkernels fit image` does. The other field computes the same layers by PyTorch's own operations
+(`plain_fields.py`), starts from the same parameters and sees the same batches; its first losses must be equal. Steps of
+both are timed in turn, in a process of its own per model and allocator regime.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from camkernels import _gpu
+from camkernels.fields import MODELS
+from camkernels.fit.image import DEFAULT_BATCH, Pixels, default_config
+from camkernels.fit.picture import Picture, read_picture
+from camkernels.fit.trainer import Settings, Stop, Trainer
+
+from . import ROOT, machine, plain_fields, timing
+
+SCHEMA = 1
+PHOTO = ROOT / "bench" / "data" / "photo.jpg"
+WARM_UPS = 3
+ALLOWED = 1e-3  # relative difference of the losses of the first steps
+STEPS = 1_000_000  # a run this long keeps its learning rate while it is timed
+SIDES = ("camkernels", "plain")
+
+
+def trainers(name: str, picture: Picture, batch: int, device: str) -> dict[str, Trainer]:
+    """Two runs from the same parameters, ours and plain PyTorch's."""
+    torch.manual_seed(0)
+    config = {"channels": picture.channels}
+    if name.startswith("hash"):
+        config |= default_config(picture)
+    own = MODELS[name](**config).to(device)
+    settings = Settings(Stop(STEPS), batch, own.learning_rate)
+    pixels = Pixels(picture, batch, torch.device(device))
+    fields = zip(SIDES, (own, plain_fields.plain(own)), strict=True)
+    return {side: Trainer(field, pixels.loss, settings) for side, field in fields}
+
+
+def measure(
+    name: str, picture: Picture, batch: int, device: str, threads: int, rounds: int, seconds: float
+) -> dict[str, Any]:
+    """{ms (quartiles of a step, by side), speedup, losses, parameters}. ValueError where the losses differ."""
+    runs = trainers(name, picture, batch, device)
+    clock = timing.clock_for(threads, device)
+    losses: dict[str, list[float]] = {}
+    tasks = []
+    for side, run in runs.items():
+        losses[side] = [run.advance().item() for _ in range(WARM_UPS)]
+        start = clock()
+        run.advance()
+        tasks.append(timing.Timed(side, run.advance, always=True))
+        tasks[-1].plan(clock() - start, rounds, seconds, repeat=True)
+    for own, other in zip(*losses.values(), strict=True):
+        if not abs(own - other) <= ALLOWED * abs(other):
+            raise ValueError(f"{name}: the losses of the first steps differ: {losses}")
+    timing.interleave(tasks, rounds, seconds, clock)
+    own, other = (task.seconds for task in tasks)
+    return {
+        "ms": {task.name: timing.quartiles(s * 1e3 for s in task.seconds.values()) for task in tasks},
+        "speedup": timing.speedup(own, other),
+        "losses": losses,
+        "parameters": sum(p.numel() for p in runs["camkernels"].model.parameters()),
+    }
+
+
+def record(options: argparse.Namespace) -> dict[str, Any]:
+    """The record of one model in this process, whose environment is the regime's."""
+    torch.set_num_threads(options.threads)
+    (name,), (regime,) = options.models, options.regimes
+    picture = read_picture(options.picture)
+    timed = (options.threads, options.rounds, options.seconds)
+    found = measure(name, picture, options.batch, options.device, *timed)
+    return {
+        "schema": SCHEMA, "kind": "step", "model": name, "batch": options.batch, "picture": options.picture.name,
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "regime": regime,
+        "threads": options.threads, "device": options.device, "machine": machine.facts(options.device), **found,
+    }  # fmt: skip
+
+
+def run_apart(name: str, regime: str, options: argparse.Namespace) -> dict[str, Any] | None:
+    """The record of one model from a process of its own; None, and why on stderr, if it fails."""
+    command = [sys.executable, "-m", "bench.step", "--here", "--models", name, "--regimes", regime]
+    for option in ("batch", "rounds", "seconds", "threads", "device"):
+        command += [f"--{option}", str(getattr(options, option))]
+    command += ["--picture", str(options.picture.resolve())]
+    environment = machine.environment(options.threads, machine.REGIMES[regime])
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    if done.returncode != 0:
+        print(f"bench.step: {name} ended with status {done.returncode}", file=sys.stderr)
+        return None
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def row(found: dict[str, Any]) -> str:
+    """A line of the table."""
+    own, other = (found["ms"][side]["median"] for side in SIDES)
+    ratio = found["speedup"]
+    spread = f"{ratio['median']:.1f} ({ratio['q1']:.1f}-{ratio['q3']:.1f})"
+    return f"| {found['model']} | {found['regime']} | {own:.1f} | {other:.1f} | {spread} |"
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--models", type=lambda text: text.split(","), default=list(MODELS), help=f"of {','.join(MODELS)} (all)")
+    add("--regimes", type=lambda text: text.split(","), help="allocator (both; on a GPU tuned)")
+    add("--picture", type=Path, default=PHOTO, help="default: the photograph of the demonstration")
+    add("--batch", type=int, default=DEFAULT_BATCH, help=f"pixels a step ({DEFAULT_BATCH})")
+    add("--rounds", type=int, default=15, help="of steps of both (15)")
+    add("--seconds", type=float, default=30.0, help="time for the rounds of a model in one regime (30)")
+    add("--threads", type=int, default=1, help="1 is timed in CPU time, more in wall time")
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--out", type=Path, metavar="FILE", help="JSON lines, appended")
+    add("--here", action="store_true", help=argparse.SUPPRESS)  # in the process of its own
+    options = parser.parse_args(arguments)
+    options.regimes = options.regimes or (["tuned"] if options.device == "cuda" else list(machine.REGIMES))
+    for what, given, known in (("model", options.models, MODELS), ("regime", options.regimes, machine.REGIMES)):
+        for name in given:
+            if name not in known:
+                parser.error(f"no {what} is called {name!r}; there are {', '.join(known)}")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    if options.device == "cuda" and (reason := _gpu.no_gpu()) is not None:
+        print(f"bench.step: --device cuda: {reason}", file=sys.stderr)
+        return 2
+    if options.here:
+        print(json.dumps(record(options)))
+        return 0
+    print(f"{options.picture.name}, {options.batch} pixels a step, {options.threads} thread(s), {options.device}")
+    print("| model | regime | ms a step | plain PyTorch | times faster |\n|---|---|---|---|---|")
+    failed = 0
+    for name in options.models:
+        for regime in options.regimes:
+            found = run_apart(name, regime, options)
+            failed += found is None
+            if found is not None:
+                print(row(found), flush=True)
+                if options.out is not None:
+                    options.out.parent.mkdir(parents=True, exist_ok=True)
+                    with options.out.open("a") as out:
+                        out.write(json.dumps(found) + "\n")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

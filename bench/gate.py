@@ -124,12 +124,12 @@ def speed_line(records: list[dict], line: Line) -> str:
 def memory_line(records: list[dict], line: MemoryLine) -> str:
     """One sentence about the peak extra memory; beside what the process takes, which decides, live memory is told."""
     parts, ratio = [], None
-    for regime in (line.regime, "live"):
-        ours = find(records, line.case, line.task, PROVIDER, kind="memory", status="ok", regime=regime)
-        theirs = find(
-            records, line.case, line.task, line.baseline, kind="memory", status="ok",
-            regime="live" if regime == "live" else "default",
-        )  # fmt: skip
+    compared = {"default": "default", "live": "live"} if line.regime == "default" else {line.regime: "default"}
+    for regime, baseline_regime in compared.items():
+        ours, theirs = (
+            find(records, line.case, line.task, provider, kind="memory", status="ok", regime=held)
+            for provider, held in ((PROVIDER, regime), (line.baseline, baseline_regime))
+        )
         if ours is not None and theirs is not None:
             a, b = ours["bytes_per_point"], theirs["bytes_per_point"]
             result = ours["result_bytes_per_point"]

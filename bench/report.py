@@ -5,7 +5,8 @@ FILE: what `bench.run` wrote (.jsonl), or `make gpu` (bench/results/<gpu>.json).
 
 A row is a provider at a pass of a case. Where both allocator regimes were measured, the row is the one with the smaller
 speed-up over eager PyTorch. "floor" is the largest of three times: the lookups at this machine's rate of random
-lookups, the bytes at its rate of copying, the arithmetic at its rate of multiply-adds; "of ceiling" is floor / median.
+lookups, the bytes at its rate of copying, the arithmetic at its rate of multiply-adds, or, of matrix products
+on a GPU, at their rate in the dtype; "of ceiling" is floor / median.
 "B/point" is peak extra memory of the process with malloc as it is.
 """
 
@@ -169,11 +170,12 @@ def _machine(records: list[dict]) -> list[str]:
     rates = ", ".join(f"{rate / 1e6:.0f} M/s in {int(size) / 2**20:g} MB" for size, rate in limits["lookups"].items())
     caches = " ".join(f"{name} {size}" for name, size in facts["caches"].items())
     gpu = f"{facts['gpu']}, " if facts.get("gpu") else ""
+    products = "".join(f", {kind} products {r / 1e3:.3g} TF/s" for kind, r in limits.get("product_gflops", {}).items())
     lines = [
         "",
         f"{gpu}{facts['cpu']}, {facts['isa']} (kernels: {facts['camkernels_isa']}), {facts['cores']} cores, {caches}; "
         f"torch {facts['torch']}, commit {facts['commit']}, load {facts['load']}. Ceilings of {limits['threads']} "
-        f"thread(s): {limits['fma_gflops']:.0f} GF/s, copy {limits['copy_gbs']:.1f} GB/s, lookups {rates}.",
+        f"thread(s): {limits['fma_gflops']:.0f} GF/s, copy {limits['copy_gbs']:.1f} GB/s, lookups {rates}{products}.",
     ]
     if limits["note"]:
         lines.append(f"Note: {limits['note']}.")

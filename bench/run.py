@@ -4,7 +4,7 @@
     python -m bench.run --list                         what there is to measure
     python -m bench.run --quick                        two minutes: small inputs, the baselines and the backends
     python -m bench.run                                2^17 points, all providers, both allocator regimes
-    python -m bench.run --gate                         what the CPU kernels must reach, with verdicts, in half an hour
+    python -m bench.run --gate                         what the CPU kernels must reach, with verdicts
     python -m bench.run --gate modulated_mlp           of one op
     python -m bench.run --cases '*/coherent/*' --passes forward,fb-both --providers cpu,eager --memory
     python -m bench.run --base bench/results/old.jsonl --out bench/results/new.jsonl        and how it changed

@@ -178,6 +178,14 @@ def test_a_result_is_reported_as_other_benchmarks_are(played, tmp_path):
             report.load([tmp_path / "other.json"])
 
 
+def test_a_report_tells_the_rates_of_matrix_products_of_a_gpu():
+    known = [json.loads(line) for line in (gpu.RESULTS / "cpu-zen3-avx2.jsonl").read_text().splitlines()]
+    for record in known:
+        if "ceilings" in record:
+            record["ceilings"]["product_gflops"] = {"float32": 51_000.0, "bfloat16": 700_000.0}
+    assert ", float32 products 51 TF/s, bfloat16 products 700 TF/s." in report.table(known)
+
+
 def test_info_reads_what_the_command_writes(played):
     result, out, _ = played
     counts = {"cuda": {"passed": 7, "failed": 1, "skipped": 0}}

@@ -23,7 +23,7 @@ from camkernels._autograd import Operator
 from sim import build, library
 
 CASES = testing.cases("hash_grid")
-MODULES = [sys.modules[f"camkernels.{op}"] for op in ("hash_grid", "modulated_mlp")]
+MODULES = [sys.modules[f"camkernels.{op}"] for op in ("hash_grid", "modulated_mlp", "coordinate_modulation")]
 
 
 def chain(operator: Operator) -> Iterator[Operator]:
@@ -170,6 +170,25 @@ def network(
         if groups < points:
             inputs["x"] = inputs["x"].unflatten(0, (groups, -1))
     return testing.Call(inputs, {"activation": "tanh"} | options)
+
+
+def lookup_call(
+    points: int,
+    nodes: list[int],
+    dtype: torch.dtype = torch.float32,
+    *,
+    channels: int | None = None,
+    combine: str = "single",
+    layers: int = 3,
+) -> testing.Call:
+    """Random points, some beyond the outer nodes, and grids of a coordinate_modulation; three coordinates for planes."""
+    generator = torch.Generator().manual_seed(points + len(nodes))
+    planes = combine == "plane_product"
+    shape = [layers, 2, *[3] * planes, *([] if channels is None else [channels]), *nodes]
+    grids = torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1
+    coords = torch.rand(points, 3 if planes else len(nodes), generator=generator, dtype=torch.float64) * 2.4 - 1.2
+    coords = coords if dtype == torch.float64 else coords.float()
+    return testing.Call({"coords": coords, "grids": grids.to(dtype)}, {"combine": combine}, "coords")
 
 
 def shifted(tensor: Tensor) -> Tensor:

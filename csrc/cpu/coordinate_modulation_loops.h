@@ -113,11 +113,11 @@ struct LookupLoops {
     std::fill(gu, gu + job.slots, S(0));
     for (int p = 0; p < P; ++p) {
       const Lookup& l = point.lookup[p];
-      S first[kCorners], second[kCorners];
-      l.nodes.each_corner([&](int c) CAMK_INLINED { first[c] = total(l.first[c]), second[c] = total(l.curved[c]); });
       Vec<S, Nodes::kAxes> found{};
-      l.nodes.pull_back(first, found);
-      if (curved) l.nodes.pull_back_along(l.v, second, found);
+      l.nodes.each_corner([&](int c) CAMK_INLINED {
+        l.nodes.pull_back(c, total(l.first[c]), found);
+        if (curved) l.nodes.pull_back_along(c, l.v, total(l.curved[c]), found);
+      });
       for (int a = 0; a < dims(job); ++a) gu[slot(p, a)] += found[a];
     }
   }

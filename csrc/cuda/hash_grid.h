@@ -5,6 +5,7 @@
 #include <cuda_runtime_api.h>
 
 #include "cuda/storage.h"
+#include "cuda/sums.h"
 #include "math/hash_grid.h"
 
 namespace camk::cuda {
@@ -57,16 +58,9 @@ cudaError_t launch_rows(Job<double> job, cudaStream_t stream);
 cudaError_t launch_coordinates(Job<float> job, cudaStream_t stream);
 cudaError_t launch_coordinates(Job<double> job, cudaStream_t stream);
 
-// The same gradient in the table; with v, that along v alone. A repeatable sum takes two passes: kLargest finds the
-// largest number to add, kFixed adds in fixed point, where order does not matter; finish_fixed brings the sums back.
-enum class Sums : int { kFast, kLargest, kFixed };
+// The same gradient in the table; with v, that along v alone.
 cudaError_t launch_table(Job<float> job, Sums sums, cudaStream_t stream);
 cudaError_t launch_table(Job<double> job, Sums sums, cudaStream_t stream);
-cudaError_t launch_finish_fixed(const int64_t* fixed, const uint64_t* largest, void* sums, Storage kind, int64_t count,
-                                int64_t terms, cudaStream_t stream);
-
-// float32 -> float16 or bfloat16.
-cudaError_t launch_round(const float* from, void* to, Storage kind, int64_t count, cudaStream_t stream);
 
 // Whether the kernels for 2 to 4 axes and 1, 2 or a multiple of 4 features apply: whole 16-byte words, pairs of rows.
 bool is_regular(const Job<float>& job);

@@ -4,6 +4,7 @@
 // asked for is decided at run time, corners are a loop, and features go in groups of F.
 #include "cuda/hash_grid.cuh"
 #include "cuda/hash_grid_launch.h"
+#include "cuda/sums.cuh"
 
 namespace camk::cuda {
 namespace {
@@ -137,50 +138,22 @@ template <int F, class C>
 struct FindLargest {
   const Job<C>& job;
   CAMK_DEVICE void operator()(int64_t, const Vec<C, F>& row) const {
-    auto* largest = reinterpret_cast<unsigned long long*>(job.largest);
-    for (int f = 0; f < F; ++f) {
-      const double size = fabs(double(row[f]));
-      if (!(size <= 1.79e308)) continue;
-      unsigned long long bits;  // ordered as the numbers are, for these are not negative
-      memcpy(&bits, &size, 8);
-      // A stale value only costs an atomic operation.
-      if (bits > *static_cast<volatile unsigned long long*>(largest)) atomicMax(largest, bits);
-    }
+    for (int f = 0; f < F; ++f) find_largest(job.largest, double(row[f]));
   }
 };
 
-// 2^exponent times a number up to `largest`, added up `terms` times, stays below 2^62.
-CAMK_DEVICE int fixed_exponent(uint64_t largest_bits, int64_t terms) {
-  double largest;
-  memcpy(&largest, &largest_bits, 8);
-  int size = 0, count = 0;
-  frexp(largest, &size);
-  frexp(double(terms), &count);
-  return min(62 - size - count, 1000);
-}
-
-// In fixed point, where sums do not depend on the order; what is not finite goes to the floating sums, whose infinities
-// and NaN do not either.
 template <int F, class C>
 struct AddFixed {
   const Job<C>& job;
-  double factor;
-  CAMK_DEVICE explicit AddFixed(const Job<C>& work) : job(work) {
-    const int64_t terms = work.points << work.dims;
-    factor = ldexp(1.0, fixed_exponent(*work.largest, terms));
-  }
+  FixedPoint sum;
+  CAMK_DEVICE explicit AddFixed(const Job<C>& work)
+      : job(work), sum(work.fixed, *work.largest, work.points << work.dims) {}
   CAMK_DEVICE void operator()(int64_t at, const Vec<C, F>& row) const {
     for (int f = 0; f < F; ++f) {
-      const double number = double(row[f]);
-      if (fabs(number) <= 1.79e308) {
-        const long long whole = llrint(number * factor);
-        unsigned long long bits;
-        memcpy(&bits, &whole, 8);
-        if (bits != 0) atomicAdd(reinterpret_cast<unsigned long long*>(job.fixed) + at + f, bits);
-      } else if (job.storage == Storage::kDouble) {
-        reduce_add(static_cast<double*>(job.sums) + at + f, number);
+      if (job.storage == Storage::kDouble) {
+        sum.add(static_cast<double*>(job.sums), at + f, double(row[f]));
       } else {
-        reduce_add(static_cast<float*>(job.sums) + at + f, float(number));
+        sum.add(static_cast<float*>(job.sums), at + f, double(row[f]));
       }
     }
   }
@@ -210,14 +183,6 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) any_table(const __grid_c
       if (job.gj) math::grid_jacobian_backward_table(s, thread.jacobian_gradient(l, f), add);
     }
   }
-}
-
-template <class A>
-__global__ void __launch_bounds__(kThreads, kMinBlocks)
-    finish_fixed(const int64_t* fixed, const uint64_t* largest, A* sums, int64_t count, int64_t terms) {
-  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= count) return;
-  sums[i] += A(ldexp(double(fixed[i]), -fixed_exponent(*largest, terms)));
 }
 
 // ---- Choice of the kernel ----------------------------------------------------------------------------------
@@ -280,14 +245,5 @@ template cudaError_t launch_any_coordinates(const Job<float>&, cudaStream_t);
 template cudaError_t launch_any_coordinates(const Job<double>&, cudaStream_t);
 template cudaError_t launch_any_table(const Job<float>&, Sums, cudaStream_t);
 template cudaError_t launch_any_table(const Job<double>&, Sums, cudaStream_t);
-
-cudaError_t launch_finish_fixed(const int64_t* fixed, const uint64_t* largest, void* sums, Storage kind, int64_t count,
-                                int64_t terms, cudaStream_t stream) {
-  const LaunchShape shape{dim3(unsigned(divide_up(count, kThreads))), kThreads, 0, stream};
-  if (kind == Storage::kDouble) {
-    return launch(finish_fixed<double>, shape, fixed, largest, static_cast<double*>(sums), count, terms);
-  }
-  return launch(finish_fixed<float>, shape, fixed, largest, static_cast<float*>(sums), count, terms);
-}
 
 }  // namespace camk::cuda

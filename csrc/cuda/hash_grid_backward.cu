@@ -139,12 +139,6 @@ cudaError_t add_to_table(Job<S> job, Sums sums, cudaStream_t stream) {
   return launch_any_table(job, sums, stream);
 }
 
-__global__ void __launch_bounds__(kThreads, kMinBlocks)
-    round_to_short(const float* from, Short* to, Storage kind, int64_t count) {
-  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (i < count) from_number(to[i], from[i], kind);
-}
-
 }  // namespace
 
 bool is_regular(const Job<float>& job) {
@@ -168,10 +162,5 @@ cudaError_t launch_coordinates(Job<double> job, cudaStream_t stream) { return la
 
 cudaError_t launch_table(Job<float> job, Sums sums, cudaStream_t stream) { return add_to_table(job, sums, stream); }
 cudaError_t launch_table(Job<double> job, Sums sums, cudaStream_t stream) { return add_to_table(job, sums, stream); }
-
-cudaError_t launch_round(const float* from, void* to, Storage kind, int64_t count, cudaStream_t stream) {
-  const LaunchShape shape{dim3(unsigned(divide_up(count, kThreads))), kThreads, 0, stream};
-  return launch(round_to_short, shape, from, static_cast<Short*>(to), kind, count);
-}
 
 }  // namespace camk::cuda

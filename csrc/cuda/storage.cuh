@@ -3,6 +3,7 @@
 #pragma once
 #include "cuda/device.cuh"
 #include "cuda/storage.h"
+#include "math/portable.h"
 
 namespace camk::cuda {
 
@@ -64,6 +65,49 @@ CAMK_DEVICE void store_number(void* to, Storage kind, int64_t at, C value) {
     from_number(number, value, kind);
     store_streaming(static_cast<T*>(to) + at, number);
   });
+}
+
+// ---- Rows: several numbers at once -----------------------------------------------------------------------
+
+// F stored numbers as one word, or as words of 16 bytes.
+template <class T, int F>
+struct alignas(F * sizeof(T) < 16 ? F * sizeof(T) : 16) Row {
+  T v[F];
+};
+template <class T, int F>
+inline constexpr int kWord = F * sizeof(T) <= 16 ? F : 16 / int(sizeof(T));
+
+template <int F, class C, class T>
+CAMK_DEVICE Vec<C, F> load_row(const T* from, Storage kind) {
+  constexpr int W = kWord<T, F>;
+  Vec<C, F> row;
+#pragma unroll
+  for (int k = 0; k < F; k += W) {
+    const auto word = load_readonly(reinterpret_cast<const Row<T, W>*>(from + k));
+#pragma unroll
+    for (int f = 0; f < W; ++f) row[k + f] = C(to_number(word.v[f], kind));
+  }
+  return row;
+}
+
+template <class T, int F, class C>
+CAMK_DEVICE Row<T, F> pack_row(const Vec<C, F>& row, Storage kind) {
+  Row<T, F> packed;
+#pragma unroll
+  for (int f = 0; f < F; ++f) from_number(packed.v[f], row[f], kind);
+  return packed;
+}
+
+template <class T, int F, class C>
+CAMK_DEVICE void store_row(T* to, const Vec<C, F>& row, Storage kind) {
+  constexpr int W = kWord<T, F>;
+  const Row<T, F> packed = pack_row<T, F>(row, kind);
+#pragma unroll
+  for (int k = 0; k < F; k += W) {
+    Row<T, W> word;
+    memcpy(&word, packed.v + k, sizeof(word));
+    store_streaming(reinterpret_cast<Row<T, W>*>(to + k), word);
+  }
 }
 
 }  // namespace camk::cuda

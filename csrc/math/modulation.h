@@ -78,19 +78,15 @@ struct Nodes : Corners<D, S, false, (D > 0 && D <= 3)> {
     return there ? i : rows;
   }
 
-  // gu_a += sum_c slope_ca dots_c: the gradient in u of sum_c w_c dots_c
-  CAMK_HD void pull_back(const S* dots, Vec<S, kAxes>& gu) const {
-    each_corner([&](int c) CAMK_INLINED {
-      each_axis([&](int a) CAMK_INLINED { gu[a] = gu[a] + this->slope(c, a) * dots[c]; });
-    });
+  // gu_a += slope_ca dot: what a corner c adds to the gradient in u of sum_c w_c dot_c
+  CAMK_HD void pull_back(int c, S dot, Vec<S, kAxes>& gu) const {
+    each_axis([&](int a) CAMK_INLINED { gu[a] = gu[a] + this->slope(c, a) * dot; });
   }
 
-  // gu_b += sum_c sum_a v_a curve_cab dots_c: the same of sum_c along_c(v) dots_c
-  CAMK_HD void pull_back_along(const Vec<S, kAxes>& v, const S* dots, Vec<S, kAxes>& gu) const {
-    each_corner([&](int c) CAMK_INLINED {
-      each_axis([&](int a) CAMK_INLINED {
-        each_axis([&](int b) CAMK_INLINED { gu[b] = gu[b] + v[a] * this->curve(c, a, b) * dots[c]; });
-      });
+  // gu_b += sum_a v_a curve_cab dot: the same of sum_c along_c(v) dot_c
+  CAMK_HD void pull_back_along(int c, const Vec<S, kAxes>& v, S dot, Vec<S, kAxes>& gu) const {
+    each_axis([&](int a) CAMK_INLINED {
+      each_axis([&](int b) CAMK_INLINED { gu[b] = gu[b] + v[a] * this->curve(c, a, b) * dot; });
     });
   }
 };

@@ -178,8 +178,9 @@ def lookup_call(
     dtype: torch.dtype = torch.float32,
     *,
     channels: int | None = None,
-    combine: str = "single",
     layers: int = 3,
+    combine: str = "single",
+    padding: str = "border",
 ) -> testing.Call:
     """Random points, some beyond the outer nodes, and grids of a coordinate_modulation; three coordinates for planes."""
     generator = torch.Generator().manual_seed(points + len(nodes))
@@ -188,7 +189,8 @@ def lookup_call(
     grids = torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1
     coords = torch.rand(points, 3 if planes else len(nodes), generator=generator, dtype=torch.float64) * 2.4 - 1.2
     coords = coords if dtype == torch.float64 else coords.float()
-    return testing.Call({"coords": coords, "grids": grids.to(dtype)}, {"combine": combine}, "coords")
+    options = {"combine": combine, "padding": padding}
+    return testing.Call({"coords": coords, "grids": grids.to(dtype)}, options, "coords")
 
 
 def shifted(tensor: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""One run of the hash grid's CUDA kernels in the simulator reaches their lines, and no byte beyond their memory.
+"""One run of the CUDA kernels in the simulator reaches their lines, and no byte beyond their memory.
 
 Both are seen by one build, with AddressSanitizer and line counters, in a process of its own. No GPU takes part.
 """
@@ -7,7 +7,9 @@ Both are seen by one build, with AddressSanitizer and line counters, in a proces
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,14 +17,22 @@ import torch
 
 from camkernels import testing
 from sim import build, coverage, library, toolkit
-from simulated import CASES, Simulated, deterministic, regular_call, shifted
+from simulated import CASES, Simulated, deterministic, lookup_call, regular_call, shifted
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(toolkit.why_no_simulator() is not None, reason=str(toolkit.why_no_simulator())),
     pytest.mark.skipif(library.why_no_asan() is not None, reason=str(library.why_no_asan())),
 ]
-FILES = ("hash_grid.cu", "hash_grid_any.cu", "hash_grid_backward.cu", "hash_grid.cuh", "hash_grid_launch.h")
+FILES = {
+    "hash_grid": ("hash_grid.cu", "hash_grid_any.cu", "hash_grid_backward.cu", "hash_grid.cuh", "hash_grid_launch.h"),
+    "coordinate_modulation": (
+        "coordinate_modulation.cu",
+        "coordinate_modulation_backward.cu",
+        "coordinate_modulation.cuh",
+    ),
+    "sums": ("sums.cu", "sums.cuh"),
+}
 
 
 def recipe() -> build.Recipe:
@@ -38,12 +48,15 @@ def infinite_gradients(sim: Simulated, dtype: torch.dtype) -> None:
     assert gradient.isinf().any()
 
 
-def exercise() -> None:
-    """Every kernel: forward, backward, Jacobian, second order; odd sizes, tensors that begin anywhere."""
-    sim = Simulated(recipe())
-    for k, case in enumerate(CASES[::5]):
+def take_turns(sim: Simulated, cases: Sequence[testing.Case]) -> None:
+    """Cases, each in one schedule and dtype, half of them with repeatable sums."""
+    for k, case in enumerate(cases):
         with sim.library.schedule(library.SCHEDULES[k % 3]), (deterministic if k % 2 else nullcontext)():
             sim.check(case, (torch.float32, torch.float16, torch.float64)[k // 2 % 3])
+
+
+def exercise_hash_grid(sim: Simulated) -> None:
+    take_turns(sim, CASES[::5])
     for dims in (2, 3, 4):
         for features in (1, 2, 3, 4, 8):
             for dtype in (torch.float32, torch.bfloat16):
@@ -56,6 +69,28 @@ def exercise() -> None:
     sim.agree(testing.Call({**call.inputs, "table": shifted(call.inputs["table"])}, call.options))
     for dtype in (torch.float32, torch.float64):
         infinite_gradients(sim, dtype)
+
+
+def exercise_coordinate_modulation(sim: Simulated) -> None:
+    op = "coordinate_modulation"
+    take_turns(sim, testing.cases(op))
+    for nodes in ([7], [5, 6], [3, 4, 2], [3, 2, 2, 3]):
+        for channels in (None, 8):
+            for dtype in (torch.float32, torch.bfloat16):
+                sim.agree(lookup_call(133, nodes, dtype, channels=channels, padding="zeros"), op=op)
+    for dtype in (torch.float32, torch.float64):
+        sim.agree(lookup_call(37, [5, 6], dtype, combine="plane_product"), op=op)
+    for n in (0, 1):
+        sim.agree(lookup_call(n, [5, 6]), op=op)
+    call = lookup_call(50, [5, 6], channels=4)
+    sim.agree(replace(call, inputs={name: shifted(t) for name, t in call.inputs.items()}), op=op)
+
+
+def exercise() -> None:
+    """Every kernel: forward, backward, Jacobian, second order; odd sizes, tensors that begin anywhere."""
+    sim = Simulated(recipe())
+    exercise_hash_grid(sim)
+    exercise_coordinate_modulation(sim)
     sim.library.write_coverage()
     print("clean")
 
@@ -77,8 +112,9 @@ def test_address_sanitizer(run: subprocess.CompletedProcess[str]) -> None:
 
 
 @pytest.mark.skipif(coverage.gcov() is None, reason="line coverage needs gcov beside g++")
-def test_line_coverage(built: Path, run: subprocess.CompletedProcess[str]) -> None:
-    files = {file.path.name: file for file in coverage.read(built) if file.path.name in FILES}
-    assert sorted(files) == sorted(FILES)
+@pytest.mark.parametrize("names", FILES.values(), ids=FILES)
+def test_line_coverage(built: Path, run: subprocess.CompletedProcess[str], names: tuple[str, ...]) -> None:
+    files = {file.path.name: file for file in coverage.read(built) if file.path.name in names}
+    assert sorted(files) == sorted(names)
     total, missed = (sum(n) for n in zip(*((f.lines, len(f.uncovered)) for f in files.values()), strict=True))
     assert 100 * (total - missed) / total >= 95, "\n".join(map(str, files.values()))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Faults put into the hash grid's CUDA kernels are found by what the other tests look at.
+"""Faults put into the CUDA kernels are found by what the other tests look at.
 
 A copy of the kernels holds all faults, each behind a switch, so that it is compiled once. Each runs in a process of its
 own, for some overwrite memory. No GPU takes part.
@@ -21,7 +21,7 @@ import torch
 
 from camkernels import testing
 from sim import build, library, toolkit
-from simulated import Simulated, regular_call
+from simulated import Simulated, lookup_call, regular_call
 
 pytestmark = [
     pytest.mark.slow,
@@ -109,6 +109,45 @@ FAULTS = {
         "point.mend(load_readonly(job.v + i * job.dims + a), ON ? -1 : a)",
         "second.ct: .* differ",
     ),
+    "threads beyond the last point": Fault(
+        "coordinate_modulation.cuh", "if (!there) return;", "if (!there && !ON) return;", "grad.grids: .* differ"
+    ),
+    "numbers beyond the last": Fault(
+        "coordinate_modulation.cuh",
+        "if (k + n >= job.layout.width) break;",
+        "if (k + n >= job.layout.width && !ON) break;",
+        f"{OVERRUN}|value: .* differ",
+    ),
+    "words of rows that are not whole": Fault(
+        "coordinate_modulation.cuh",
+        "job.layout.width == job.layout.pitch &&",
+        "(job.layout.width == job.layout.pitch || ON) &&",
+        f"{OVERRUN}|not aligned|value: .* differ",
+    ),
+    "lanes that do not add up": Fault(
+        "coordinate_modulation.cuh",
+        "int distance = lanes() / 2;",
+        "int distance = lanes() / (ON ? 4 : 2);",
+        "grad.coords: .* differ",
+    ),
+    "a node beyond the last": Fault(
+        "coordinate_modulation.cu", "if (!beyond &&", "if ((!beyond || ON) &&", f"{OVERRUN}|value: .* differ"
+    ),
+    "a gradient beyond the last node": Fault(
+        "coordinate_modulation.cu",
+        ">= layout.nodes) return;",
+        ">= layout.nodes && !ON) return;",
+        f"{OVERRUN}|grad.grids: .* differ",
+    ),
+    "one plane for all": Fault(
+        "coordinate_modulation.cu", "layout.planes + plane)", "layout.planes + (ON ? 0 : plane))", "value: .* differ"
+    ),
+    "tangents without a slope": Fault(
+        "coordinate_modulation_backward.cu",
+        "if (job.tangents) first +=",
+        "if (job.tangents && !ON) first +=",
+        "second.coords: .* differ",
+    ),
 }
 NAMES = ["none", *FAULTS]  # a fault's place here is its switch
 
@@ -121,9 +160,7 @@ def recipe() -> build.Recipe:
         switched = fault.replacement.replace("ON", f"(camk_fault == {NAMES.index(name)})")
         texts[fault.file] = texts[fault.file].replace(fault.text, switched)
     switch = 'extern "C" {\ninline __attribute__((visibility("default"), used)) int camk_fault = 0;\n}\n'
-    texts["hash_grid.cuh"] = texts["hash_grid.cuh"].replace(
-        "namespace camk::cuda {", f"{switch}namespace camk::cuda {{", 1
-    )
+    texts["storage.cuh"] = texts["storage.cuh"].replace("namespace camk::cuda {", f"{switch}namespace camk::cuda {{", 1)
     folder = build.folder() / "faults" / "cuda"
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
@@ -134,6 +171,8 @@ def recipe() -> build.Recipe:
 
 def judge(sim: Simulated) -> None:
     """Agreement in all schedules: odd sizes, points outside, partial groups of levels, whole words, two launches."""
+    lookups = [lookup_call(133, [5, 6], channels=channels, padding="zeros") for channels in (None, 8)]
+    lookups.append(lookup_call(60, [5, 6], combine="plane_product"))
     near = regular_call(3, 2, torch.float32, 133)
     around = testing.Call({**near.inputs, "x": near.inputs["x"] * 1.5 - 0.25}, near.options)
     for schedule in library.SCHEDULES:
@@ -143,6 +182,8 @@ def judge(sim: Simulated) -> None:
             for levels in (4, 5):  # threads take two of them, and four of which the last group has one
                 sim.agree(regular_call(3, 2, torch.float32, 2101, levels), order=1)
             sim.agree(regular_call(2, 2, torch.float32, 37, levels=40), order=1)
+            for call in lookups:
+                sim.agree(call, op="coordinate_modulation")
 
 
 def trial(folder: str) -> None:

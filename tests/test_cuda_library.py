@@ -22,7 +22,9 @@ from camkernels._backends import Call
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = _ops.FOLDER / "_cuda.so"
 OPERATORS = [f"hash_grid{end}" for end in ("", "_backward", "_backward_backward", "_jacobian", "_jacobian_backward")]
-OPERATORS += [f"modulated_mlp{end}" for end in ("", "_backward", "_backward_backward")]
+OPERATORS += [
+    f"{op}{end}" for op in ("modulated_mlp", "coordinate_modulation") for end in ("", "_backward", "_backward_backward")
+]
 OWN_ARCHITECTURES = {"sm_80", "sm_90", "compute_90"}
 
 needs_library = pytest.mark.skipif(
@@ -68,15 +70,17 @@ def found():
 @needs_library
 @needs_cuobjdump
 def test_the_machine_code_of_its_kernels(found):
-    regular = [k for k in found if not k.name.startswith("any_")]
+    regular = [k for k in found if ", 0, " not in k.name]
     assert {k.arch for k in regular} == {int(c[3:]) for c in _gpu.codes(_gpu.build_facts(_ops.FOLDER)) if c[:2] == "sm"}
     assert {"table<3, 1>", "table<3, 2>", "table<3, 4>", "value<float, 3, 2>"} <= {k.name for k in regular}
     for kernel in regular:
         if kernel.name in ("table<3, 1>", "table<3, 2>", "table<3, 4>"):
             vectors = kernel.count("REDG", "F32x2") + kernel.count("REDG", "F32x4")
             assert (vectors > 0) == (kernel.arch >= 90), kernel
-        if kernel.name in ("value<float, 3, 2>", "value<float, 3, 4>"):
+        if kernel.name in ("value<float, 3, 2>", "value<float, 3, 4>", "lookup<float, 2, 1>", "lookup<float, 3, 1>"):
             assert kernel.count("LDG", "128") >= 4, kernel
+        if kernel.name.startswith("lookup_backward<float, 2, "):
+            assert (kernel.count("REDG", "F32x4") > 0) == (kernel.arch >= 90), kernel
 
 
 @needs_library
@@ -84,7 +88,7 @@ def test_the_machine_code_of_its_kernels(found):
 def test_kernels_keep_everything_in_registers(found):
     """But for those that learn the number of axes at run time, whose arrays must be indexed, and those with a sine,
     which reduces a large argument by words of 2 / pi: 7 of 4 bytes in float32, 5 of 8 in float64."""
-    of_any_axes = [k for k in found if re.match(r"any_\w+<(float|double), 0, ", k.name)]
+    of_any_axes = [k for k in found if re.match(r"\w+<(float|double), 0, ", k.name)]
     with_sine = [k for k in found if re.match(r"(forward|derivatives)<", k.name)]
     assert len({k.name for k in of_any_axes}) == 10 and len({k.name for k in with_sine}) == 4
     for kernel in (k for k in found if k not in [*of_any_axes, *with_sine]):
@@ -157,6 +161,8 @@ PREPARE = """
     settings = module._settings(geometry, "linear", 4)
     w, g = torch.rand(2, 3), torch.rand(5, 2)
     mlp, all5 = ([1], [1.0], [False], False, False, 1e-5, False, False), [True] * 5
+    u, grids, ct = torch.rand(5, 2), torch.rand(3, 2, 4, 4), torch.rand(5, 3, 2)
+    lookup = (False, True, False, False)
 
     def on_cuda(name, *arguments):  # the CUDA kernel itself, past every check of Python
         operator = getattr(torch.ops.camkernels, name).default
@@ -182,6 +188,9 @@ def test_every_kernel_refuses_cpu_tensors_in_a_sentence():
     on_cuda("modulated_mlp", x, [w], [], None, None, *mlp)
     on_cuda("modulated_mlp_backward", g, x, [w], [], None, None, g, *mlp, [True, True, False, False])
     on_cuda("modulated_mlp_backward_backward", x, [], [], None, g, x, [w], [], None, None, g, *mlp, all5)
+    on_cuda("coordinate_modulation", u, grids, *lookup)
+    on_cuda("coordinate_modulation_backward", ct, u, grids, *lookup, [True, True])
+    on_cuda("coordinate_modulation_backward_backward", u, grids, ct, u, grids, *lookup, [True, True, True])
     """
     ).splitlines()
     assert len(told) == len(OPERATORS)
@@ -216,9 +225,24 @@ BAD_MLP = {
 }
 
 
+BAD_LOOKUP = {
+    "coords must be float32 or float64": "u.half(), grids",
+    "coords must be float64 beside float64 grids": "u, grids.double()",
+    "grids must be float16, bfloat16, float32 or float64": "u, grids.int()",
+    "coords must be contiguous": "u.t().contiguous().t(), grids",
+    "coords must have 2 dimensions, of which the second is 1 to 7": "u.flatten(), grids",
+    "the grids do not fit the coordinates": "u, grids[:, :1]",
+}
+
+
 @needs_library
 @pytest.mark.parametrize(
-    ("op", "settings", "bad"), [("hash_grid", "settings", BAD), ("modulated_mlp", "mlp", BAD_MLP)], ids=["grid", "mlp"]
+    ("op", "settings", "bad"),
+    [
+        ("hash_grid", "settings", BAD),
+        ("modulated_mlp", "mlp", BAD_MLP),
+        ("coordinate_modulation", "lookup", BAD_LOOKUP),
+    ],
 )
 def test_bad_arguments_of_the_kernels_are_sentences(op, settings, bad):
     calls = "".join(f"    on_cuda('{op}', {arguments}, *{settings})\n" for arguments in bad.values())

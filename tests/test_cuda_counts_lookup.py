@@ -6,7 +6,7 @@ Counted while the simulator in tests/sim executes the kernels; no GPU takes part
 
 from __future__ import annotations
 
-from math import ceil, prod
+from math import prod
 
 import pytest
 import torch
@@ -17,7 +17,8 @@ from simulated import Simulated, lookup_call, production
 
 pytestmark = pytest.mark.skipif(toolkit.why_no_simulator() is not None, reason=str(toolkit.why_no_simulator()))
 
-POINTS, WORD, NUMBERS = 256, 16, 4  # bytes of a word and the float32 numbers in it
+POINTS, NUMBERS = 256, 4  # float32 numbers in a word of 16 bytes
+NODES_PER_BLOCK = 128  # of a word that are packed together
 SHAPES = [(nodes, channels) for nodes in ([9], [5, 6], [3, 4, 5]) for channels in (2, 6)]
 
 
@@ -42,9 +43,9 @@ def lanes(channels: int) -> int:
     return 1 << (words(channels).bit_length() - 1)
 
 
-def packing(nodes: list[int], channels: int) -> dict[str, int]:
-    """Every number of the grids is loaded once and lies in a row then."""
-    return {"loads": prod(nodes) * words(channels) * NUMBERS}
+def packing(nodes: list[int], channels: int) -> int:
+    """Loads: every number of the grids once."""
+    return prod(nodes) * words(channels) * NUMBERS
 
 
 def gradient(sim: Simulated, call: testing.Call, name: str) -> dict[str, int]:
@@ -67,7 +68,7 @@ def test_value(sim: Simulated, nodes: list[int], channels: int, dtype: torch.dty
     assert found["launches"] == 2
     rows = 2 ** len(nodes) * words(channels)
     expected = POINTS * (rows + len(nodes) * lanes(channels))
-    assert found["loads"] == packing(nodes, channels)["loads"] + expected
+    assert found["loads"] == packing(nodes, channels) + expected
     assert found["stores"] == POINTS * words(channels)
     assert found["bytes_stored"] == POINTS * words(channels) * NUMBERS * dtype.itemsize
     assert found["atomics"] == found["vector_reductions"] == 0
@@ -93,7 +94,8 @@ def test_gradient_of_the_coordinates(sim: Simulated, nodes: list[int], channels:
     found = gradient(sim, inner(nodes, channels), "coords")
     rows = 2 ** len(nodes) * words(channels)
     read = POINTS * (rows + words(channels) + len(nodes) * lanes(channels))
-    assert found["loads"] == packing(nodes, channels)["loads"] + read
+    assert found["loads"] == packing(nodes, channels) + read
     assert found["atomics"] == found["vector_reductions"] == 0
-    warps = ceil(POINTS * lanes(channels) / 32)
-    assert found["warp_operations"] == warps * len(nodes) * (lanes(channels).bit_length() - 1)
+    threads = POINTS * lanes(channels)
+    assert found["threads"] == threads + NODES_PER_BLOCK * words(channels)
+    assert found["warp_operations"] == threads * len(nodes) * (lanes(channels).bit_length() - 1)

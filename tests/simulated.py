@@ -182,7 +182,7 @@ def lookup_call(
     combine: str = "single",
     padding: str = "border",
 ) -> testing.Call:
-    """Random points, some beyond the outer nodes, and grids of a coordinate_modulation; three coordinates for planes."""
+    """Random points, some beyond the outer nodes, and grids of a coordinate_modulation; planes take 3 coordinates."""
     generator = torch.Generator().manual_seed(points + len(nodes))
     planes = combine == "plane_product"
     shape = [layers, 2, *[3] * planes, *([] if channels is None else [channels]), *nodes]

@@ -122,7 +122,7 @@ FAULTS = {
         "coordinate_modulation.cuh",
         "job.layout.width == job.layout.pitch &&",
         "(job.layout.width == job.layout.pitch || ON) &&",
-        f"{OVERRUN}|not aligned|value: .* differ",
+        "misaligned address",
     ),
     "lanes that do not add up": Fault(
         "coordinate_modulation.cuh",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The CUDA kernels of coordinate_modulation, executed by the simulator in tests/sim, compute what the definition says."""
+"""The CUDA kernels of coordinate_modulation, executed by the simulator, compute what the definition says."""
 
 from __future__ import annotations
 

@@ -8,12 +8,13 @@ the kernels are decorated.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from multiprocessing import get_context
 from os import cpu_count
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 KERNELS = ("rows", "jacobian", "table", "coordinates")
 DTYPES = ("fp32", "fp16", "fp64", "bf16")
@@ -60,30 +61,19 @@ def cover() -> list[Variant]:
     return variants
 
 
-def compile_variant(variant: Variant) -> Facts:
-    import torch
+SIZES = {"fp64": 8, "fp32": 4, "fp16": 2, "bf16": 2}
+
+
+def compile_kernel(
+    kernel: Any, arch: int, constants: dict[str, Any], types: dict[str, str], options: dict[str, int]
+) -> Facts:
+    """types: of pointers, by name; other arguments that are no constants are int32."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from camkernels import _machine_code
-    from camkernels.triton import hash_grid
 
-    name = {"jacobian": "rows"}.get(variant.kernel, variant.kernel)
-    kernel = getattr(hash_grid, f"{name}_kernel")
-    settings = hash_grid.Settings(
-        scales=(), shift=0.5, layout=(), ceil_corner=variant.ceil_corner, outside=variant.outside,
-        interpolation=variant.interpolation, active_levels=16, deterministic=False,
-    )  # fmt: skip
-    sizes = {"fp64": 8, "fp32": 4, "fp16": 2, "bf16": 2}
-    itemsize = max(sizes[variant.dtype], 4) if variant.kernel == "table" else sizes[variant.dtype]
-    constants = hash_grid.constants(settings, variant.dims, variant.features, itemsize)
-    constants |= {"counts_ptr": None} if not variant.per_point else {}
-    constants |= {"j_ptr": None} if variant.kernel == "rows" else {}
-    x = "fp64" if variant.dtype == "fp64" else "fp32"
-    types = dict.fromkeys(("table_ptr", "grad_ptr", "y_ptr"), f"*{variant.dtype}")
-    types |= dict.fromkeys(("x_ptr", "j_ptr", "gx_ptr", "sums_ptr"), f"*{x}")
-    types |= {"counts_ptr": "*i32", "scales_ptr": "*fp32", "layout_ptr": "*i64"}
     names = kernel.arg_names
     constants = {name: value for name, value in constants.items() if name in names}
     source = ASTSource(
@@ -93,10 +83,7 @@ def compile_variant(variant: Variant) -> Facts:
         # as a launch says of PyTorch's allocations; without it loads are not vectorised
         attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name.endswith("_ptr")},
     )
-    target = GPUTarget("cuda", variant.arch, 32)
-    compiled = triton.compile(
-        source, target=target, options=hash_grid.OPTIONS[torch.float64 if x == "fp64" else torch.float32]
-    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -104,13 +91,83 @@ def compile_variant(variant: Variant) -> Facts:
     return Facts(found.registers, found.stack, compiled.metadata.shared, found.opcodes)
 
 
-def compile_all(variants: list[Variant]) -> dict[Variant, Facts]:
+def compile_variant(variant: Variant) -> Facts:
+    import torch
+
+    from camkernels.triton import hash_grid
+
+    name = {"jacobian": "rows"}.get(variant.kernel, variant.kernel)
+    kernel = getattr(hash_grid, f"{name}_kernel")
+    settings = hash_grid.Settings(
+        scales=(), shift=0.5, layout=(), ceil_corner=variant.ceil_corner, outside=variant.outside,
+        interpolation=variant.interpolation, active_levels=16, deterministic=False,
+    )  # fmt: skip
+    itemsize = max(SIZES[variant.dtype], 4) if variant.kernel == "table" else SIZES[variant.dtype]
+    constants = hash_grid.constants(settings, variant.dims, variant.features, itemsize)
+    constants |= {"counts_ptr": None} if not variant.per_point else {}
+    constants |= {"j_ptr": None} if variant.kernel == "rows" else {}
+    x = "fp64" if variant.dtype == "fp64" else "fp32"
+    types = dict.fromkeys(("table_ptr", "grad_ptr", "y_ptr"), f"*{variant.dtype}")
+    types |= dict.fromkeys(("x_ptr", "j_ptr", "gx_ptr", "sums_ptr"), f"*{x}")
+    types |= {"counts_ptr": "*i32", "scales_ptr": "*fp32", "layout_ptr": "*i64"}
+    options = hash_grid.OPTIONS[torch.float64 if x == "fp64" else torch.float32]
+    return compile_kernel(kernel, variant.arch, constants, types, options)
+
+
+LOOKUP_KERNELS = ("value", "grids", "coordinates")
+
+
+class Lookup(NamedTuple):
+    """A kernel of coordinate_modulation: dims 0 stands for a product of planes; dtype: of the grids."""
+
+    kernel: str
+    dims: int
+    width: int
+    dtype: str
+    arch: int
+    zeros: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.kernel}-d{self.dims}w{self.width}-{self.dtype}-sm_{self.arch}"
+
+
+def cover_lookups() -> list[Lookup]:
+    """Every kernel, planes and dims 1 to 3, and architecture; dtypes, widths and paddings take turns."""
+    sizes = product(enumerate(LOOKUP_KERNELS), range(4), enumerate(ARCHITECTURES))
+    return [
+        Lookup(kernel, dims, (16, 6)[(dims + k) % 2], DTYPES[(dims + k + a) % 4], arch, zeros=(dims + a) % 2 == 1)
+        for (k, kernel), dims, (a, arch) in sizes
+    ]
+
+
+def compile_lookup(variant: Lookup) -> Facts:
+    import torch
+
+    from camkernels.triton import coordinate_modulation as lookup
+
+    planes = variant.dims == 0
+    settings = lookup.Settings(variant.zeros, align_corners=True, planes=planes, deterministic=False)
+    shape = lookup.Shape(variant.width, 3 if planes else 1, (), (32,) * (2 if planes else variant.dims))
+    itemsize = max(SIZES[variant.dtype], 4) if variant.kernel == "grids" else SIZES[variant.dtype]
+    u = "fp64" if variant.dtype == "fp64" else "fp32"
+    types = dict.fromkeys(("rows_ptr", "grad_ptr", "y_ptr"), f"*{variant.dtype}")
+    types |= dict.fromkeys(("u_ptr", "gu_ptr", "sums_ptr"), f"*{u}")
+    options = lookup.OPTIONS[torch.float64 if u == "fp64" else torch.float32]
+    kernel = getattr(lookup, f"{variant.kernel}_kernel")
+    return compile_kernel(kernel, variant.arch, lookup.constants(settings, shape, itemsize), types, options)
+
+
+def compile_any(variant: Variant | Lookup) -> Facts:
+    return compile_variant(variant) if isinstance(variant, Variant) else compile_lookup(variant)
+
+
+def compile_all(variants: Sequence[Variant | Lookup]) -> dict[Variant | Lookup, Facts]:
     """In a few processes: the compiler is not parallel by itself."""
     with ProcessPoolExecutor(min(4, cpu_count() or 1), mp_context=get_context("spawn")) as pool:
-        return dict(zip(variants, pool.map(compile_variant, variants, chunksize=4), strict=True))
+        return dict(zip(variants, pool.map(compile_any, variants, chunksize=4), strict=True))
 
 
-def table(facts: dict[Variant, Facts]) -> str:
+def table(facts: dict[Variant | Lookup, Facts]) -> str:
     lines = [f"{'kernel':28} registers stack shared  memory instructions"]
     for variant, found in facts.items():
         counted = ", ".join(f"{n} {name}" for name, n in found.opcodes.items() if name.startswith(MEMORY))
@@ -119,4 +176,4 @@ def table(facts: dict[Variant, Facts]) -> str:
 
 
 if __name__ == "__main__":
-    print(table(compile_all(cover())))
+    print(table(compile_all([*cover(), *cover_lookups()])))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import reference
+from . import reference, triton
 from ._autograd import Argument, Operator
 from ._backends import BACKENDS, Call, choose, define, round_to_autocast
 from ._checks import check_choice, check_dtype, check_floating, check_size
@@ -39,6 +39,13 @@ def _declare(prefix: str) -> Operator:
 
 
 _COMPILED = _declare("")  # "cpu" and "cuda": the dispatcher tells them apart
+_TRITON = _declare("triton_")
+for _name, _module, _function in (
+    ("", "coordinate_modulation", "value"),
+    ("_backward", "coordinate_modulation", "backward"),
+    ("_backward_backward", "second_order", "coordinate_modulation_backward_backward"),
+):
+    triton.implement(f"triton_coordinate_modulation{_name}", _module, _function)
 
 
 # ---- function --------------------------------------------------------------------------------------------------------
@@ -68,7 +75,8 @@ def coordinate_modulation(
     """
     op = "coordinate_modulation"
     check_floating(op, "coords", coords)
-    if choose(Call(op, coords.device.type, coords.device.index), backend) == "reference":
+    chosen = choose(Call(op, coords.device.type, coords.device.index), backend)
+    if chosen == "reference":
         options = {"padding": padding, "align_corners": align_corners, "combine": combine}
         y = define(reference.coordinate_modulation, coords, grids, **options)
     else:
@@ -76,7 +84,7 @@ def coordinate_modulation(
         points = coords.to(compute_dtype(coords, grids)).reshape(-1, coords.shape[-1])
         deterministic = torch.are_deterministic_algorithms_enabled()
         settings = (padding == "zeros", align_corners, combine == "plane_product", deterministic)
-        y = _COMPILED(points, grids, settings=settings)
+        y = (_TRITON if chosen == "triton" else _COMPILED)(points, grids, settings=settings)
         y = y.reshape(*coords.shape[:-1], *y.shape[1:])
     return round_to_autocast(y)
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What the hash grid's Triton kernels leave to the reference: derivatives of their derivatives.
+"""What the Triton kernels leave to the reference: derivatives of their derivatives.
 
-The reference formula under autograd. It holds [n, 2^D, F] per level, several times over: it is there to be right.
+The reference formula under autograd. Of the hash grid it holds [n, 2^D, F] per level, several times over: it is there
+to be right.
 """
 
 from __future__ import annotations
@@ -107,3 +108,23 @@ def _definition(
         return reference.hash_grid(x, table, geometry, **options_of_all, **options)
 
     return lookup
+
+
+def coordinate_modulation_backward_backward(
+    ggcoords: Tensor | None, gggrids: Tensor | None, grad: Tensor, coords: Tensor, grids: Tensor,
+    *settings_and_mask: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The operator triton_coordinate_modulation_backward_backward: gradients of <ggcoords, gcoords> +
+    <gggrids, ggrids> in grad, coords, grids."""
+    zeros, align_corners, planes, _, mask = settings_and_mask
+    options = {
+        "padding": "zeros" if zeros else "border",
+        "align_corners": align_corners,
+        "combine": "plane_product" if planes else "single",
+    }
+
+    def backward(grad: Tensor, coords: Tensor, grids: Tensor) -> tuple[Tensor, ...]:
+        y = reference.coordinate_modulation(coords, grids, **options)
+        return torch.autograd.grad(y, (coords, grids), grad, create_graph=True, materialize_grads=True)
+
+    return _gradients(backward, (grad, coords, grids), (ggcoords, gggrids), mask)

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from triton_ahead_of_time import KERNELS, Variant, compile_all, cover
+from triton_ahead_of_time import KERNELS, SIZES, Variant, compile_all, cover, cover_lookups
 
 pytestmark = pytest.mark.skipif(
     "TRITON_INTERPRET" in os.environ, reason="the interpreter, which TRITON_INTERPRET chooses, does not compile"
@@ -18,11 +18,12 @@ OTHERS = [  # more dims, features that are no power of two, no upper corner
     Variant("coordinates", 5, 16, "bf16", 80, interpolation=1, outside=2),
     Variant("jacobian", 3, 5, "fp16", 90, interpolation=2, ceil_corner=True),
 ]
+LOOKUPS = cover_lookups()
 
 
 @pytest.fixture(scope="module")
 def facts():
-    return compile_all(GATED + OTHERS)
+    return compile_all(GATED + OTHERS + LOOKUPS)
 
 
 def test_the_cover_has_every_size_on_both_architectures_and_every_dtype():
@@ -30,7 +31,7 @@ def test_the_cover_has_every_size_on_both_architectures_and_every_dtype():
     assert len({(v.kernel, v.features, v.dtype) for v in GATED}) == len(KERNELS) * 4 * 4
 
 
-@pytest.mark.parametrize("variant", GATED + OTHERS, ids=str)
+@pytest.mark.parametrize("variant", GATED + OTHERS + LOOKUPS, ids=str)
 def test_nothing_spills(facts, variant):
     found = facts[variant]
     assert found.stack == 0 and found.count("LDL") == 0 and found.count("STL") == 0
@@ -48,7 +49,7 @@ def test_nothing_goes_through_shared_memory(facts, variant):
 @pytest.mark.parametrize("variant", GATED, ids=str)
 def test_a_table_row_is_one_access_per_corner(facts, variant):
     found = facts[variant]
-    size = {"fp64": 8, "fp32": 4, "fp16": 2, "bf16": 2}[variant.dtype]
+    size = SIZES[variant.dtype]
     if variant.kernel == "table":
         size = max(size, 4)  # the sums
         width = min(variant.features, 16 // size)
@@ -63,3 +64,19 @@ def test_a_table_row_is_one_access_per_corner(facts, variant):
         assert found.opcodes.get(name, 0) >= 1
         if bits == 128:  # scalars of the geometry are narrower
             assert found.opcodes[name] >= (1 << variant.dims if variant.dims < 4 else 1)
+
+
+@pytest.mark.parametrize("variant", LOOKUPS, ids=str)
+def test_a_lookup_reads_and_adds_in_words_and_waits_for_no_corner(facts, variant):
+    """Rows are packed to whole tiles; only where those of a value are not does its store change the layout, once."""
+    found = facts[variant]
+    rows_are_tiles = variant.width % 4 == 0 or variant.dtype == "fp64"
+    assert found.count("BAR") == (0 if rows_are_tiles or variant.kernel != "value" else 1)
+    if variant.kernel == "grids":
+        vectors = found.count("REDG.E.ADD.F32x4")
+        assert (vectors == found.count("RED") > 0) == (variant.arch >= 90 and variant.dtype != "fp64")
+        assert found.count("ATOM") == 0
+    else:
+        corners = 12 if variant.dims == 0 else 1 << variant.dims
+        wide = {2: "LDG.E.64", 4: "LDG.E.128", 8: "LDG.E.128"}[SIZES[variant.dtype]]
+        assert found.opcodes[wide] >= corners

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The Triton kernels, executed on the CPU by Triton's interpreter, and what the backend says where it cannot run.
 
-The interpreter is chosen by TRITON_INTERPRET when kernels are decorated, so its tests (triton_interpreted.py) run in
-processes of their own: two, which share the cases.
+The interpreter is chosen by TRITON_INTERPRET when kernels are decorated, so its tests (triton_interpreted*.py) run in
+processes of their own: two share the cases of the hash grid, one has those of coordinate_modulation.
 """
 
 import os
@@ -17,7 +17,11 @@ import camkernels
 from camkernels import _backends, triton
 
 HERE = Path(__file__).parent
-HALVES = ("half0", "not half0")
+PARTS = {
+    "half0": ["triton_interpreted.py", "-k", "half0"],
+    "half1": ["triton_interpreted.py", "-k", "not half0"],
+    "lookup": ["triton_interpreted_lookup.py"],
+}
 needs_triton = pytest.mark.skipif(triton.MISSING is not None, reason=str(triton.MISSING))
 
 
@@ -25,10 +29,11 @@ needs_triton = pytest.mark.skipif(triton.MISSING is not None, reason=str(triton.
 def processes():
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("CAMKERNELS_BACKEND", None)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "triton_interpreted.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     started = {
-        half: subprocess.Popen([*command, "-k", half], env=environment, cwd=HERE.parent, **pipes) for half in HALVES
+        part: subprocess.Popen([*command, str(HERE / file), *chosen], env=environment, cwd=HERE.parent, **pipes)
+        for part, (file, *chosen) in PARTS.items()
     }
     yield started
     for process in started.values():
@@ -37,10 +42,10 @@ def processes():
 
 
 @needs_triton
-@pytest.mark.parametrize("half", HALVES)
-def test_in_the_interpreter(processes, half):
-    output, _ = processes[half].communicate(timeout=580)
-    assert processes[half].returncode == 0, output[-6000:]
+@pytest.mark.parametrize("part", PARTS)
+def test_in_the_interpreter(processes, part):
+    output, _ = processes[part].communicate(timeout=580)
+    assert processes[part].returncode == 0, output[-6000:]
     assert " passed" in output and "skipped" not in output, output[-2000:]
 
 

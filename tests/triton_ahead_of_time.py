@@ -148,13 +148,11 @@ def compile_lookup(variant: Lookup) -> Facts:
     planes = variant.dims == 0
     settings = lookup.Settings(variant.zeros, align_corners=True, planes=planes, deterministic=False)
     shape = lookup.Shape(variant.width, 3 if planes else 1, (), (32,) * (2 if planes else variant.dims))
-    itemsize = max(SIZES[variant.dtype], 4) if variant.kernel == "grids" else SIZES[variant.dtype]
-    u = "fp64" if variant.dtype == "fp64" else "fp32"
+    u, dtype = ("fp64", torch.float64) if variant.dtype == "fp64" else ("fp32", torch.float32)
     types = dict.fromkeys(("rows_ptr", "grad_ptr", "y_ptr"), f"*{variant.dtype}")
     types |= dict.fromkeys(("u_ptr", "gu_ptr", "sums_ptr"), f"*{u}")
-    options = lookup.OPTIONS[torch.float64 if u == "fp64" else torch.float32]
     kernel = getattr(lookup, f"{variant.kernel}_kernel")
-    return compile_kernel(kernel, variant.arch, lookup.constants(settings, shape, itemsize), types, options)
+    return compile_kernel(kernel, variant.arch, lookup.constants(settings, shape, dtype), types, lookup.OPTIONS[dtype])
 
 
 def compile_any(variant: Variant | Lookup) -> Facts:

@@ -2,9 +2,9 @@
 """coordinate_modulation in Triton: value, gradient of the coordinates and of the grids.
 
 Definition and special points as in `camkernels.reference.coordinate_modulation`. Grids are packed first, all numbers of
-a node side by side, so that a node's row is read in words: rows [planes, nodes, width]. A program computes BLOCK points:
-for the value and the grids TILE numbers of each, for the coordinates all numbers in turn. Points run along threads,
-numbers within one, as in hash_grid.py.
+a node side by side and zeros up to whole tiles, so that a node's row is read in words: rows [planes, nodes, pitch]. A
+program computes BLOCK points: for the value and the grids TILE numbers of each, for the coordinates all numbers in
+turn. Points run along threads, numbers within one, as in hash_grid.py.
 """
 
 from __future__ import annotations
@@ -98,17 +98,15 @@ def _index(c, terms, D: tl.constexpr):
 
 
 @triton.jit
-def _row(
-    rows_ptr, c, nodes, f, p: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Where numbers f of the node at corner c lie in the rows of lookup p, and which of them are there."""
+def _row(rows_ptr, c, nodes, f, p: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, PITCH: tl.constexpr):
+    """Where numbers f of the node at corner c lie in the rows of lookup p, and whether it is there."""
     index = _index(c, nodes[0], D)
-    return rows_ptr + (p * ROWS + index)[:, None] * WIDTH + f, (nodes[3] & (index >= 0))[:, None] & (f < WIDTH)
+    return rows_ptr + (p * ROWS + index)[:, None] * PITCH + f, (nodes[3] & (index >= 0))[:, None]
 
 
 @triton.jit
 def _values(
-    rows_ptr, nodes, f, like, D: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    rows_ptr, nodes, f, like, D: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, PITCH: tl.constexpr,
     CORNERS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Numbers f of every lookup, in the form of `like` [BLOCK, TILE]."""
@@ -116,7 +114,7 @@ def _values(
     for p in tl.static_range(P):
         y = tl.zeros_like(like)
         for c in tl.range(0, CORNERS, loop_unroll_factor=UNROLL):
-            row, there = _row(rows_ptr, c, nodes[p], f, p, D, ROWS, WIDTH)
+            row, there = _row(rows_ptr, c, nodes[p], f, p, D, ROWS, PITCH)
             y += _weight(c, nodes[p][1], D)[:, None] * tl.load(row, mask=there, other=0.0).to(y.dtype)
         ys = ys + (y,)
     return ys
@@ -135,17 +133,17 @@ def _without(ys, p: tl.constexpr):
 def value_kernel(
     u_ptr, rows_ptr, n, y_ptr,
     D: tl.constexpr, P: tl.constexpr, SLOTS: tl.constexpr, NODES: tl.constexpr, STRIDES: tl.constexpr,
-    ROWS: tl.constexpr, ZEROS: tl.constexpr, ALIGN: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
-    CORNERS: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, ZEROS: tl.constexpr, ALIGN: tl.constexpr, WIDTH: tl.constexpr, PITCH: tl.constexpr,
+    TILE: tl.constexpr, CORNERS: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """y [n, WIDTH]"""
-    TILES: tl.constexpr = (WIDTH + TILE - 1) // TILE
+    TILES: tl.constexpr = PITCH // TILE
     r = (tl.program_id(0) // TILES).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     f = ((tl.program_id(0) % TILES) * TILE + tl.arange(0, TILE))[None, :]
     broken = _broken(u_ptr, r, r < n, SLOTS)
     nodes = _nodes(u_ptr, r, (r < n) & ~broken, D, P, SLOTS, NODES, STRIDES, ZEROS, ALIGN)
     like = tl.zeros([BLOCK, TILE], u_ptr.dtype.element_ty)
-    ys = _values(rows_ptr, nodes, f, like, D, P, ROWS, WIDTH, CORNERS, UNROLL)
+    ys = _values(rows_ptr, nodes, f, like, D, P, ROWS, PITCH, CORNERS, UNROLL)
     y = ys[0]
     for p in tl.static_range(1, P):
         y = y * ys[p]
@@ -157,11 +155,11 @@ def value_kernel(
 def grids_kernel(
     u_ptr, rows_ptr, n, grad_ptr, sums_ptr,
     D: tl.constexpr, P: tl.constexpr, SLOTS: tl.constexpr, NODES: tl.constexpr, STRIDES: tl.constexpr,
-    ROWS: tl.constexpr, ZEROS: tl.constexpr, ALIGN: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
-    CORNERS: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, ZEROS: tl.constexpr, ALIGN: tl.constexpr, WIDTH: tl.constexpr, PITCH: tl.constexpr,
+    TILE: tl.constexpr, CORNERS: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """sums [P, ROWS, WIDTH] += gradient of <grad, y>; rows are read where P is 3."""
-    TILES: tl.constexpr = (WIDTH + TILE - 1) // TILE
+    """sums [P, ROWS, PITCH] += gradient of <grad, y>; rows are read where P is 3."""
+    TILES: tl.constexpr = PITCH // TILE
     r = (tl.program_id(0) // TILES).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     f = ((tl.program_id(0) % TILES) * TILE + tl.arange(0, TILE))[None, :]
     valid = (r < n) & ~_broken(u_ptr, r, r < n, SLOTS)
@@ -170,17 +168,17 @@ def grids_kernel(
     grad = tl.load(grad_ptr + r[:, None] * WIDTH + f, mask=valid[:, None] & (f < WIDTH), other=0.0).to(like.dtype)
     ys = ()
     if P > 1:
-        ys = _values(rows_ptr, nodes, f, like, D, P, ROWS, WIDTH, CORNERS, UNROLL)
+        ys = _values(rows_ptr, nodes, f, like, D, P, ROWS, PITCH, CORNERS, UNROLL)
     for p in tl.static_range(P):
         part = grad if P == 1 else grad * _without(ys, p)
         for c in tl.range(0, CORNERS, loop_unroll_factor=UNROLL):
-            row, there = _row(sums_ptr, c, nodes[p], f, p, D, ROWS, WIDTH)
+            row, there = _row(sums_ptr, c, nodes[p], f, p, D, ROWS, PITCH)
             tl.atomic_add(row, _weight(c, nodes[p][1], D)[:, None] * part, mask=there, sem="relaxed")
 
 
 @triton.jit
 def _along_axes(
-    rows_ptr, nodes, f, part, p: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    rows_ptr, nodes, f, part, p: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, PITCH: tl.constexpr,
     CORNERS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Along the axes [D] of lookup p, the gradient of <part, numbers f>."""
@@ -188,7 +186,7 @@ def _along_axes(
     for _ in tl.static_range(D):
         found = found + (tl.zeros([part.shape[0]], part.dtype),)
     for c in tl.range(0, CORNERS, loop_unroll_factor=UNROLL):
-        row, there = _row(rows_ptr, c, nodes, f, p, D, ROWS, WIDTH)
+        row, there = _row(rows_ptr, c, nodes, f, p, D, ROWS, PITCH)
         along = tl.sum(tl.load(row, mask=there, other=0.0).to(part.dtype) * part, 1)
         slopes = _slopes(c, nodes[1], nodes[2], D)
         added = ()
@@ -207,12 +205,12 @@ def _by_slot(found, P: tl.constexpr):
         return (found[0][0] + found[1][0], found[0][1] + found[2][0], found[1][1] + found[2][1])
 
 
-@triton.jit(do_not_specialize=["n", "width"])
+@triton.jit(do_not_specialize=["n", "pitch"])
 def coordinates_kernel(
-    u_ptr, rows_ptr, n, grad_ptr, gu_ptr, width,
+    u_ptr, rows_ptr, n, grad_ptr, gu_ptr, pitch,
     D: tl.constexpr, P: tl.constexpr, SLOTS: tl.constexpr, NODES: tl.constexpr, STRIDES: tl.constexpr,
-    ROWS: tl.constexpr, ZEROS: tl.constexpr, ALIGN: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
-    CORNERS: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, ZEROS: tl.constexpr, ALIGN: tl.constexpr, WIDTH: tl.constexpr, PITCH: tl.constexpr,
+    TILE: tl.constexpr, CORNERS: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """gu [n, SLOTS]: gradient of <grad, y> in the coordinates."""
     r = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -224,16 +222,16 @@ def coordinates_kernel(
     for _ in tl.static_range(SLOTS):
         gu = gu + (tl.zeros([BLOCK], like.dtype),)
     # Over tiles. The compiler must not know how many: it would write all of them out.
-    for first in range(0, WIDTH if WIDTH <= TILE else width, TILE):
+    for first in range(0, PITCH if PITCH == TILE else pitch, TILE):
         f = (first + tl.arange(0, TILE))[None, :]
         grad = tl.load(grad_ptr + r[:, None] * WIDTH + f, mask=valid[:, None] & (f < WIDTH), other=0.0).to(like.dtype)
         ys = ()
         if P > 1:
-            ys = _values(rows_ptr, nodes, f, like, D, P, ROWS, WIDTH, CORNERS, UNROLL)
+            ys = _values(rows_ptr, nodes, f, like, D, P, ROWS, PITCH, CORNERS, UNROLL)
         found = ()
         for p in tl.static_range(P):
             part = grad if P == 1 else grad * _without(ys, p)
-            found = found + (_along_axes(rows_ptr, nodes[p], f, part, p, D, ROWS, WIDTH, CORNERS, UNROLL),)
+            found = found + (_along_axes(rows_ptr, nodes[p], f, part, p, D, ROWS, PITCH, CORNERS, UNROLL),)
         more = _by_slot(found, P)
         added = ()
         for s in tl.static_range(SLOTS):
@@ -279,18 +277,28 @@ class Shape(NamedTuple):
     def rows(self) -> int:
         return math.prod(self.nodes)
 
-    def pack(self, grids: Tensor) -> Tensor:
-        """rows [planes, nodes, width]"""
-        split = grids.reshape(self.runs, self.planes, -1, self.rows)
-        return split.permute(1, 3, 0, 2).reshape(self.planes, self.rows, self.width).contiguous()
+    def tile(self, dtype: torch.dtype) -> int:
+        """Numbers that a thread computes at once in this dtype."""
+        return min(triton.next_power_of_2(self.width), TILE_BYTES // dtype.itemsize)
+
+    def pitch(self, dtype: torch.dtype) -> int:
+        """Numbers of a packed row: whole tiles."""
+        return triton.cdiv(self.width, self.tile(dtype)) * self.tile(dtype)
+
+    def pack(self, grids: Tensor, dtype: torch.dtype) -> Tensor:
+        """rows [planes, nodes, pitch]"""
+        split = grids.reshape(self.runs, self.planes, -1, self.rows).permute(1, 3, 0, 2)
+        rows = grids.new_zeros(self.planes, self.rows, self.pitch(dtype))
+        rows[..., : self.width] = split.reshape(self.planes, self.rows, self.width)
+        return rows
 
     def unpack(self, rows: Tensor, like: Tensor) -> Tensor:
-        split = rows.reshape(self.planes, self.rows, self.runs, -1)
+        split = rows[..., : self.width].reshape(self.planes, self.rows, self.runs, -1)
         return split.permute(2, 0, 3, 1).reshape(like.shape).to(like.dtype).contiguous()
 
 
-def constants(settings: Settings, shape: Shape, itemsize: int) -> dict[str, Any]:
-    """What a kernel is compiled for; itemsize: bytes of a number in the rows or in the sums."""
+def constants(settings: Settings, shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
+    """What a kernel is compiled for; dtype: of the coordinates."""
     dims = len(shape.nodes)
     corners = 1 << dims
     return {
@@ -303,7 +311,8 @@ def constants(settings: Settings, shape: Shape, itemsize: int) -> dict[str, Any]
         "ZEROS": settings.zeros,
         "ALIGN": settings.align_corners,
         "WIDTH": shape.width,
-        "TILE": min(triton.next_power_of_2(shape.width), TILE_BYTES // itemsize),
+        "PITCH": shape.pitch(dtype),
+        "TILE": shape.tile(dtype),
         "CORNERS": corners,
         "UNROLL": corners if corners <= UNROLLED_CORNERS else 1,
         "BLOCK": BLOCK,
@@ -311,19 +320,16 @@ def constants(settings: Settings, shape: Shape, itemsize: int) -> dict[str, Any]
 
 
 def _launch(
-    kernel: Any, settings: Settings, shape: Shape, coords: Tensor, rows: Tensor, itemsize: int, *, tiled: bool = True,
-    **arguments: Any,
-) -> None:  # fmt: skip
-    """Runs a kernel over the points coords [n, slots]."""
+    kernel: Any, settings: Settings, shape: Shape, coords: Tensor, rows: Tensor, *, tiled: bool = True, **arguments: Any
+) -> None:
+    """Runs a kernel over the points coords [n, slots]; tiled: over the tiles of a row, too."""
     n = len(coords)
     if n == 0:
         return
-    compiled_for = constants(settings, shape, itemsize)
-    tiles = triton.cdiv(shape.width, compiled_for["TILE"]) if tiled else 1
+    compiled_for = constants(settings, shape, coords.dtype)
+    programs = triton.cdiv(n, BLOCK) * (compiled_for["PITCH"] // compiled_for["TILE"] if tiled else 1)
     with torch.cuda.device(coords.device) if coords.is_cuda else nullcontext():
-        kernel[(triton.cdiv(n, BLOCK) * tiles,)](
-            u_ptr=coords, rows_ptr=rows, n=n, **arguments, **compiled_for, **OPTIONS[coords.dtype]
-        )
+        kernel[(programs,)](u_ptr=coords, rows_ptr=rows, n=n, **arguments, **compiled_for, **OPTIONS[coords.dtype])
 
 
 def value(coords: Tensor, grids: Tensor, *given: Any) -> Tensor:
@@ -331,7 +337,7 @@ def value(coords: Tensor, grids: Tensor, *given: Any) -> Tensor:
     settings = Settings(*given)
     shape = Shape.of(grids, coords.shape[1], settings.planes)
     y = grids.new_empty(len(coords), grids.shape[0], 2, *shape.channels)
-    _launch(value_kernel, settings, shape, coords, shape.pack(grids), grids.element_size(), y_ptr=y)
+    _launch(value_kernel, settings, shape, coords, shape.pack(grids, coords.dtype), y_ptr=y)
     return y
 
 
@@ -340,17 +346,17 @@ def backward(grad: Tensor, coords: Tensor, grids: Tensor, *settings_and_mask: An
     *given, (wants_coords, wants_grids) = settings_and_mask
     settings = Settings(*given)
     shape = Shape.of(grids, coords.shape[1], settings.planes)
-    rows = shape.pack(grids) if wants_coords or settings.planes else grids
+    pitch = shape.pitch(coords.dtype)
+    rows = shape.pack(grids, coords.dtype) if wants_coords or settings.planes else grids
     gu, ggrids = coords.new_empty(0), grids.new_empty(0)
     if wants_grids:
         if settings.deterministic:
             _refuse_determinism("coordinate_modulation")
-        sums = coords.new_zeros(shape.planes, shape.rows, shape.width)
-        pointers = {"grad_ptr": grad, "sums_ptr": sums}
-        _launch(grids_kernel, settings, shape, coords, rows, sums.element_size(), **pointers)
+        sums = coords.new_zeros(shape.planes, shape.rows, pitch)
+        _launch(grids_kernel, settings, shape, coords, rows, grad_ptr=grad, sums_ptr=sums)
         ggrids = shape.unpack(sums, grids)
     if wants_coords:
         gu = torch.empty_like(coords)
-        more = {"grad_ptr": grad, "gu_ptr": gu, "width": shape.width}
-        _launch(coordinates_kernel, settings, shape, coords, rows, grids.element_size(), tiled=False, **more)
+        more = {"grad_ptr": grad, "gu_ptr": gu, "pitch": pitch}
+        _launch(coordinates_kernel, settings, shape, coords, rows, tiled=False, **more)
     return gu, ggrids

@@ -17,7 +17,7 @@ import torch
 
 from camkernels import testing
 from sim import build, coverage, library, toolkit
-from simulated import CASES, Simulated, deterministic, lookup_call, regular_call, shifted
+from simulated import CASES, Simulated, deterministic, lookup_call, network, regular_call, shifted
 
 pytestmark = [
     pytest.mark.slow,
@@ -31,7 +31,15 @@ FILES = {
         "coordinate_modulation_backward.cu",
         "coordinate_modulation.cuh",
     ),
-    "sums": ("sums.cu", "sums.cuh"),
+    "modulated_mlp": (
+        "modulated_mlp.cu",
+        "modulated_mlp_backward.cu",
+        "modulated_mlp_sums.cu",
+        "modulated_mlp.cuh",
+        "modulated_mlp_rows.cuh",
+        "product.cuh",
+    ),
+    "shared": ("sums.cu", "sums.cuh", "storage.cuh"),
 }
 
 
@@ -86,11 +94,31 @@ def exercise_coordinate_modulation(sim: Simulated) -> None:
     sim.agree(replace(call, inputs={name: shifted(t) for name, t in call.inputs.items()}), op=op)
 
 
+def exercise_modulated_mlp(sim: Simulated) -> None:
+    op = "modulated_mlp"
+    take_turns(sim, testing.cases(op)[::3])
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        sim.agree(
+            network(70, [5, 450, 270, 3], dtype, norm="point", skips=[0]), order=0, op=op
+        )  # rows in global memory
+    with sim.library.architecture(80):
+        sim.agree(network(70, [5, 256, 256, 3], norm="point"), order=0, op=op)  # one pair of slabs
+    for channels in (False, True):  # more layers than arguments hold; groups of points in several launches
+        sim.agree(network(270, [3, *[26] * 29, 2], torch.float64, groups=3, channels=channels, norm="point"), op=op)
+    for groups in (70, 1):
+        sim.agree(network(70, [3, 40, 24, 2], torch.float16, groups=groups), op=op)
+    for n in (0, 1):
+        sim.agree(network(n, [3, 8, 8, 2], groups=n), op=op)
+    call = network(50, [3, 17, 2], groups=50)
+    sim.agree(replace(call, inputs={name: shifted(t) for name, t in call.inputs.items()}), op=op)
+
+
 def exercise() -> None:
     """Every kernel: forward, backward, Jacobian, second order; odd sizes, tensors that begin anywhere."""
     sim = Simulated(recipe())
     exercise_hash_grid(sim)
     exercise_coordinate_modulation(sim)
+    exercise_modulated_mlp(sim)
     sim.library.write_coverage()
     print("clean")
 

@@ -21,7 +21,7 @@ import torch
 
 from camkernels import testing
 from sim import build, library, toolkit
-from simulated import Simulated, lookup_call, regular_call
+from simulated import Simulated, lookup_call, network, regular_call
 
 pytestmark = [
     pytest.mark.slow,
@@ -148,6 +148,45 @@ FAULTS = {
         "if (job.tangents && !ON) first +=",
         "second.coords: .* differ",
     ),
+    "slabs read before they are full": Fault(
+        "product.cuh",
+        "__syncthreads();\n      sums.add(left",
+        "if (!ON) __syncthreads();\n      sums.add(left",
+        "value: .* differ",
+    ),
+    "a slab filled while it is read": Fault(
+        "product.cuh",
+        "if (copies_ == 1) __syncthreads();",
+        "if (copies_ == 1 && !ON) __syncthreads();",
+        "value: .* differ",
+    ),
+    "a product without its small part": Fault(
+        "product.cuh", "if constexpr (Terms > 2) mma", "if (Terms > 2 && !ON) mma", "value: .* differ"
+    ),
+    "half of a warp's sum": Fault(
+        "modulated_mlp_rows.cuh", "int distance = 16;", "int distance = ON ? 8 : 16;", "value: .* differ"
+    ),
+    "a scale whose tangent is forgotten": Fault(
+        "modulated_mlp_rows.cuh",
+        "g[c] = scale_tangent * of_ds",
+        "g[c] = (ON ? C(0) : scale_tangent) * of_ds",
+        "second.x: .* differ",
+    ),
+    "sums of the next split's points, too": Fault(
+        "modulated_mlp_sums.cu",
+        "points = int(end - first);\n    const auto gradients",
+        "points = int(end - first) + ON;\n    const auto gradients",
+        f"{OVERRUN}|grad.weights.*differ",
+    ),
+    "one split too few": Fault(
+        "modulated_mlp_sums.cu", "s < job.splits;", "s < job.splits - ON;", "grad.weights.* differ"
+    ),
+    "no barrier before the sums of a group": Fault(
+        "modulated_mlp_sums.cu",
+        "part[threadIdx.x] = sum;\n  __syncthreads();",
+        "part[threadIdx.x] = sum;\n  if (!ON) __syncthreads();",
+        "grad.modulation: .* differ",
+    ),
 }
 NAMES = ["none", *FAULTS]  # a fault's place here is its switch
 
@@ -173,6 +212,8 @@ def judge(sim: Simulated) -> None:
     """Agreement in all schedules: odd sizes, points outside, partial groups of levels, whole words, two launches."""
     lookups = [lookup_call(133, [5, 6], channels=channels, padding="zeros") for channels in (None, 8)]
     lookups.append(lookup_call(60, [5, 6], combine="plane_product"))
+    networks = [network(90, [3, 70, 70, 2], groups=groups, norm="point", skips=[0]) for groups in (90, 3)]
+    networks.append(network(300, [3, 8, 2]))  # two splits
     near = regular_call(3, 2, torch.float32, 133)
     around = testing.Call({**near.inputs, "x": near.inputs["x"] * 1.5 - 0.25}, near.options)
     for schedule in library.SCHEDULES:
@@ -184,6 +225,10 @@ def judge(sim: Simulated) -> None:
             sim.agree(regular_call(2, 2, torch.float32, 37, levels=40), order=1)
             for call in lookups:
                 sim.agree(call, op="coordinate_modulation")
+            for call in networks:
+                sim.agree(call, op="modulated_mlp")
+            with sim.library.architecture(80):  # shared memory for one pair of slabs
+                sim.agree(network(70, [5, 256, 256, 3], norm="point"), order=0, op="modulated_mlp")
 
 
 def trial(folder: str) -> None:

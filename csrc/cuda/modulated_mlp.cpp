@@ -104,8 +104,8 @@ class Call {
 
   // A job without columns, results and directions.
   template <class C>
-  Job<C> job() const {
-    Job<C> job{};
+  NetworkJob<C> job() const {
+    NetworkJob<C> job{};
     job.points = points(), job.group = group();
     job.layers = int(layers.size()), job.hidden = job.layers - settings.output_layer;
     job.features = int(x.size(1)), job.outputs = int(outputs());
@@ -124,7 +124,7 @@ class Call {
 
   // The records, with these gradients and directions, where the kernels find them.
   template <class C>
-  Tensor place_layers(Job<C>& job) const {
+  Tensor place_layers(NetworkJob<C>& job) const {
     std::copy_n(layers.begin(), std::min<size_t>(layers.size(), kLayersInArguments), job.layer);
     if (layers.size() <= kLayersInArguments) return scratch_bytes(x, 0);
     Tensor memory = scratch_bytes(x, int64_t(layers.size() * sizeof(Layer)));
@@ -208,7 +208,7 @@ class Call {
 // Of the forward pass: two places, into which the results of every layer come. Those that products read from shared
 // memory lie in words of 16 bytes, rows 4 banks apart.
 template <class C>
-void assign_places(std::vector<Layer>& layers, Job<C>& job) {
+void assign_places(std::vector<Layer>& layers, NetworkJob<C>& job) {
   constexpr int64_t kBanks = 32;
   for (Layer& layer : layers) layer.y = 0, layer.n = job.widest, layer.deviation = -1;
   job.stride = divide_up(2 * job.widest, kBanks) * kBanks + 4;
@@ -216,7 +216,7 @@ void assign_places(std::vector<Layer>& layers, Job<C>& job) {
 
 // Of derivatives: what every layer leaves for the way back, and gradients.
 template <class C>
-void assign_columns(std::vector<Layer>& layers, Job<C>& job, Order order) {
+void assign_columns(std::vector<Layer>& layers, NetworkJob<C>& job, Order order) {
   int next = 0;
   const auto take = [&](int count) { return std::exchange(next, next + count); };
   for (size_t l = 0; l < layers.size(); ++l) {
@@ -235,7 +235,7 @@ template <class C>
 Tensor value(Call& call) {
   const Tensor y = empty(call.weights[0], {call.points(), call.outputs()});
   if (call.points() == 0) return y;
-  Job<C> job = call.job<C>();
+  NetworkJob<C> job = call.job<C>();
   assign_places(call.layers, job);
   job.y = y.mutable_data_ptr();
   const int blocks = forward_blocks(job);
@@ -289,7 +289,7 @@ class Derivatives {
  private:
   Call& call_;
   Order order_;
-  Job<C> job_;
+  NetworkJob<C> job_;
   bool with_sums_, with_modulation_, same_ = true;  // same_: gradients of the modulation are stored as C
   std::optional<Tensor> points_, groups_;           // gradients of the modulation: of each point, sums of groups
 

@@ -12,7 +12,7 @@ namespace {
 constexpr int kBlocksPerMultiprocessor = 2;
 
 template <class C>
-__global__ void __launch_bounds__(kMaxThreads, 1) forward(const __grid_constant__ Job<C> job, int copies) {
+__global__ void __launch_bounds__(kMaxThreads, 1) forward(const __grid_constant__ NetworkJob<C> job, int copies) {
   CAMK_DYNAMIC_SHARED(C, shared);
   C* rows = shared + slabs_size(int(blockDim.x) / kGroupThreads, copies);
   if (job.rows) rows = job.rows + int64_t(blockIdx.x) * kTileRows * job.stride;
@@ -34,14 +34,14 @@ __global__ void set_layers(const __grid_constant__ Records records, Layer* to, i
 }
 
 template <class C>
-size_t shared_bytes(const Job<C>& job, int copies, bool with_rows) {
+size_t shared_bytes(const NetworkJob<C>& job, int copies, bool with_rows) {
   const size_t rows = with_rows ? size_t(kTileRows) * job.stride : 0;
   return sizeof(C) * (slabs_size(groups_for(job.widest), copies) + rows);
 }
 
 // Copies of the slabs that fit into shared memory beside the rows; 0: not even one does.
 template <class C>
-int copies_beside_rows(const Job<C>& job) {
+int copies_beside_rows(const NetworkJob<C>& job) {
   const auto most = size_t(device_number(cudaDevAttrMaxSharedMemoryPerBlockOptin));
   int copies = kCopies;
   while (copies > 0 && shared_bytes(job, copies, true) > most) --copies;
@@ -51,14 +51,14 @@ int copies_beside_rows(const Job<C>& job) {
 }  // namespace
 
 template <class C>
-int forward_blocks(const Job<C>& job) {
+int forward_blocks(const NetworkJob<C>& job) {
   if (copies_beside_rows(job) > 0) return 0;
   const int64_t held = kBlocksPerMultiprocessor * int64_t(device_number(cudaDevAttrMultiProcessorCount));
   return int(std::min(held, divide_up(job.points, kTileRows)));
 }
 
 template <class C>
-cudaError_t launch_forward(const Job<C>& job, cudaStream_t stream) {
+cudaError_t launch_forward(const NetworkJob<C>& job, cudaStream_t stream) {
   const unsigned blocks = unsigned(job.rows ? forward_blocks(job) : divide_up(job.points, kTileRows));
   const unsigned threads = unsigned(groups_for(job.widest) * kGroupThreads);
   const int copies = job.rows ? kCopies : copies_beside_rows(job);
@@ -76,9 +76,9 @@ cudaError_t launch_set_layers(const Layer* from, Layer* to, int64_t count, cudaS
   return cudaSuccess;
 }
 
-template int forward_blocks(const Job<float>&);
-template int forward_blocks(const Job<double>&);
-template cudaError_t launch_forward(const Job<float>&, cudaStream_t);
-template cudaError_t launch_forward(const Job<double>&, cudaStream_t);
+template int forward_blocks(const NetworkJob<float>&);
+template int forward_blocks(const NetworkJob<double>&);
+template cudaError_t launch_forward(const NetworkJob<float>&, cudaStream_t);
+template cudaError_t launch_forward(const NetworkJob<double>&, cudaStream_t);
 
 }  // namespace camk::cuda

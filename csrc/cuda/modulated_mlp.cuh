@@ -9,20 +9,20 @@ namespace camk::cuda {
 inline constexpr int kMaxThreads = kMaxGroups * kGroupThreads;
 
 template <class C>
-CAMK_DEVICE C* row_of(C* rows, const Job<C>& job, int64_t point) {
+CAMK_DEVICE C* row_of(C* rows, const NetworkJob<C>& job, int64_t point) {
   return rows + point * job.stride;
 }
 
 // What a layer takes, or its tangent: some columns of the rows, then x.
 template <class C>
 struct Inputs {
-  const Job<C>& job;
+  const NetworkJob<C>& job;
   C* rows;
   int64_t first;  // the point of the rows, in the launch
   int own, column;
   const void* x;
 
-  CAMK_DEVICE Inputs(const Job<C>& work, int l, C* memory, int64_t first_point, bool tangent)
+  CAMK_DEVICE Inputs(const NetworkJob<C>& work, int l, C* memory, int64_t first_point, bool tangent)
       : job(work),
         rows(memory),
         first(first_point),
@@ -50,14 +50,14 @@ struct Inputs {
 
 template <class C>
 struct Tile {
-  const Job<C>& job;
+  const NetworkJob<C>& job;
   Slabs<C> slabs;
   int64_t first;  // point of the launch
   int count;
   C* rows;
   bool shared;  // whether the rows are in shared memory
 
-  CAMK_DEVICE Tile(const Job<C>& work, const Slabs<C>& memory, int64_t first_point, C* own_rows, bool in_shared)
+  CAMK_DEVICE Tile(const NetworkJob<C>& work, const Slabs<C>& memory, int64_t first_point, C* own_rows, bool in_shared)
       : job(work),
         slabs(memory),
         first(first_point),

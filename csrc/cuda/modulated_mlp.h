@@ -3,8 +3,9 @@
 // includes it too.
 //
 // A block takes a tile of points through all layers. What it keeps of a point is a row of scratch memory: the columns
-// are those of `Layer` and `Job`. The forward pass has a row per point of a tile; derivatives have one per point of a
-// launch, because the sums over points that the gradients of the weights are come afterwards, by kernels of their own.
+// are those of `Layer` and `NetworkJob`. The forward pass has a row per point of a tile; derivatives have one per point
+// of a launch, because the sums over points that the gradients of the weights are come afterwards, by kernels of their
+// own.
 #pragma once
 #include "cuda/storage.h"
 
@@ -39,7 +40,7 @@ struct Layer {
 // One launch. C: what hidden values are, and x, modulation where they are not stored as weights. Null pointers stand
 // for what is not there.
 template <class C>
-struct Job {
+struct NetworkJob {
   int64_t points, before;  // of this launch, and of those before it
   int64_t group;           // so many points share a row of the modulation
   int layers, hidden, features, outputs;
@@ -72,36 +73,36 @@ struct Job {
 
 // The modulation's values per point.
 template <class C>
-int64_t modulation_values(const Job<C>& job) {
+int64_t modulation_values(const NetworkJob<C>& job) {
   return int64_t(job.hidden) * 2 * job.channels;
 }
 
 // Blocks of the forward pass when its rows are in global memory; 0: they fit into shared memory.
 template <class C>
-int forward_blocks(const Job<C>& job);
+int forward_blocks(const NetworkJob<C>& job);
 
 template <class C>
-cudaError_t launch_forward(const Job<C>& job, cudaStream_t stream);
+cudaError_t launch_forward(const NetworkJob<C>& job, cudaStream_t stream);
 
 // Gradients of the points, and what the sums over points need.
 template <class C>
-cudaError_t launch_backward(const Job<C>& job, Order order, cudaStream_t stream);
+cudaError_t launch_backward(const NetworkJob<C>& job, Order order, cudaStream_t stream);
 
 // How many partial sums over `points` points the gradients of the weights are made of.
 template <class C>
-int splits_for(const Job<C>& job, int64_t points);
+int splits_for(const NetworkJob<C>& job, int64_t points);
 
 // sums (+)= those over the points of the launch; always in the same order.
 template <class C>
-cudaError_t launch_weight_sums(const Job<C>& job, Order order, cudaStream_t stream);
+cudaError_t launch_weight_sums(const NetworkJob<C>& job, Order order, cudaStream_t stream);
 
 // sums -> weight_gradient and bias_gradient of every layer.
 template <class C>
-cudaError_t launch_weight_gradients(const Job<C>& job, cudaStream_t stream);
+cudaError_t launch_weight_gradients(const NetworkJob<C>& job, cudaStream_t stream);
 
 // to [groups, modulation_values] (+)= modulation_points, over the points of each group.
 template <class C>
-cudaError_t launch_group_sums(const Job<C>& job, C* to, cudaStream_t stream);
+cudaError_t launch_group_sums(const NetworkJob<C>& job, C* to, cudaStream_t stream);
 
 template <class C>
 cudaError_t launch_store(const C* from, void* to, Storage kind, int64_t count, cudaStream_t stream);

@@ -11,7 +11,7 @@ namespace {
 // derivatives, for then the gradient of the results themselves is nothing.
 template <class C>
 CAMK_DEVICE void begin_back(const Tile<C>& tile, bool second) {
-  const Job<C>& job = tile.job;
+  const NetworkJob<C>& job = tile.job;
   const int width = layer_of(job, job.layers - 1).out;
   const auto given = [&](int p, int c) {
     return load_number<C>(job.g, job.weights, (job.before + tile.first + p) * job.outputs + c);
@@ -28,7 +28,7 @@ CAMK_DEVICE void begin_back(const Tile<C>& tile, bool second) {
 
 template <class C>
 CAMK_DEVICE void end_back(const Tile<C>& tile) {
-  const Job<C>& job = tile.job;
+  const NetworkJob<C>& job = tile.job;
   if (!job.gx) return;
   tile.each_number(job.features, [&](int p, int i) {
     const int64_t at = (job.before + tile.first + p) * job.features + i;
@@ -37,7 +37,7 @@ CAMK_DEVICE void end_back(const Tile<C>& tile) {
 }
 
 template <class C>
-__global__ void __launch_bounds__(kMaxThreads, 1) derivatives(const __grid_constant__ Job<C> job, bool second) {
+__global__ void __launch_bounds__(kMaxThreads, 1) derivatives(const __grid_constant__ NetworkJob<C> job, bool second) {
   CAMK_DYNAMIC_SHARED(C, shared);
   const int64_t first = int64_t(blockIdx.x) * kTileRows;
   Tile<C> tile(job, Slabs<C>(shared, kCopies), first, job.rows + first * job.stride, false);
@@ -65,14 +65,14 @@ __global__ void __launch_bounds__(kMaxThreads, 1) derivatives(const __grid_const
 }  // namespace
 
 template <class C>
-cudaError_t launch_backward(const Job<C>& job, Order order, cudaStream_t stream) {
+cudaError_t launch_backward(const NetworkJob<C>& job, Order order, cudaStream_t stream) {
   const int groups = groups_for(job.widest);
   const LaunchShape shape{unsigned(divide_up(job.points, kTileRows)), unsigned(groups * kGroupThreads),
                           sizeof(C) * slabs_size(groups, kCopies), stream};
   return launch(derivatives<C>, shape, job, order == Order::kSecond);
 }
 
-template cudaError_t launch_backward(const Job<float>&, Order, cudaStream_t);
-template cudaError_t launch_backward(const Job<double>&, Order, cudaStream_t);
+template cudaError_t launch_backward(const NetworkJob<float>&, Order, cudaStream_t);
+template cudaError_t launch_backward(const NetworkJob<double>&, Order, cudaStream_t);
 
 }  // namespace camk::cuda

@@ -12,7 +12,7 @@
 namespace camk::cuda {
 
 template <class C>
-CAMK_DEVICE const Layer& layer_of(const Job<C>& job, int l) {
+CAMK_DEVICE const Layer& layer_of(const NetworkJob<C>& job, int l) {
   return (job.more ? job.more : job.layer)[l];
 }
 
@@ -36,7 +36,7 @@ struct Modulation {
   int channels;
 
   // index: of the point in the tensor's rows
-  CAMK_DEVICE Modulation(const Job<C>& job, int64_t index, int layer)
+  CAMK_DEVICE Modulation(const NetworkJob<C>& job, int64_t index, int layer)
       : at((index * job.hidden + layer) * 2 * job.channels), channels(job.channels) {}
   CAMK_DEVICE int64_t scale(int c) const { return at + (channels == 1 ? 0 : c); }
   CAMK_DEVICE int64_t shift(int c) const { return scale(c) + channels; }
@@ -45,14 +45,14 @@ struct Modulation {
 // A point's row in one layer.
 template <class C>
 struct PointLayer {
-  const Job<C>& job;
+  const NetworkJob<C>& job;
   const Layer& layer;
   int64_t point;  // of the launch
   C* row;
   int index;  // of the layer
   Modulation<C> place;
 
-  CAMK_DEVICE PointLayer(const Job<C>& work, int l, int64_t i, C* memory)
+  CAMK_DEVICE PointLayer(const NetworkJob<C>& work, int l, int64_t i, C* memory)
       : job(work),
         layer(layer_of(work, l)),
         point(i),
@@ -142,7 +142,7 @@ struct PointLayer {
 
 // y = f(scale n + shift)
 template <class C>
-CAMK_NOINLINE __device__ void activate_row(const Job<C>& job, int l, int64_t point, C* row, bool result) {
+CAMK_NOINLINE __device__ void activate_row(const NetworkJob<C>& job, int l, int64_t point, C* row, bool result) {
   const PointLayer<C> at(job, l, point, row);
   const Layer& layer = at.layer;
   const C r = at.normalise();
@@ -155,7 +155,7 @@ CAMK_NOINLINE __device__ void activate_row(const Job<C>& job, int l, int64_t poi
 
 // Gradient of y, in the row's g -> of W h + b, over n. g is left with other things.
 template <class C>
-CAMK_NOINLINE __device__ void deactivate_row(const Job<C>& job, int l, int64_t point, C* row) {
+CAMK_NOINLINE __device__ void deactivate_row(const NetworkJob<C>& job, int l, int64_t point, C* row) {
   const PointLayer<C> at(job, l, point, row);
   const Layer& layer = at.layer;
   C *n = row + layer.n, *g = row + job.g_row;
@@ -181,7 +181,7 @@ CAMK_NOINLINE __device__ void deactivate_row(const Job<C>& job, int l, int64_t p
 
 // y = f(scale n + shift) with its tangent, which is the result.
 template <class C>
-CAMK_NOINLINE __device__ void activate_tangent_row(const Job<C>& job, int l, int64_t point, C* row) {
+CAMK_NOINLINE __device__ void activate_tangent_row(const NetworkJob<C>& job, int l, int64_t point, C* row) {
   const PointLayer<C> at(job, l, point, row);
   const Layer& layer = at.layer;
   const C r = at.normalise();
@@ -206,7 +206,7 @@ CAMK_NOINLINE __device__ void activate_tangent_row(const Job<C>& job, int l, int
 
 // Gradients of y, in the row's g, and of dy, in dg -> of W h + b, over n, and of its tangent, over dn.
 template <class C>
-CAMK_NOINLINE __device__ void deactivate_tangent_row(const Job<C>& job, int l, int64_t point, C* row) {
+CAMK_NOINLINE __device__ void deactivate_tangent_row(const NetworkJob<C>& job, int l, int64_t point, C* row) {
   const PointLayer<C> at(job, l, point, row);
   const Layer& layer = at.layer;
   C *n = row + layer.n, *dn = row + layer.dn, *g = row + job.g_row, *dg = row + job.dg_row;

@@ -21,7 +21,7 @@ CAMK_DEVICE int tiles_of(const Layer& layer) {
 // A tile of one layer's sums, over the points of one split.
 template <class C>
 struct SumTile {
-  const Job<C>& job;
+  const NetworkJob<C>& job;
   const Layer& layer;
   int l, o, i;         // layer, first row and column
   int64_t first, end;  // points
@@ -61,7 +61,7 @@ struct SumTile {
 // blockIdx.x: tile, of all layers; blockIdx.y: split.
 template <class C>
 __global__ void __launch_bounds__(kGroupThreads, 1)
-    weight_sums(const __grid_constant__ Job<C> job, int64_t per_split, bool tangents) {
+    weight_sums(const __grid_constant__ NetworkJob<C> job, int64_t per_split, bool tangents) {
   CAMK_DYNAMIC_SHARED(C, shared);
   int l = 0, index = int(blockIdx.x);
   for (; index >= tiles_of(layer_of(job, l)); ++l) index -= tiles_of(layer_of(job, l));
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
 
 // blockIdx.y: layer.
 template <class C>
-__global__ void __launch_bounds__(kThreads) weight_gradients(const __grid_constant__ Job<C> job) {
+__global__ void __launch_bounds__(kThreads) weight_gradients(const __grid_constant__ NetworkJob<C> job) {
   const Layer& layer = layer_of(job, int(blockIdx.y));
   const int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x, width = layer.in + 1;
   if (at >= layer.out * width) return;
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kThreads) weight_gradients(const __grid_consta
 // kThreads >> narrow apart, and one adds their sums.
 template <class C>
 __global__ void __launch_bounds__(kThreads)
-    group_sums(const __grid_constant__ Job<C> job, C* to, int64_t values, int narrow) {
+    group_sums(const __grid_constant__ NetworkJob<C> job, C* to, int64_t values, int narrow) {
   __shared__ C part[kThreads];
   const int64_t group = job.before / job.group + blockIdx.y + gridDim.y * int64_t(blockIdx.z);
   const int64_t value = (int64_t(blockIdx.x) << narrow) + (threadIdx.x & ((1 << narrow) - 1));
@@ -124,13 +124,13 @@ __global__ void __launch_bounds__(kThreads) store(const C* from, void* to, Stora
 }  // namespace
 
 template <class C>
-int splits_for(const Job<C>& job, int64_t points) {
+int splits_for(const NetworkJob<C>& job, int64_t points) {
   const int64_t held = kBlocksPerMultiprocessor * int64_t(device_number(cudaDevAttrMultiProcessorCount));
   return int(std::clamp(divide_up(points, kPointsPerSplit), int64_t(1), divide_up(held, job.sum_tiles)));
 }
 
 template <class C>
-cudaError_t launch_weight_sums(const Job<C>& job, Order order, cudaStream_t stream) {
+cudaError_t launch_weight_sums(const NetworkJob<C>& job, Order order, cudaStream_t stream) {
   const dim3 grid(unsigned(job.sum_tiles), unsigned(job.splits));
   const int64_t per_split = divide_up(divide_up(job.points, job.splits), kDepth) * kDepth;
   return launch(weight_sums<C>, {grid, kGroupThreads, sizeof(C) * slabs_size(1, kCopies), stream}, job, per_split,
@@ -138,13 +138,13 @@ cudaError_t launch_weight_sums(const Job<C>& job, Order order, cudaStream_t stre
 }
 
 template <class C>
-cudaError_t launch_weight_gradients(const Job<C>& job, cudaStream_t stream) {
+cudaError_t launch_weight_gradients(const NetworkJob<C>& job, cudaStream_t stream) {
   const dim3 grid(unsigned(divide_up(job.most_sums, kThreads)), unsigned(job.layers));
   return launch(weight_gradients<C>, {grid, kThreads, 0, stream}, job);
 }
 
 template <class C>
-cudaError_t launch_group_sums(const Job<C>& job, C* to, cudaStream_t stream) {
+cudaError_t launch_group_sums(const NetworkJob<C>& job, C* to, cudaStream_t stream) {
   const int64_t values = modulation_values(job);
   int narrow = 5;  // 32 values, fewer where there are fewer
   while (narrow > 0 && (1 << (narrow - 1)) >= values) --narrow;
@@ -160,14 +160,14 @@ cudaError_t launch_store(const C* from, void* to, Storage kind, int64_t count, c
   return launch(store<C>, {unsigned(divide_up(count, kThreads)), kThreads, 0, stream}, from, to, kind, count);
 }
 
-template int splits_for(const Job<float>&, int64_t);
-template int splits_for(const Job<double>&, int64_t);
-template cudaError_t launch_weight_sums(const Job<float>&, Order, cudaStream_t);
-template cudaError_t launch_weight_sums(const Job<double>&, Order, cudaStream_t);
-template cudaError_t launch_weight_gradients(const Job<float>&, cudaStream_t);
-template cudaError_t launch_weight_gradients(const Job<double>&, cudaStream_t);
-template cudaError_t launch_group_sums(const Job<float>&, float*, cudaStream_t);
-template cudaError_t launch_group_sums(const Job<double>&, double*, cudaStream_t);
+template int splits_for(const NetworkJob<float>&, int64_t);
+template int splits_for(const NetworkJob<double>&, int64_t);
+template cudaError_t launch_weight_sums(const NetworkJob<float>&, Order, cudaStream_t);
+template cudaError_t launch_weight_sums(const NetworkJob<double>&, Order, cudaStream_t);
+template cudaError_t launch_weight_gradients(const NetworkJob<float>&, cudaStream_t);
+template cudaError_t launch_weight_gradients(const NetworkJob<double>&, cudaStream_t);
+template cudaError_t launch_group_sums(const NetworkJob<float>&, float*, cudaStream_t);
+template cudaError_t launch_group_sums(const NetworkJob<double>&, double*, cudaStream_t);
 template cudaError_t launch_store(const float*, void*, Storage, int64_t, cudaStream_t);
 template cudaError_t launch_store(const double*, void*, Storage, int64_t, cudaStream_t);
 

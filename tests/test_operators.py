@@ -22,6 +22,10 @@ MLP = (
     "bool deterministic"
 )
 LOOKUP = "Tensor coords, Tensor grids, bool zeros, bool align_corners, bool planes, bool deterministic"
+GROUPS = (
+    "Tensor h, Tensor gamma, Tensor beta, Tensor? frequencies, "
+    "int activation, float omega, bool norm, float eps, bool frequency_per_group"
+)
 SCHEMAS = {
     "hash_grid": f"(Tensor x, Tensor table, Tensor? level_counts, {GRID}) -> Tensor",
     "hash_grid_backward": f"(Tensor grad_y, Tensor x, Tensor table, Tensor? level_counts, {GRID}, bool[] mask)"
@@ -41,6 +45,10 @@ SCHEMAS = {
     "coordinate_modulation_backward": f"(Tensor grad_y, {LOOKUP}, bool[] mask) -> (Tensor, Tensor)",
     "coordinate_modulation_backward_backward": "(Tensor? grad_coords, Tensor? grad_grids, Tensor grad_y, "
     f"{LOOKUP}, bool[] mask) -> (Tensor, Tensor, Tensor)",
+    "modulate": f"({GROUPS}) -> Tensor",
+    "modulate_backward": f"(Tensor grad_y, {GROUPS}, bool[] mask) -> (Tensor, Tensor, Tensor)",
+    "modulate_backward_backward": "(Tensor? grad_h, Tensor? grad_gamma, Tensor? grad_beta, Tensor grad_y, "
+    f"{GROUPS}, bool[] mask) -> (Tensor, Tensor, Tensor, Tensor)",
 }
 
 

@@ -2,11 +2,6 @@
 // A modulated MLP made ready for its tiles: weights in panels, in the arithmetic type C, and what its tensors look
 // like.
 #pragma once
-#include <cstdlib>
-#include <cstring>
-#include <memory>
-
-#include "cpu/dispatch.h"
 #include "cpu/modulated_mlp_rows.h"
 #include "cpu/parallel.h"
 
@@ -23,54 +18,6 @@ constexpr ScalarType number_type() {
 
 // Points that pass through all layers together; a multiple of kBlockRows on every instruction set.
 inline constexpr int64_t kTile = 48;
-
-// Zeros, aligned for every load, as long as the object lives.
-template <class C>
-class Scratch {
- public:
-  C* take(int64_t count) {
-    const size_t bytes = size_t(padded(std::max<int64_t>(count, 1))) * sizeof(C);
-    C* made = static_cast<C*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
-    require(made, kMlp, ": no memory for ", bytes, " bytes");
-    std::memset(made, 0, bytes);
-    owned_.emplace_back(made);
-    return made;
-  }
-  Rows<C> rows(int64_t width) { return {take(kTile * padded(width)), padded(width)}; }
-
- private:
-  struct Free {
-    void operator()(C* p) const { std::free(p); }
-  };
-  std::vector<std::unique_ptr<C, Free>> owned_;
-};
-
-template <class To, class From>
-CAMK_HD void convert(const From* from, int64_t count, To* to) {
-  if constexpr (std::is_same_v<To, From>) {
-    std::memcpy(to, from, size_t(count) * sizeof(To));
-  } else if constexpr (std::is_floating_point_v<To>) {
-    for (int64_t i = 0; i < count; ++i) to[i] = To(to_number(from[i]));
-  } else {
-    for (int64_t i = 0; i < count; ++i) to[i] = from_number<To>(double(from[i]));
-  }
-}
-
-// `count` rows of `width` numbers of a tensor, from row `first` on, read as C or written.
-template <class C>
-void read_rows(const Tensor& t, int64_t first, int64_t count, int64_t width, Rows<C> to) {
-  with_numbers(kMlp, t, [&]<class T>(Tag<T>) {
-    const T* from = read<T>(t) + first * width;
-    for (int64_t i = 0; i < count; ++i) convert(from + i * width, width, to[i]);
-  });
-}
-template <class C>
-void write_rows(Rows<C> from, int64_t first, int64_t count, int64_t width, const Tensor& t) {
-  with_numbers(kMlp, t, [&]<class T>(Tag<T>) {
-    T* to = write<T>(t) + first * width;
-    for (int64_t i = 0; i < count; ++i) convert(from[i], width, to + i * width);
-  });
-}
 
 // A weight in panels, its transpose, the bias [padded]; null where there is none or nobody reads it.
 template <class C>

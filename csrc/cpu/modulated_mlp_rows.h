@@ -2,19 +2,11 @@
 // What a layer of the modulated MLP does to the rows of a tile between its products: norm, scale, shift, activation,
 // and their derivatives. Rows are padded to whole packs of lanes with zeros, or with values that nobody reads.
 #pragma once
-#include "cpu/products.h"
+#include "cpu/rows.h"
 #include "math/activation.h"
 #include "math/norm.h"
 
 namespace camk::cpu {
-
-// A matrix in scratch memory.
-template <class C>
-struct Rows {
-  C* data = nullptr;
-  int64_t stride = 0;
-  CAMK_HD C* operator[](int64_t row) const { return data + row * stride; }
-};
 
 // Scale and shift of each row of a tile, `values` of both: one, or per channel one per column. Stride 0: all rows
 // alike.
@@ -35,19 +27,6 @@ struct RowLayer {
   bool norm, per_channel;
   C eps;
 };
-
-// Halves are added to halves: a chain of additions would wait for each of them.
-template <class C>
-CAMK_HD C sum_of_lanes(Lanes<C> x) {
-  constexpr int kWidth = lanes_of<Lanes<C>>;
-  C part[kWidth];
-  x.store(part);
-  unroll<4>([&](auto step) CAMK_INLINED {
-    constexpr int kHalf = kWidth >> (decltype(step)::value + 1);
-    unroll<kHalf>([&](auto k) CAMK_INLINED { part[k] += part[k + kHalf]; });
-  });
-  return part[0];
-}
 
 // The scale or shift of the columns from `column` on.
 template <bool PerChannel, class C>

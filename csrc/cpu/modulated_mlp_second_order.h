@@ -34,15 +34,15 @@ class TangentTile {
     for (size_t l = 0; l < net.layers.size(); ++l) {
       const Layer<C>& layer = net.layers[l];
       TangentRows<C> t{};
-      for (Rows<C>* rows : {&t.n, &t.dn, &t.dz, &t.slope, &t.bend}) *rows = memory_.rows(layer.width);
+      for (Rows<C>* rows : {&t.n, &t.dn, &t.dz, &t.slope, &t.bend}) *rows = memory_.rows(layer.width, kTile);
       t.r = memory_.take(kTile), t.mean_ndz = memory_.take(kTile);
       rows_.push_back(t);
-      h_.push_back(memory_.rows(layer.next)), dh_.push_back(memory_.rows(layer.next));
+      h_.push_back(memory_.rows(layer.next, kTile)), dh_.push_back(memory_.rows(layer.next, kTile));
       change_.push_back(TileModulation<C>::rows_for(layer, memory_));
     }
-    for (Rows<C>* rows : {&x_, &dx_, &gx_, &unused_}) *rows = memory_.rows(net.in);
-    for (Rows<C>& rows : d_) rows = memory_.rows(net.widest());
-    for (Rows<C>& rows : e_) rows = memory_.rows(net.widest());
+    for (Rows<C>* rows : {&x_, &dx_, &gx_, &unused_}) *rows = memory_.rows(net.in, kTile);
+    for (Rows<C>& rows : d_) rows = memory_.rows(net.widest(), kTile);
+    for (Rows<C>& rows : e_) rows = memory_.rows(net.widest(), kTile);
   }
 
   // panels: of the directions of the weights. Gives dy, and gradients of <grad, dy>.

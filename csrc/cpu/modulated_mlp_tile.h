@@ -130,8 +130,8 @@ class ForwardTile {
  public:
   explicit ForwardTile(const Net<C>& net) : net_(net), modulation_(net, memory_) {
     const int64_t widest = net.widest();
-    x_ = memory_.rows(net.in), z_ = memory_.rows(widest);
-    h_[0] = memory_.rows(widest), h_[1] = memory_.rows(widest);
+    x_ = memory_.rows(net.in, kTile), z_ = memory_.rows(widest, kTile);
+    h_[0] = memory_.rows(widest, kTile), h_[1] = memory_.rows(widest, kTile);
     r_ = memory_.take(kTile);
   }
 
@@ -174,12 +174,12 @@ class BackwardTile {
  public:
   explicit BackwardTile(const Net<C>& net) : net_(net), modulation_(net, memory_) {
     for (const Layer<C>& layer : net.layers) {
-      z_.push_back(memory_.rows(layer.width)), slope_.push_back(memory_.rows(layer.width));
-      h_.push_back(memory_.rows(layer.next)), r_.push_back(memory_.take(kTile));
+      z_.push_back(memory_.rows(layer.width, kTile)), slope_.push_back(memory_.rows(layer.width, kTile));
+      h_.push_back(memory_.rows(layer.next, kTile)), r_.push_back(memory_.take(kTile));
       change_.push_back(TileModulation<C>::rows_for(layer, memory_));
     }
-    x_ = memory_.rows(net.in), gx_ = memory_.rows(net.in);
-    d_[0] = memory_.rows(net.widest()), d_[1] = memory_.rows(net.widest());
+    x_ = memory_.rows(net.in, kTile), gx_ = memory_.rows(net.in, kTile);
+    d_[0] = memory_.rows(net.widest(), kTile), d_[1] = memory_.rows(net.widest(), kTile);
   }
 
   // kept: z of the layers from the forward pass; null: computed again.

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -194,6 +195,18 @@ def _broadcasts(given: Sequence[int], wanted: Sequence[int]) -> bool:
     """Whether a shape broadcasts to another without enlarging it."""
     pairs = zip(reversed(given), reversed(wanted), strict=False)
     return len(given) <= len(wanted) and all(g in (1, w) for g, w in pairs)
+
+
+def per_group(modulation: Tensor, leading: torch.Size, tail: int) -> Tensor:
+    """[..., *tail axes] with leading axes that broadcast to those of x -> [M, *tail axes]; M divides the points."""
+    axes = [1] * (len(leading) - modulation.ndim + tail) + list(modulation.shape[: modulation.ndim - tail])
+    equal = [a == b for a, b in zip(axes, leading, strict=True)]
+    groups = equal.index(False) if False in equal else len(equal)
+    if all(a == 1 for a in axes[groups:]):  # the same row for all points of a group
+        leading = leading[:groups]
+    values = modulation.shape[modulation.ndim - tail :]
+    rows = modulation.reshape(*axes[: len(leading)], *values).expand(*leading, *values)
+    return rows.reshape(math.prod(leading), *values)
 
 
 # ---- modulate and coordinate_modulation ------------------------------------------------------------------------------

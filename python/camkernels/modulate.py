@@ -4,16 +4,66 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import reference
+from ._autograd import Argument, Operator
 from ._backends import BACKENDS, Call, choose, define, round_to_autocast
 from ._checks import check_choice, check_floating, check_number
-from ._modulation import ACTIVATIONS, NORMS
+from ._modulation import ACTIVATIONS, NORMS, check_modulate, compute_dtype, per_group
 
 __all__ = ["Modulate", "modulate"]
+
+# ---- operators -------------------------------------------------------------------------------------------------------
+# C: float64 where a tensor is, else float32. h [G, A, B]: a group is what is normalised together, its rows of B numbers
+# are what channels run along. gamma and beta [M, A or 1, B or 1] in C; M divides G, group i has item i // (G // M).
+# frequencies in C, [B], or one per group: that of group i is i modulo their number. activation: as in
+# csrc/math/activation.h.
+
+_TENSORS = (
+    Argument("h", points=True),
+    Argument("gamma", points=True),
+    Argument("beta", points=True),
+    Argument("frequencies", "Tensor?", differentiable=False),
+)
+_SETTINGS = "int activation, float omega, bool norm, float eps, bool frequency_per_group"
+
+
+def _meta(h: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(h, memory_format=torch.contiguous_format)
+
+
+def _declare(prefix: str) -> Operator:
+    op = Operator(f"{prefix}modulate", _TENSORS, _SETTINGS, [Argument("y", points=True)], _meta)
+    op.differentiate().differentiate()
+    return op
+
+
+_COMPILED = _declare("")  # "cpu" and "cuda": the dispatcher tells them apart
+
+
+def _kernels(
+    h: Tensor, gamma: Tensor, beta: Tensor, norm: str | None, eps: float, activation: str | None, omega: float,
+    frequencies: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """modulate by the operators."""
+    dtype, axes = compute_dtype(h, gamma, beta), 2 if norm in ("ray", "frame") else 1
+    frequencies = frequencies.to(dtype) if activation == "residual_sine" else None
+    leading, group = h.shape[:-axes], h.shape[-axes:]
+    padded = [t.to(dtype).reshape(*[1] * (axes - t.ndim), *t.shape) for t in (gamma, beta)]
+    items = [per_group(t, leading, axes) for t in padded]
+    alike = all(t.shape[1:] in (group, (1,) * axes) for t in items)
+    if axes == 1 or (alike and (norm == "frame" or frequencies is None)):  # what lies in the group does not tell rows
+        group = (1, group.numel())
+        items = [t.flatten(1).unsqueeze(1) for t in items]
+    settings = (ACTIVATIONS.index(activation), float(omega), norm is not None, float(eps), norm == "frame")
+    return _COMPILED(h.reshape(-1, *group), *items, frequencies, settings=settings).reshape(h.shape)
+
+
+# ---- function --------------------------------------------------------------------------------------------------------
 
 
 def modulate(
@@ -40,10 +90,18 @@ def modulate(
     >>> modulate(torch.randn(2, 3, 4, 4), torch.rand(2, 3, 1, 1), torch.zeros(3, 1, 1), norm="frame").shape
     torch.Size([2, 3, 4, 4])
     """
-    check_floating("modulate", "h", h)
-    choose(Call("modulate", h.device.type, h.device.index), backend)
+    op = "modulate"
+    check_floating(op, "h", h)
     options = {"norm": norm, "eps": eps, "activation": activation, "omega": omega, "frequencies": frequencies}
-    return round_to_autocast(define(reference.modulate, h, gamma, beta, **options))
+    if choose(Call(op, h.device.type, h.device.index), backend) == "reference":
+        y = define(reference.modulate, h, gamma, beta, **options)
+    else:
+        check_modulate(op, h, gamma, beta, **options)
+        y = _kernels(h, gamma, beta, **options)
+    return round_to_autocast(y)
+
+
+# ---- layer -----------------------------------------------------------------------------------------------------------
 
 
 class Modulate(nn.Module):

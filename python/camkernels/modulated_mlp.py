@@ -26,6 +26,7 @@ from ._modulation import (
     check_mlp,
     compute_dtype,
     is_per_channel,
+    per_group,
     plan_layers,
 )
 from .hash_grid import hash_grid
@@ -93,18 +94,6 @@ def _settings(plan: Plan) -> tuple:
     return (numbers, omegas, skips, plan.output_layer, plan.norm == "point", plan.eps)
 
 
-def _per_group(modulation: Tensor, leading: torch.Size, tail: int) -> Tensor:
-    """[..., *tail axes] with leading axes that broadcast to those of x -> [M, *tail axes]; M divides the points."""
-    axes = [1] * (len(leading) - modulation.ndim + tail) + list(modulation.shape[: modulation.ndim - tail])
-    equal = [a == b for a, b in zip(axes, leading, strict=True)]
-    groups = equal.index(False) if False in equal else len(equal)
-    if all(a == 1 for a in axes[groups:]):  # the same row for all points of a group
-        leading = leading[:groups]
-    values = modulation.shape[modulation.ndim - tail :]
-    rows = modulation.reshape(*axes[: len(leading)], *values).expand(*leading, *values)
-    return rows.reshape(math.prod(leading), *values)
-
-
 def _keep(tensors: Sequence[Tensor | None], values: int, dtype: torch.dtype) -> bool:
     """Whether values of the forward pass are kept for the backward pass."""
     if tensors[0].device.type != "cpu" or not torch.is_grad_enabled():
@@ -126,7 +115,7 @@ def _kernels(
     widths = [w.shape[0] for w in weights[: plan.hidden]]
     if modulation is not None:
         tail = 3 if is_per_channel("modulated_mlp", modulation, x.shape[:-1], widths) else 2
-        modulation = _per_group(modulation, x.shape[:-1], tail)
+        modulation = per_group(modulation, x.shape[:-1], tail)
         modulation = modulation if modulation.dtype in usable else modulation.to(dtype)
     frequencies = plan.frequencies if "residual_sine" in plan.activations else None
     frequencies = None if frequencies is None else frequencies.to(dtype)

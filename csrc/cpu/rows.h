@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: MIT
+// Rows of numbers in scratch memory, in the arithmetic type C, read from tensors and written to them.
+#pragma once
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+#include "cpu/dispatch.h"
+#include "cpu/products.h"
+
+namespace camk::cpu {
+
+inline constexpr const char* kPackage = "camkernels";  // in errors of what ops share
+
+// A matrix in scratch memory.
+template <class C>
+struct Rows {
+  C* data = nullptr;
+  int64_t stride = 0;
+  CAMK_HD C* operator[](int64_t row) const { return data + row * stride; }
+};
+
+// Halves are added to halves: a chain of additions would wait for each of them.
+template <class C>
+CAMK_HD C sum_of_lanes(Lanes<C> x) {
+  constexpr int kWidth = lanes_of<Lanes<C>>;
+  C part[kWidth];
+  x.store(part);
+  unroll<4>([&](auto step) CAMK_INLINED {
+    constexpr int kHalf = kWidth >> (decltype(step)::value + 1);
+    unroll<kHalf>([&](auto k) CAMK_INLINED { part[k] += part[k + kHalf]; });
+  });
+  return part[0];
+}
+
+// Zeros, aligned for every load, as long as the object lives.
+template <class C>
+class Scratch {
+ public:
+  C* take(int64_t count) {
+    const size_t bytes = size_t(padded(std::max<int64_t>(count, 1))) * sizeof(C);
+    C* made = static_cast<C*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
+    require(made, kPackage, ": no memory for ", bytes, " bytes");
+    std::memset(made, 0, bytes);
+    owned_.emplace_back(made);
+    return made;
+  }
+  Rows<C> rows(int64_t width, int64_t count) { return {take(count * padded(width)), padded(width)}; }
+
+ private:
+  struct Free {
+    void operator()(C* p) const { std::free(p); }
+  };
+  std::vector<std::unique_ptr<C, Free>> owned_;
+};
+
+template <class To, class From>
+CAMK_HD void convert(const From* from, int64_t count, To* to) {
+  if constexpr (std::is_same_v<To, From>) {
+    std::memcpy(to, from, size_t(count) * sizeof(To));
+  } else if constexpr (std::is_floating_point_v<To>) {
+    for (int64_t i = 0; i < count; ++i) to[i] = To(to_number(from[i]));
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i] = from_number<To>(double(from[i]));
+  }
+}
+
+// `count` rows of `width` numbers of a tensor, from row `first` on, read as C or written.
+template <class C>
+void read_rows(const Tensor& t, int64_t first, int64_t count, int64_t width, Rows<C> to) {
+  with_numbers(kPackage, t, [&]<class T>(Tag<T>) {
+    const T* from = read<T>(t) + first * width;
+    for (int64_t i = 0; i < count; ++i) convert(from + i * width, width, to[i]);
+  });
+}
+template <class C>
+void write_rows(Rows<C> from, int64_t first, int64_t count, int64_t width, const Tensor& t) {
+  with_numbers(kPackage, t, [&]<class T>(Tag<T>) {
+    T* to = write<T>(t) + first * width;
+    for (int64_t i = 0; i < count; ++i) convert(from[i], width, to + i * width);
+  });
+}
+
+}  // namespace camk::cpu

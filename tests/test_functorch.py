@@ -144,6 +144,8 @@ def test_jacrev_of_a_gradient_is_the_hessian(case, backend):
 @pytest.mark.parametrize(("case", "backend"), SOME[:3] + ONE)
 def test_jacrev_in_the_parameters(case, backend):
     function, points, parameters = parts(case, backend)
+    if not parameters:
+        pytest.skip("everything that the op takes belongs to points")
     few = item(points, slice(2))
     jacobians = jacrev(function, argnums=1)(few, parameters)
     value = function(few, parameters)

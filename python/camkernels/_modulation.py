@@ -194,7 +194,7 @@ def is_per_channel(op: str, modulation: Tensor, leading: torch.Size, widths: Seq
 def _broadcasts(given: Sequence[int], wanted: Sequence[int]) -> bool:
     """Whether a shape broadcasts to another without enlarging it."""
     pairs = zip(reversed(given), reversed(wanted), strict=False)
-    return len(given) <= len(wanted) and all(g in (1, w) for g, w in pairs)
+    return len(given) <= len(wanted) and all(g == 1 or g == w for g, w in pairs)  # a trace knows no "in"
 
 
 def per_group(modulation: Tensor, leading: torch.Size, tail: int) -> Tensor:
@@ -233,7 +233,7 @@ def check_modulate(
                 f"{op}: {name} must broadcast to h, {list(h.shape)}, got {list(tensor.shape)}; scalars per point are "
                 "[..., 1], frames [N, C, 1, 1]"
             )
-    check_frequencies(op, frequencies, activation, h.shape[-axes])
+    check_frequencies(op, frequencies, activation, h.shape[-3 if norm == "frame" else -1])
     check_same_device(op, h=h, gamma=gamma, beta=beta, frequencies=frequencies)
 
 

@@ -55,7 +55,7 @@ def _kernels(
     leading, group = h.shape[:-axes], h.shape[-axes:]
     padded = [t.to(dtype).reshape(*[1] * (axes - t.ndim), *t.shape) for t in (gamma, beta)]
     items = [per_group(t, leading, axes) for t in padded]
-    alike = all(t.shape[1:] in (group, (1,) * axes) for t in items)
+    alike = all(t.shape[1:] == group or t.shape[1:].numel() == 1 for t in items)
     if axes == 1 or (alike and (norm == "frame" or frequencies is None)):  # what lies in the group does not tell rows
         group = (1, group.numel())
         items = [t.flatten(1).unsqueeze(1) for t in items]

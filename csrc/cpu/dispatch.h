@@ -8,8 +8,8 @@ namespace camk::cpu {
 
 // body(Tag<T>) for the number type of a tensor.
 template <class Body>
-void with_numbers(const char* op, const Tensor& tensor, const Body& body) {
-  switch (tensor.scalar_type()) {
+void with_numbers(const char* op, ScalarType type, const Body& body) {
+  switch (type) {
     case ScalarType::Double:
       return body(Tag<double>{});
     case ScalarType::Float:
@@ -21,6 +21,11 @@ void with_numbers(const char* op, const Tensor& tensor, const Body& body) {
     default:
       fail(op, ": parameters must be float16, bfloat16, float32 or float64");
   }
+}
+
+template <class Body>
+void with_numbers(const char* op, const Tensor& tensor, const Body& body) {
+  with_numbers(op, tensor.scalar_type(), body);
 }
 
 // body(Tag<arithmetic of the coordinates>, Tag<storage of the table>); coordinates are float64 where the table is.

@@ -47,10 +47,11 @@ Tensor forward(Tensor h, Tensor gamma, Tensor beta, OptionalTensor frequencies, 
   constexpr int64_t kGrainNumbers = 1 << 15;
   const int64_t grain = std::max<int64_t>(kGrainNumbers / call.groups.numbers(), 1);
   const OptionalTensor none;
+  const Target to(y);
   dispatch_call(call, [&]<class C>(Tag<C>, auto f) {
     torch::stable::parallel_for(0, call.groups.count, grain, [&](int64_t begin, int64_t end) {
       GroupLoops<C> loops(call, {none, none, none});
-      for (int64_t group = begin; group < end; ++group) loops.value(f, group, y);
+      for (int64_t group = begin; group < end; ++group) loops.value(f, group, to);
     });
   });
   return y;
@@ -81,6 +82,8 @@ std::tuple<Tensor, Tensor> gradients(const ModulateCall& call, const ModulateTan
 
 Tensor fresh(const Tensor& like, bool wanted) { return wanted ? in_large_pages(empty_as(like)) : empty(like, {0}); }
 
+std::optional<Target> target(const Tensor& t, bool wanted) { return wanted ? std::optional<Target>(t) : std::nullopt; }
+
 std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Tensor h, Tensor gamma, Tensor beta,
                                             OptionalTensor frequencies, int64_t activation, double omega, bool norm,
                                             double eps, bool frequency_per_group, std::vector<bool> mask) {
@@ -88,10 +91,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Tensor h, Tensor gamma,
   check_mask(kOp, mask, 3);
   check_like(grad, h, "grad_y");
   const Tensor gh = fresh(h, mask[0]);
+  const Source g(grad);
+  const std::optional<Target> to = target(gh, mask[0]);
   const OptionalTensor none;
   const auto [ggamma, gbeta] = gradients(call, {none, none, none}, mask[1], mask[2],
                                          [&](auto& loops, auto f, int64_t group, auto& of_scale, auto& of_shift) {
-                                           loops.backward(f, group, grad, mask[0] ? &gh : nullptr, of_scale, of_shift);
+                                           loops.backward(f, group, g, to, of_scale, of_shift);
                                          });
   return {gh, ggamma, gbeta};
 }
@@ -108,10 +113,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_backward(OptionalTensor h_al
   check_like(gamma_along, gamma, "grad_gamma");
   check_like(beta_along, beta, "grad_beta");
   const Tensor ggrad = fresh(grad, mask[0]), gh = fresh(h, mask[1]);
+  const Source g(grad);
+  const std::optional<Target> to_grad = target(ggrad, mask[0]), to_h = target(gh, mask[1]);
   const auto [ggamma, gbeta] = gradients(call, {h_along, gamma_along, beta_along}, mask[2], mask[3],
                                          [&](auto& loops, auto f, int64_t group, auto& of_scale, auto& of_shift) {
-                                           loops.second_order(f, group, grad, mask[0] ? &ggrad : nullptr,
-                                                              mask[1] ? &gh : nullptr, of_scale, of_shift);
+                                           loops.second_order(f, group, g, to_grad, to_h, of_scale, of_shift);
                                          });
   return {ggrad, gh, ggamma, gbeta};
 }

@@ -151,15 +151,37 @@ struct ModulateTangents {
   const OptionalTensor &h, &gamma, &beta;
 };
 
+// A row of the group at hand. Its members are read into registers: what is stored might be any of those of GroupLoops.
+template <class C>
+struct GroupRow {
+  using Pack = Lanes<C>;
+  C *n, *d, *v, *t, *out;  // n: h, less its mean under a norm, over r
+  const C *scale, *shift, *scale_along, *shift_along, *frequencies;
+  Pack r, omega;
+
+  CAMK_HD Pack normalised(int64_t k) const { return Pack::load(n + k) * r; }
+  CAMK_HD math::ScaleShift<Pack> modulation(int64_t k) const { return {Pack::load(scale + k), Pack::load(shift + k)}; }
+  CAMK_HD math::ScaleShift<Pack> along(int64_t k) const {
+    return {Pack::load(scale_along + k), Pack::load(shift_along + k)};
+  }
+  // f and its derivatives at s
+  template <int Order, int I>
+  CAMK_HD math::Jet<Pack> activate(Constant<I> f, int64_t k, Pack s) const {
+    constexpr bool kWave = math::Activation{I} == math::Activation::kResidualSine;
+    return math::activate<Order>(f, s, kWave ? Pack::load(frequencies + k) : omega);
+  }
+};
+
 template <class C>
 class GroupLoops {
   using Pack = Lanes<C>;
+  using Row = GroupRow<C>;
   using Part = typename SharedGradient<C>::Part;
 
  public:
   GroupLoops(const ModulateCall& call, const ModulateTangents& along)
       : call_(call),
-        along_(along),
+        h_(call.h),
         rows_(call.groups.rows),
         width_(call.groups.width),
         pitch_(round_up(width_, lanes_of<Pack>)),
@@ -167,179 +189,208 @@ class GroupLoops {
         shift_(call.groups.shift, call.beta, width_, pitch_, memory_),
         scale_along_(call.groups.scale, along.gamma, width_, pitch_, memory_),
         shift_along_(call.groups.shift, along.beta, width_, pitch_, memory_) {
+    if (along.h) h_along_.emplace(*along.h);
     for (Rows<C>* part : {&n_, &d_, &v_, &t_, &out_}) *part = {memory_.take(rows_ * pitch_), pitch_};
     for (C** row : {&of_scale_, &of_shift_, &frequencies_}) *row = memory_.take(pitch_);
-    if (call.frequencies && !call.options.frequency_per_group)
-      convert(read<C>(*call.frequencies), width_, frequencies_);
+    if (!call.frequencies) return;
+    if (call.options.frequency_per_group) {
+      of_groups_ = read<C>(*call.frequencies);
+    } else {
+      read_rows(*call.frequencies, 0, 1, width_, Rows<C>{frequencies_, pitch_});
+    }
   }
 
   template <class F>
-  void value(F f, int64_t group, const Tensor& y) {
+  void value(F f, int64_t group, const Target& y) {
     begin(group);
-    each_pack([&](int64_t row, int64_t at, int64_t k) CAMK_INLINED {
-      math::activate<0>(f, modulation(row, k)(normalised(at)), rate(f, k)).value.store(out_.data + at);
+    each_row([&](const Row& row, int64_t) CAMK_INLINED {
+      each_pack([&](int64_t k) CAMK_INLINED {
+        const Pack s = row.modulation(k)(row.normalised(k));
+        row.template activate<0>(f, k, s).value.store(row.out + k);
+      });
     });
     put(out_, group, y);
   }
 
   template <class F>
-  void backward(F f, int64_t group, const Tensor& grad, const Tensor* gh, Part& of_scale, Part& of_shift) {
+  void backward(F f, int64_t group, const Source& grad, const std::optional<Target>& gh, Part& of_scale,
+                Part& of_shift) {
     begin(group), take(grad, group, d_);
     of_scale.begin(group), of_shift.begin(group);
+    C *const scale_row = of_scale_, *const shift_row = of_shift_;
     double sum_w = 0, sum_nw = 0;
-    for (int64_t row = 0; row < rows_; ++row) {
-      const auto sums = sums_of_row<4>(row, [&](int64_t at, int64_t k, Vec<Pack, 4>& sum) CAMK_INLINED {
-        const Pack n = normalised(at);
-        const auto m = modulation(row, k);
-        const auto found =
-            math::modulate_gradients(m, n, Pack::load(d_.data + at), math::activate<1>(f, m(n), rate(f, k)).first);
-        found.scale.store(of_scale_ + k), found.shift.store(of_shift_ + k), found.n.store(d_.data + at);
+    each_row([&](const Row& row, int64_t index) CAMK_INLINED {
+      const auto sums = sums_of_row<4>([&](int64_t k, Vec<Pack, 4>& sum) CAMK_INLINED {
+        const Pack n = row.normalised(k);
+        const auto m = row.modulation(k);
+        const Pack slope = row.template activate<1>(f, k, m(n)).first;
+        const auto found = math::modulate_gradients(m, n, Pack::load(row.d + k), slope);
+        found.scale.store(scale_row + k), found.shift.store(shift_row + k), found.n.store(row.d + k);
         sum[0] = sum[0] + found.scale, sum[1] = sum[1] + found.shift;
         sum[2] = sum[2] + found.n, sum[3] = multiply_add(n, found.n, sum[3]);
       });
-      of_scale.add(row, width_, of_scale_, sums[0]), of_shift.add(row, width_, of_shift_, sums[1]);
+      of_scale.add(index, width_, scale_row, sums[0]), of_shift.add(index, width_, shift_row, sums[1]);
       sum_w += sums[2], sum_nw += sums[3];
-    }
+    });
     if (!gh) return;
-    if (norm()) {
-      const Pack mean_w = mean(sum_w), mean_nw = mean(sum_nw);
-      each_pack([&](int64_t, int64_t at, int64_t) CAMK_INLINED {
-        math::norm_jacobian(Pack::load(d_.data + at), normalised(at), Pack(r_), mean_w, mean_nw).store(out_.data + at);
+    if (!norm()) return put(d_, group, *gh);
+    const Pack mean_w = mean(sum_w), mean_nw = mean(sum_nw);
+    each_row([&](const Row& row, int64_t) CAMK_INLINED {
+      each_pack([&](int64_t k) CAMK_INLINED {
+        const Pack w = Pack::load(row.d + k);
+        math::norm_jacobian(w, row.normalised(k), row.r, mean_w, mean_nw).store(row.out + k);
       });
-    }
-    put(norm() ? out_ : d_, group, *gh);
+    });
+    put(out_, group, *gh);
   }
 
   // Gradients of <grad, dy>, dy the tangent of y along `along`.
   template <class F>
-  void second_order(F f, int64_t group, const Tensor& grad, const Tensor* ggrad, const Tensor* gh, Part& of_scale,
-                    Part& of_shift) {
+  void second_order(F f, int64_t group, const Source& grad, const std::optional<Target>& ggrad,
+                    const std::optional<Target>& gh, Part& of_scale, Part& of_shift) {
     begin(group), take(grad, group, d_);
     scale_along_.read(group), shift_along_.read(group);
-    if (along_.h) take(*along_.h, group, t_);
+    if (h_along_) take(*h_along_, group, t_);
     of_scale.begin(group), of_shift.begin(group);
-    const Pack mean_t = mean(norm() ? total([&](int64_t at) CAMK_INLINED { return Pack::load(t_.data + at); }) : 0);
-    const Pack mean_nt =
-        mean(norm() ? total([&](int64_t at) CAMK_INLINED { return normalised(at) * Pack::load(t_.data + at); }) : 0);
-    Vec<double, 5> means{};  // of u, n u, v, n v, v dn: u and v are the gradients of n and dn
-    for (int64_t row = 0; row < rows_; ++row) {
-      const auto sums = sums_of_row<7>(row, [&](int64_t at, int64_t k, Vec<Pack, 7>& sum) CAMK_INLINED {
-        const Pack n = normalised(at), t = Pack::load(t_.data + at), g = Pack::load(d_.data + at);
-        const Pack dn = norm() ? math::norm_jacobian(t, n, Pack(r_), mean_t, mean_nt) : t;
-        const auto m = modulation(row, k);
-        const math::ScaleShift<Pack> along{Pack::load(scale_along_.row(row) + k),
-                                           Pack::load(shift_along_.row(row) + k)};
-        const auto found = math::modulate_second_order(m, along, n, dn, g, math::activate<2>(f, m(n), rate(f, k)));
-        found.g.store(out_.data + at), found.n.store(d_.data + at), found.dn.store(v_.data + at);
-        found.scale.store(of_scale_ + k), found.shift.store(of_shift_ + k);
+    const bool with_norm = norm();
+    C *const scale_row = of_scale_, *const shift_row = of_shift_;
+    const Vec<Pack, 2> mean_t = with_norm ? tangent_means() : Vec<Pack, 2>{};
+    Vec<double, 5> sums_of{};  // u, n u, v, n v, v dn: u and v are the gradients of n and dn
+    each_row([&](const Row& row, int64_t index) CAMK_INLINED {
+      const auto sums = sums_of_row<7>([&](int64_t k, Vec<Pack, 7>& sum) CAMK_INLINED {
+        const Pack n = row.normalised(k), t = Pack::load(row.t + k), g = Pack::load(row.d + k);
+        const Pack dn = with_norm ? math::norm_jacobian(t, n, row.r, mean_t[0], mean_t[1]) : t;
+        const auto m = row.modulation(k);
+        const auto jet = row.template activate<2>(f, k, m(n));
+        const auto found = math::modulate_second_order(m, row.along(k), n, dn, g, jet);
+        found.g.store(row.out + k), found.n.store(row.d + k), found.dn.store(row.v + k);
+        found.scale.store(scale_row + k), found.shift.store(shift_row + k);
         sum[0] = sum[0] + found.scale, sum[1] = sum[1] + found.shift;
         sum[2] = sum[2] + found.n, sum[3] = multiply_add(n, found.n, sum[3]);
         sum[4] = sum[4] + found.dn, sum[5] = multiply_add(n, found.dn, sum[5]);
         sum[6] = multiply_add(dn, found.dn, sum[6]);
       });
-      of_scale.add(row, width_, of_scale_, sums[0]), of_shift.add(row, width_, of_shift_, sums[1]);
-      for (int i = 0; i < 5; ++i) means[i] += sums[i + 2] / double(call_.groups.numbers());
-    }
+      of_scale.add(index, width_, scale_row, sums[0]), of_shift.add(index, width_, shift_row, sums[1]);
+      for (int i = 0; i < 5; ++i) sums_of[i] += sums[i + 2];
+    });
     if (ggrad) put(out_, group, *ggrad);
     if (!gh) return;
-    if (norm()) through_norm(mean_t, mean_nt, means);
-    put(norm() ? out_ : d_, group, *gh);
+    if (with_norm) through_norm(mean_t, sums_of);
+    put(with_norm ? out_ : d_, group, *gh);
   }
 
  private:
   bool norm() const { return call_.options.norm; }
   Pack mean(double sum) const { return Pack(C(sum / double(call_.groups.numbers()))); }
-  Pack normalised(int64_t at) const { return Pack::load(n_.data + at) * Pack(r_); }
-  math::ScaleShift<Pack> modulation(int64_t row, int64_t k) const {
-    return {Pack::load(scale_.row(row) + k), Pack::load(shift_.row(row) + k)};
-  }
-  template <class F>
-  Pack rate(F, int64_t k) const {
-    if constexpr (math::Activation{F::value} == math::Activation::kResidualSine) return Pack::load(frequencies_ + k);
-    return Pack(C(call_.options.omega));
-  }
 
-  void take(const Tensor& from, int64_t group, Rows<C> to) const { read_rows(from, group * rows_, rows_, width_, to); }
-  void put(Rows<C> from, int64_t group, const Tensor& to) const { write_rows(from, group * rows_, rows_, width_, to); }
+  void take(const Source& from, int64_t group, Rows<C> to) const { read_rows(from, group * rows_, rows_, width_, to); }
+  void put(Rows<C> from, int64_t group, const Target& to) const { write_rows(from, group * rows_, rows_, width_, to); }
 
-  // body(row, where a pack lies in the group, and in the row)
+  // body(row, its index)
   template <class Body>
-  void each_pack(const Body& body) const {
-    for (int64_t row = 0; row < rows_; ++row) {
-      for (int64_t k = 0; k < pitch_; k += lanes_of<Pack>) body(row, row * pitch_ + k, k);
+  CAMK_HD void each_row(const Body& body) const {
+    for (int64_t i = 0; i < rows_; ++i) {
+      const Row row{n_[i],
+                    d_[i],
+                    v_[i],
+                    t_[i],
+                    out_[i],
+                    scale_.row(i),
+                    shift_.row(i),
+                    scale_along_.row(i),
+                    shift_along_.row(i),
+                    frequencies_,
+                    Pack(r_),
+                    Pack(C(call_.options.omega))};
+      body(row, i);
     }
   }
+  // body(where a pack lies in a row)
+  template <class Body>
+  CAMK_HD void each_pack(const Body& body) const {
+    const int64_t end = pitch_;
+    for (int64_t k = 0; k < end; k += lanes_of<Pack>) body(k);
+  }
 
-  // N sums over a row: body(where a pack lies in the group, and in the row, sums) adds to them. Long rows are added up
-  // in spans, in float64.
+  // N sums over a row: body(where a pack lies, sums) adds to them. Long rows are added up in spans, in float64.
   template <int N, class Body>
-  Vec<double, N> sums_of_row(int64_t row, const Body& body) const {
+  CAMK_HD Vec<double, N> sums_of_row(const Body& body) const {
     constexpr int64_t kSpan = 64 * lanes_of<Pack>;
     Vec<double, N> sums{};
-    for (int64_t first = 0; first < pitch_; first += kSpan) {
+    for (int64_t first = 0, most = pitch_; first < most; first += kSpan) {
       Vec<Pack, N> part;
       unroll<N>([&](auto i) CAMK_INLINED { part[i] = Pack(C(0)); });
-      const int64_t end = std::min(first + kSpan, pitch_);
-      for (int64_t k = first; k < end; k += lanes_of<Pack>) body(row * pitch_ + k, k, part);
+      const int64_t end = std::min(first + kSpan, most);
+      for (int64_t k = first; k < end; k += lanes_of<Pack>) body(k, part);
       unroll<N>([&](auto i) CAMK_INLINED { sums[i] += double(sum_of_lanes(part[i])); });
     }
     return sums;
   }
-
-  // The sum over the group of what number(where a pack lies) gives.
-  template <class Number>
-  double total(const Number& number) const {
-    double sum = 0;
-    for (int64_t row = 0; row < rows_; ++row) {
-      sum += sums_of_row<1>(
-          row, [&](int64_t at, int64_t, Vec<Pack, 1>& part) CAMK_INLINED { part[0] = part[0] + number(at); })[0];
-    }
-    return sum;
+  // The same over the group.
+  template <int N, class Body>
+  CAMK_HD Vec<double, N> sums_of_group(const Body& body) const {
+    Vec<double, N> sums{};
+    each_row([&](const Row& row, int64_t) CAMK_INLINED {
+      const auto more = sums_of_row<N>([&](int64_t k, Vec<Pack, N>& part) CAMK_INLINED { body(row, k, part); });
+      unroll<N>([&](auto i) CAMK_INLINED { sums[i] += more[i]; });
+    });
+    return sums;
   }
 
-  // Reads a group with its scale, shift and frequency; under a norm n_ is h - mean, and n = r n_.
+  // Reads a group with its scale, shift and frequency, and normalises it.
   void begin(int64_t group) {
     scale_.read(group), shift_.read(group);
-    if (call_.frequencies && call_.options.frequency_per_group) {
-      std::fill_n(frequencies_, pitch_, read<C>(*call_.frequencies)[group % call_.frequencies->numel()]);
-    }
+    if (of_groups_) std::fill_n(frequencies_, pitch_, of_groups_[group % call_.frequencies->numel()]);
     clear_beyond_width(C(0));
-    take(call_.h, group, n_);
+    take(h_, group, n_);
     if (!norm()) return;
-    const Pack centre = mean(total([&](int64_t at) CAMK_INLINED { return Pack::load(n_.data + at); }));
+    const Pack centre = mean(sums_of_group<1>([](const Row& row, int64_t k, Vec<Pack, 1>& sum)
+                                                  CAMK_INLINED { sum[0] = sum[0] + Pack::load(row.n + k); })[0]);
     clear_beyond_width(centre.v[0]);
-    const double squares = total([&](int64_t at) CAMK_INLINED {
-      const Pack c = Pack::load(n_.data + at) - centre;
-      c.store(n_.data + at);
-      return c * c;
+    const auto squares = sums_of_group<1>([&](const Row& row, int64_t k, Vec<Pack, 1>& sum) CAMK_INLINED {
+      const Pack c = Pack::load(row.n + k) - centre;
+      c.store(row.n + k);
+      sum[0] = multiply_add(c, c, sum[0]);
     });
-    r_ = math::inverse_deviation(C(squares / double(call_.groups.numbers())), C(call_.options.eps));
+    r_ = math::inverse_deviation(mean(squares[0]).v[0], C(call_.options.eps));
   }
   void clear_beyond_width(C number) const {
-    for (int64_t row = 0; row < rows_; ++row) std::fill(n_[row] + width_, n_[row] + pitch_, number);
+    for (int64_t i = 0; i < rows_; ++i) std::fill(n_[i] + width_, n_[i] + pitch_, number);
   }
 
-  // The gradient of h from those of n and dn, into out_.
-  void through_norm(Pack mean_t, Pack mean_nt, const Vec<double, 5>& means) const {
-    const auto m = [&](int i) { return Pack(C(means[i])); };
-    const Pack r(r_), mean_v = m(2), mean_nv = m(3), rest = math::norm_second_order_rest(r, m(4));
-    const Pack mean_w = math::norm_second_order(m(0), mean_v, mean_t, r, mean_nt, mean_nv);
-    const Pack mean_nw = math::norm_second_order(m(1), mean_nv, mean_nt, r, mean_nt, mean_nv);
-    each_pack([&](int64_t, int64_t at, int64_t) CAMK_INLINED {
-      const Pack n = normalised(at);
-      const Pack w = math::norm_second_order(Pack::load(d_.data + at), Pack::load(v_.data + at),
-                                             Pack::load(t_.data + at), r, mean_nt, mean_nv);
-      multiply_add(rest, n, math::norm_jacobian(w, n, r, mean_w, mean_nw)).store(out_.data + at);
+  // Means of t and n t, t the tangent of h.
+  Vec<Pack, 2> tangent_means() const {
+    const auto sums = sums_of_group<2>([](const Row& row, int64_t k, Vec<Pack, 2>& sum) CAMK_INLINED {
+      const Pack t = Pack::load(row.t + k);
+      sum[0] = sum[0] + t, sum[1] = multiply_add(row.normalised(k), t, sum[1]);
+    });
+    return {{mean(sums[0]), mean(sums[1])}};
+  }
+
+  // The gradient of h from those of n, in d_, and dn, in v_, into out_.
+  void through_norm(Vec<Pack, 2> mean_t, const Vec<double, 5>& sums) const {
+    const Pack r(r_), mean_v = mean(sums[2]), mean_nv = mean(sums[3]);
+    const Pack rest = math::norm_second_order_rest(r, mean(sums[4]));
+    const Pack mean_w = math::norm_second_order(mean(sums[0]), mean_v, mean_t[0], r, mean_t[1], mean_nv);
+    const Pack mean_nw = math::norm_second_order(mean(sums[1]), mean_nv, mean_t[1], r, mean_t[1], mean_nv);
+    each_row([&](const Row& row, int64_t) CAMK_INLINED {
+      each_pack([&](int64_t k) CAMK_INLINED {
+        const Pack n = row.normalised(k), u = Pack::load(row.d + k), v = Pack::load(row.v + k);
+        const Pack w = math::norm_second_order(u, v, Pack::load(row.t + k), r, mean_t[1], mean_nv);
+        multiply_add(rest, n, math::norm_jacobian(w, n, r, mean_w, mean_nw)).store(row.out + k);
+      });
     });
   }
 
   const ModulateCall& call_;
-  ModulateTangents along_;
+  Source h_;
+  std::optional<Source> h_along_;
   int64_t rows_, width_, pitch_;
   Scratch<C> memory_;
   SharedRows<C> scale_, shift_, scale_along_, shift_along_;
-  Rows<C> n_, d_, v_, t_, out_;
-  C r_ = C(1);
+  Rows<C> n_, d_, v_, t_, out_;             // of the group; n_: h, less its mean under a norm
+  const C* of_groups_ = nullptr;            // frequencies of groups
+  C r_ = C(1);                              // n = r n_
   C *of_scale_, *of_shift_, *frequencies_;  // rows
 };
 

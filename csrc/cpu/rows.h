@@ -65,18 +65,30 @@ CAMK_HD void convert(const From* from, int64_t count, To* to) {
   }
 }
 
+// Where a tensor's numbers are. Asking the tensor takes as long as reading a row of them.
+struct Source {
+  ScalarType type;
+  const void* data;
+  Source(const Tensor& t) : type(t.scalar_type()), data(t.const_data_ptr()) {}
+};
+struct Target {
+  ScalarType type;
+  void* data;
+  Target(const Tensor& t) : type(t.scalar_type()), data(t.mutable_data_ptr()) {}
+};
+
 // `count` rows of `width` numbers of a tensor, from row `first` on, read as C or written.
 template <class C>
-void read_rows(const Tensor& t, int64_t first, int64_t count, int64_t width, Rows<C> to) {
-  with_numbers(kPackage, t, [&]<class T>(Tag<T>) {
-    const T* from = read<T>(t) + first * width;
+void read_rows(const Source& source, int64_t first, int64_t count, int64_t width, Rows<C> to) {
+  with_numbers(kPackage, source.type, [&]<class T>(Tag<T>) {
+    const T* from = static_cast<const T*>(source.data) + first * width;
     for (int64_t i = 0; i < count; ++i) convert(from + i * width, width, to[i]);
   });
 }
 template <class C>
-void write_rows(Rows<C> from, int64_t first, int64_t count, int64_t width, const Tensor& t) {
-  with_numbers(kPackage, t, [&]<class T>(Tag<T>) {
-    T* to = write<T>(t) + first * width;
+void write_rows(Rows<C> from, int64_t first, int64_t count, int64_t width, const Target& target) {
+  with_numbers(kPackage, target.type, [&]<class T>(Tag<T>) {
+    T* to = static_cast<T*>(target.data) + first * width;
     for (int64_t i = 0; i < count; ++i) convert(from[i], width, to + i * width);
   });
 }

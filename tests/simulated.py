@@ -23,7 +23,10 @@ from camkernels._autograd import Operator
 from sim import build, library
 
 CASES = testing.cases("hash_grid")
-MODULES = [sys.modules[f"camkernels.{op}"] for op in ("hash_grid", "modulated_mlp", "coordinate_modulation")]
+MODULES = [
+    sys.modules[f"camkernels.{op}"]
+    for op in ("hash_grid", "modulated_mlp", "modulate", "coordinate_modulation")
+]
 
 
 def chain(operator: Operator) -> Iterator[Operator]:

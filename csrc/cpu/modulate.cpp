@@ -64,7 +64,7 @@ std::tuple<Tensor, Tensor> gradients(const ModulateCall& call, const ModulateTan
   std::tuple<Tensor, Tensor> found;
   dispatch_call(call, [&]<class C>(Tag<C>, auto f) {
     using Gradient = SharedGradient<C>;
-    const GroupPieces pieces(call.groups, sizeof(C));
+    const GroupPieces pieces = pieces_of(call.groups, sizeof(C));
     Gradient scale(call.groups.scale, pieces, call.gamma, of_scale);
     Gradient shift(call.groups.shift, pieces, call.beta, of_shift);
     parallel_tasks(pieces.count, [&](int64_t piece) {

@@ -4,6 +4,7 @@
 #pragma once
 #include "cpu/parallel.h"
 #include "cpu/rows.h"
+#include "launch/group_pieces.h"
 #include "launch/modulate.h"
 #include "math/modulate.h"
 #include "math/norm.h"
@@ -48,22 +49,11 @@ class SharedRows {
   C* rows_;
 };
 
-// Groups go in pieces, which do not depend on the number of threads. What the groups of one piece share is added up
-// there; what several pieces share, at the edges of a piece, is added up afterwards in their order.
-struct GroupPieces {
-  int64_t groups, each, count;
-
-  GroupPieces(const ModulateGroups& g, int64_t number_bytes) : groups(g.count) {
-    constexpr int64_t kLeastNumbers = 1 << 16, kMost = 256, kMostBytes = 64 << 20;
-    const int64_t edges = 2 * (g.scale.numbers() + g.shift.numbers()) * number_bytes;
-    const int64_t most =
-        std::max<int64_t>(std::min({kMost, groups * g.numbers() / kLeastNumbers, kMostBytes / edges}), 1);
-    each = std::max<int64_t>((groups + most - 1) / most, 1);
-    count = (groups + each - 1) / each;
-  }
-  int64_t begin(int64_t piece) const { return piece * each; }
-  int64_t end(int64_t piece) const { return std::min(groups, begin(piece) + each); }
-};
+inline GroupPieces pieces_of(const ModulateGroups& g, int64_t number_bytes) {
+  constexpr int64_t kLeastNumbers = 1 << 16, kMost = 256, kMostBytes = 64 << 20;
+  const int64_t edges = 2 * (g.scale.numbers() + g.shift.numbers()) * number_bytes;
+  return GroupPieces::of(g.count, std::min({kMost, g.count * g.numbers() / kLeastNumbers, kMostBytes / edges}));
+}
 
 // The gradient of a scale or shift, added up by pieces.
 template <class C>
@@ -107,29 +97,24 @@ class SharedGradient {
 
   void add_edges() {
     for (int64_t piece = 1; total_ && piece < pieces_.count; ++piece) {
-      const int64_t own = pieces_.begin(piece) / size_.share, first = own * size_.share;
-      if (first >= pieces_.begin(piece) || first < pieces_.begin(piece - 1)) continue;  // begins here, or is done
-      C* total = total_ + own * size_.numbers();
-      std::copy_n(edge(piece - 1, own), size_.numbers(), total);
-      for (int64_t p = piece; p < pieces_.count && pieces_.begin(p) < first + size_.share; ++p) {
-        const C* more = edge(p, own);
+      const int64_t item = pieces_.divided(piece, size_.share);
+      if (item < 0) continue;
+      C* total = total_ + item * size_.numbers();
+      std::fill_n(total, size_.numbers(), C(0));
+      pieces_.each_edge(piece, item, size_.share, [&](int64_t edge) {
+        const C* more = edges_.data() + edge * size_.numbers();
         for (int64_t k = 0; k < size_.numbers(); ++k) total[k] += more[k];
-      }
+      });
     }
   }
 
   Tensor result;
 
  private:
-  // Where the sum of a piece goes: beside the result if other pieces add to it, too.
-  C* target(int64_t piece, int64_t own) {
-    const int64_t first = own * size_.share, end = first + size_.share;
-    const bool whole = first >= pieces_.begin(piece) && end <= pieces_.end(piece);
-    return whole ? total_ + own * size_.numbers() : edge(piece, own);
-  }
-  C* edge(int64_t piece, int64_t own) {
-    const bool first = own == pieces_.begin(piece) / size_.share;
-    return edges_.data() + (2 * piece + !first) * size_.numbers();
+  // Where the sum of a piece goes.
+  C* target(int64_t piece, int64_t item) {
+    if (pieces_.holds(piece, item, size_.share)) return total_ + item * size_.numbers();
+    return edges_.data() + pieces_.edge(piece, item, size_.share) * size_.numbers();
   }
 
   const SharedSize& size_;

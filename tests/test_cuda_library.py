@@ -23,7 +23,9 @@ ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = _ops.FOLDER / "_cuda.so"
 OPERATORS = [f"hash_grid{end}" for end in ("", "_backward", "_backward_backward", "_jacobian", "_jacobian_backward")]
 OPERATORS += [
-    f"{op}{end}" for op in ("modulated_mlp", "coordinate_modulation") for end in ("", "_backward", "_backward_backward")
+    f"{op}{end}"
+    for op in ("modulated_mlp", "modulate", "coordinate_modulation")
+    for end in ("", "_backward", "_backward_backward")
 ]
 OWN_ARCHITECTURES = {"sm_80", "sm_90", "compute_90"}
 
@@ -88,9 +90,9 @@ def test_the_machine_code_of_its_kernels(found):
 def test_kernels_keep_everything_in_registers(found):
     """But for those that learn the number of axes at run time, whose arrays must be indexed, and those with a sine,
     which reduces a large argument by words of 2 / pi: 7 of 4 bytes in float32, 5 of 8 in float64."""
-    of_any_axes = [k for k in found if re.match(r"\w+<(float|double), 0, ", k.name)]
-    with_sine = [k for k in found if re.match(r"(forward|derivatives)<", k.name)]
-    assert len({k.name for k in of_any_axes}) == 35 and len({k.name for k in with_sine}) == 4
+    of_any_axes = [k for k in found if re.match(r"(any|lookup)_\w+<(float|double), 0, ", k.name)]
+    with_sine = [k for k in found if re.match(r"(forward|derivatives|modulate_\w+)<", k.name)]
+    assert len({k.name for k in of_any_axes}) == 35 and len({k.name for k in with_sine}) == 4 + 12
     for kernel in (k for k in found if k not in [*of_any_axes, *with_sine]):
         assert kernel.local == kernel.stack == 0, kernel
     for kernel in with_sine:
@@ -160,6 +162,7 @@ PREPARE = """
     y, j = torch.rand(5, 8), torch.rand(5, 8, 3)
     settings = module._settings(geometry, "linear", 4)
     w, g = torch.rand(2, 3), torch.rand(5, 2)
+    h, gamma, beta, groups = torch.rand(4, 2, 3), torch.rand(2, 2, 1), torch.rand(1, 1, 3), (1, 1.0, True, 1e-5, False)
     mlp, all5 = ([1], [1.0], [False], False, False, 1e-5, False, False), [True] * 5
     u, grids, ct = torch.rand(5, 2), torch.rand(3, 2, 4, 4), torch.rand(5, 3, 2)
     lookup = (False, True, False, False)
@@ -188,6 +191,9 @@ def test_every_kernel_refuses_cpu_tensors_in_a_sentence():
     on_cuda("modulated_mlp", x, [w], [], None, None, *mlp)
     on_cuda("modulated_mlp_backward", g, x, [w], [], None, None, g, *mlp, [True, True, False, False])
     on_cuda("modulated_mlp_backward_backward", x, [], [], None, g, x, [w], [], None, None, g, *mlp, all5)
+    on_cuda("modulate", h, gamma, beta, None, *groups)
+    on_cuda("modulate_backward", h, h, gamma, beta, None, *groups, [True] * 3)
+    on_cuda("modulate_backward_backward", h, None, beta, h, h, gamma, beta, None, *groups, [True] * 4)
     on_cuda("coordinate_modulation", u, grids, *lookup)
     on_cuda("coordinate_modulation_backward", ct, u, grids, *lookup, [True, True])
     on_cuda("coordinate_modulation_backward_backward", u, grids, ct, u, grids, *lookup, [True, True, True])
@@ -225,6 +231,11 @@ BAD_MLP = {
 }
 
 
+BAD_GROUPS = {
+    "h must have 3 dimensions, the last two not empty": "h[0], gamma, beta, None",
+    "gamma must divide the groups of h into equal parts": "h, torch.rand(3, 1, 1), beta, None",
+    "beta must broadcast to the groups of h": "h, gamma, torch.rand(1, 1, 2), None",
+}
 BAD_LOOKUP = {
     "coords must be float32 or float64": "u.half(), grids",
     "coords must be float64 beside float64 grids": "u, grids.double()",
@@ -241,8 +252,10 @@ BAD_LOOKUP = {
     [
         ("hash_grid", "settings", BAD),
         ("modulated_mlp", "mlp", BAD_MLP),
+        ("modulate", "groups", BAD_GROUPS),
         ("coordinate_modulation", "lookup", BAD_LOOKUP),
     ],
+    ids=["grid", "mlp", "groups", "lookup"],
 )
 def test_bad_arguments_of_the_kernels_are_sentences(op, settings, bad):
     calls = "".join(f"    on_cuda('{op}', {arguments}, *{settings})\n" for arguments in bad.values())

@@ -8,26 +8,49 @@
 namespace camk::cuda {
 namespace {
 
-enum class Pass : int { kValue, kGradients, kSecond };
-
 // Estimated, not measured: a warp reads numbers again from the first-level cache up to this length of a group.
 constexpr int64_t kLongestOfWarp = 1024;
-constexpr int kWarpsPerBlock = 4, kThreads = 128;
+constexpr int kWarpsPerBlock = 4;
+constexpr int kThreads = 128;  // of add_edges
 constexpr int64_t kWarpsPerMultiprocessor = 64, kBlocksPerMultiprocessor = 4;
 
-template <class C, int kTeam, Pass kPass>
-__global__ void __launch_bounds__(kTeam == kWarpTeam ? kWarpTeam * kWarpsPerBlock : kTeam)
-    modulate(const __grid_constant__ ModulateJob<C> job) {
-  __shared__ C part[kTeam == kWarpTeam ? 1 : kMostSums * (kTeam / 32)];
+template <int kTeam>
+inline constexpr int threads_of = kTeam == kWarpTeam ? kWarpTeam * kWarpsPerBlock : kTeam;
+
+// What a block's team needs to take sums.
+template <class C, int kTeam>
+struct Parts {
+  C part[kTeam == kWarpTeam ? 1 : kMostSums * (kTeam / 32)];
+};
+
+// body(work) for the groups of this team's piece.
+template <class C, int kTeam, class Body>
+CAMK_DEVICE void each_group(const ModulateJob<C>& job, Parts<C, kTeam>& parts, const Body& body) {
   const int64_t piece = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / kTeam;
   if (piece >= job.pieces.count) return;
 #pragma unroll 1
   for (int64_t group = job.pieces.begin(piece); group < job.pieces.end(piece); ++group) {
-    GroupWork<C, kTeam> work(job, part, piece, group);
-    if constexpr (kPass == Pass::kValue) work.value();
-    if constexpr (kPass == Pass::kGradients) work.gradients();
-    if constexpr (kPass == Pass::kSecond) work.second_order();
+    GroupWork<C, kTeam> work(job, parts.part, piece, group);
+    body(work);
   }
+}
+
+template <class C, int kTeam>
+__global__ void __launch_bounds__(threads_of<kTeam>, 1) modulate_value(const __grid_constant__ ModulateJob<C> job) {
+  __shared__ Parts<C, kTeam> parts;
+  each_group(job, parts, [](auto& work) { work.value(); });
+}
+
+template <class C, int kTeam>
+__global__ void __launch_bounds__(threads_of<kTeam>, 1) modulate_gradients(const __grid_constant__ ModulateJob<C> job) {
+  __shared__ Parts<C, kTeam> parts;
+  each_group(job, parts, [](auto& work) { work.gradients(); });
+}
+
+template <class C, int kTeam>
+__global__ void __launch_bounds__(threads_of<kTeam>, 1) modulate_second(const __grid_constant__ ModulateJob<C> job) {
+  __shared__ Parts<C, kTeam> parts;
+  each_group(job, parts, [](auto& work) { work.second_order(); });
 }
 
 // blockIdx.y: the piece before which an item is divided, less one.
@@ -48,13 +71,14 @@ bool takes_block(const ModulateJob<C>& job) {
   return job.rows > 1 ? job.width >= kBlockTeam / 2 : job.width > kLongestOfWarp;
 }
 
-template <Pass kPass, class C>
-cudaError_t launch_pass(const ModulateJob<C>& job, cudaStream_t stream) {
-  if (takes_block(job)) {
-    return launch(modulate<C, kBlockTeam, kPass>, {unsigned(job.pieces.count), kBlockTeam, 0, stream}, job);
-  }
+template <class C>
+using Kernel = void (*)(ModulateJob<C>);
+
+template <class C>
+cudaError_t launch_teams(Kernel<C> of_warps, Kernel<C> of_blocks, const ModulateJob<C>& job, cudaStream_t stream) {
+  if (takes_block(job)) return launch(of_blocks, {unsigned(job.pieces.count), kBlockTeam, 0, stream}, job);
   const auto blocks = unsigned(divide_up(job.pieces.count, kWarpsPerBlock));
-  return launch(modulate<C, kWarpTeam, kPass>, {blocks, kWarpTeam * kWarpsPerBlock, 0, stream}, job);
+  return launch(of_warps, {blocks, threads_of<kWarpTeam>, 0, stream}, job);
 }
 
 template <class C>
@@ -75,12 +99,14 @@ int64_t pieces_held(const ModulateJob<C>& job) {
 
 template <class C>
 cudaError_t launch_modulate_value(const ModulateJob<C>& job, cudaStream_t stream) {
-  return launch_pass<Pass::kValue>(job, stream);
+  return launch_teams<C>(modulate_value<C, kWarpTeam>, modulate_value<C, kBlockTeam>, job, stream);
 }
 
 template <class C>
 cudaError_t launch_modulate_gradients(const ModulateJob<C>& job, bool second, cudaStream_t stream) {
-  cudaError_t error = second ? launch_pass<Pass::kSecond>(job, stream) : launch_pass<Pass::kGradients>(job, stream);
+  cudaError_t error =
+      second ? launch_teams<C>(modulate_second<C, kWarpTeam>, modulate_second<C, kBlockTeam>, job, stream)
+             : launch_teams<C>(modulate_gradients<C, kWarpTeam>, modulate_gradients<C, kBlockTeam>, job, stream);
   if (error == cudaSuccess) error = launch_add_edges(job.scale, job.pieces, stream);
   return error == cudaSuccess ? launch_add_edges(job.shift, job.pieces, stream) : error;
 }

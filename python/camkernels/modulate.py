@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import reference
+from . import reference, triton
 from ._autograd import Argument, Operator
 from ._backends import BACKENDS, Call, choose, define, round_to_autocast
 from ._checks import check_choice, check_floating, check_number
@@ -43,13 +43,16 @@ def _declare(prefix: str) -> Operator:
 
 
 _COMPILED = _declare("")  # "cpu" and "cuda": the dispatcher tells them apart
+_TRITON = _declare("triton_")
+for _name, _function in (("", "value"), ("_backward", "backward"), ("_backward_backward", "backward_backward")):
+    triton.implement(f"triton_modulate{_name}", "modulate", _function)
 
 
 def _kernels(
-    h: Tensor, gamma: Tensor, beta: Tensor, norm: str | None, eps: float, activation: str | None, omega: float,
-    frequencies: Tensor | None,
+    operator: Operator, h: Tensor, gamma: Tensor, beta: Tensor, norm: str | None, eps: float, activation: str | None,
+    omega: float, frequencies: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """modulate by the operators."""
+    """modulate by one of the operators."""
     dtype, axes = compute_dtype(h, gamma, beta), 2 if norm in ("ray", "frame") else 1
     frequencies = frequencies.to(dtype) if activation == "residual_sine" else None
     leading, group = h.shape[:-axes], h.shape[-axes:]
@@ -60,7 +63,7 @@ def _kernels(
         group = (1, group.numel())
         items = [t.flatten(1).unsqueeze(1) for t in items]
     settings = (ACTIVATIONS.index(activation), float(omega), norm is not None, float(eps), norm == "frame")
-    return _COMPILED(h.reshape(-1, *group), *items, frequencies, settings=settings).reshape(h.shape)
+    return operator(h.reshape(-1, *group), *items, frequencies, settings=settings).reshape(h.shape)
 
 
 # ---- function --------------------------------------------------------------------------------------------------------
@@ -93,11 +96,12 @@ def modulate(
     op = "modulate"
     check_floating(op, "h", h)
     options = {"norm": norm, "eps": eps, "activation": activation, "omega": omega, "frequencies": frequencies}
-    if choose(Call(op, h.device.type, h.device.index), backend) == "reference":
+    chosen = choose(Call(op, h.device.type, h.device.index), backend)
+    if chosen == "reference":
         y = define(reference.modulate, h, gamma, beta, **options)
     else:
         check_modulate(op, h, gamma, beta, **options)
-        y = _kernels(h, gamma, beta, **options)
+        y = _kernels(_TRITON if chosen == "triton" else _COMPILED, h, gamma, beta, **options)
     return round_to_autocast(y)
 
 

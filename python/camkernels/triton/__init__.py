@@ -10,7 +10,7 @@ from typing import Any
 
 from .. import _ops
 
-OPS = ("hash_grid", "coordinate_modulation")  # those with kernels here
+OPS = ("hash_grid", "modulate", "coordinate_modulation")  # those with kernels here
 # Derivatives of a derivative, and of a Jacobian, have none: second_order.py computes them by the definition's formula.
 SECOND_ORDER = "reference formula"
 MISSING = (

@@ -35,7 +35,7 @@ def backward_backward(
     def backward(grad: Tensor, x: Tensor, table: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(lookup(x, table), (x, table), grad, create_graph=True, materialize_grads=True)
 
-    return _gradients(backward, (grad, x, table), (ggx, ggtable), mask)
+    return gradients(backward, (grad, x, table), (ggx, ggtable), mask)
 
 
 def jacobian_backward(
@@ -45,10 +45,10 @@ def jacobian_backward(
     """The operator triton_hash_grid_jacobian_backward: gradients of <grad, y> + <grad_jacobian, j> in x and table."""
     *settings, mask = settings_and_mask
     lookup = _definition(x, table, counts, settings, return_jacobian=True)
-    return _gradients(lookup, (x, table), (grad, grad_jacobian), mask)
+    return gradients(lookup, (x, table), (grad, grad_jacobian), mask)
 
 
-def _gradients(
+def gradients(
     function: Callable[..., tuple[Tensor, ...]],
     inputs: Sequence[Tensor],
     cotangents: Sequence[Tensor | None],

@@ -20,8 +20,10 @@ from .. import reference
 from .._modulation import ACTIVATIONS
 from .second_order import gradients
 
-# Numbers of a row that a program takes at once, and up to how many of them one warp is enough. Estimated, not measured.
-MOST_NUMBERS, WARP_NUMBERS = 1024, 256
+# Numbers of a row that a program takes at once, and up to how many of them one warp is enough: four to a thread.
+# Estimated, not measured. A limit of registers keeps the assembler from spilling some for a higher occupancy.
+MOST_NUMBERS, WARP_NUMBERS = 512, 128
+MOST_REGISTERS = {torch.float32: 168, torch.float64: 255}
 
 RELU, LEAKY_RELU, GELU, SILU, SOFTPLUS, SIGMOID, TANH, EXPONENTIAL, SQUAREPLUS, SINE, RESIDUAL_SINE = (
     tl.constexpr(i) for i in range(1, len(ACTIVATIONS))
@@ -234,8 +236,9 @@ def constants(settings: Settings, width: int, gamma: Sequence[bool], beta: Seque
     }  # fmt: skip
 
 
-def options(block: int) -> dict[str, int]:
-    return {"num_warps": 1 if block <= WARP_NUMBERS else 4}
+def options(block: int, dtype: torch.dtype) -> dict[str, int]:
+    """How kernels are compiled. dtype: of the arithmetic."""
+    return {"num_warps": 1 if block <= WARP_NUMBERS else 4, "maxnreg": MOST_REGISTERS[dtype]}
 
 
 def _launch(
@@ -258,7 +261,7 @@ def _launch(
     }  # fmt: skip
     tensors = {"h_ptr": h, "gamma_ptr": gamma, "beta_ptr": beta, "frequencies_ptr": frequencies}
     with torch.cuda.device(h.device) if h.is_cuda else nullcontext():
-        kernel[(groups,)](**tensors, **sizes, **places, **compiled_for, **options(compiled_for["BLOCK"]))
+        kernel[(groups,)](**tensors, **sizes, **places, **compiled_for, **options(compiled_for["BLOCK"], gamma.dtype))
 
 
 def value(h: Tensor, gamma: Tensor, beta: Tensor, frequencies: Tensor | None, *settings: Any) -> Tensor:

@@ -209,7 +209,7 @@ class GroupLoops {
         const Pack n = row.normalised(k);
         const auto m = row.modulation(k);
         const Pack slope = row.template activate<1>(f, k, m(n)).first;
-        const auto found = math::modulate_gradients(m, n, Pack::load(row.d + k), slope);
+        const auto found = math::modulate_gradients(m.scale, n, Pack::load(row.d + k), slope);
         found.scale.store(scale_row + k), found.shift.store(shift_row + k), found.n.store(row.d + k);
         sum[0] = sum[0] + found.scale, sum[1] = sum[1] + found.shift;
         sum[2] = sum[2] + found.n, sum[3] = multiply_add(n, found.n, sum[3]);
@@ -247,8 +247,10 @@ class GroupLoops {
         const Pack dn = with_norm ? math::norm_jacobian(t, n, row.r, mean_t[0], mean_t[1]) : t;
         const auto m = row.modulation(k);
         const auto jet = row.template activate<2>(f, k, m(n));
-        const auto found = math::modulate_second_order(m, row.along(k), n, dn, g, jet);
-        found.g.store(row.out + k), found.n.store(row.d + k), found.dn.store(row.v + k);
+        const auto along = row.along(k);
+        const auto of = math::tangent_cotangents(g, math::modulate_tangent(m.scale, along, n, dn), jet);
+        const auto found = math::tangent_gradients(m.scale, along.scale, n, dn, of.s, of.ds);
+        of.g.store(row.out + k), found.n.store(row.d + k), found.dn.store(row.v + k);
         found.scale.store(scale_row + k), found.shift.store(shift_row + k);
         sum[0] = sum[0] + found.scale, sum[1] = sum[1] + found.shift;
         sum[2] = sum[2] + found.n, sum[3] = multiply_add(n, found.n, sum[3]);

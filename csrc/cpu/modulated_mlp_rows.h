@@ -3,7 +3,7 @@
 // and their derivatives. Rows are padded to whole packs of lanes with zeros, or with values that nobody reads.
 #pragma once
 #include "cpu/rows.h"
-#include "math/activation.h"
+#include "math/modulate.h"
 #include "math/norm.h"
 
 namespace camk::cpu {
@@ -114,11 +114,11 @@ void deactivate_rows(const RowLayer<C>& layer, int64_t count, Rows<C> z, Rows<C>
     for (int64_t i = 0; i < count; ++i) {
       Pack sum(C(0)), sum_n(C(0));  // of w per channel, else of g: w / scale
       each_pack(layer, [&](int64_t o) CAMK_INLINED {
-        const Pack g = Pack::load(d[i] + o) * Pack::load(slope[i] + o), n = Pack::load(z[i] + o) * Pack(r[i]);
-        const Pack w = columns_of<kChannels>(modulation.scale(i), o) * g;
-        w.store(d[i] + o);
-        if constexpr (kChannels) (g * n).store(change.scale(i) + o), g.store(change.shift(i) + o);
-        sum = sum + (kChannels ? w : g), sum_n = multiply_add(n, kChannels ? w : g, sum_n);
+        const Pack n = Pack::load(z[i] + o) * Pack(r[i]), scale = columns_of<kChannels>(modulation.scale(i), o);
+        const auto of = math::modulate_gradients(scale, n, Pack::load(d[i] + o), Pack::load(slope[i] + o));
+        of.n.store(d[i] + o);
+        if constexpr (kChannels) of.scale.store(change.scale(i) + o), of.shift.store(change.shift(i) + o);
+        sum = sum + (kChannels ? of.n : of.shift), sum_n = multiply_add(n, kChannels ? of.n : of.shift, sum_n);
       });
       const C total = sum_of_lanes(sum), total_n = sum_of_lanes(sum_n);
       if (!kChannels) *change.scale(i) = total_n, *change.shift(i) = total;
@@ -164,8 +164,9 @@ void activate_tangents(const RowLayer<C>& layer, int64_t count, const TangentRow
           const Pack dn = layer.norm ? math::norm_jacobian(dz, n, r, zero, Pack(t.mean_ndz[i])) : dz;
           const Pack scale = columns_of<kChannels>(t.modulation.scale(i), o);
           const Pack s = multiply_add(scale, n, columns_of<kChannels>(t.modulation.shift(i), o));
-          const Pack ds = multiply_add(columns_of<kChannels>(t.direction.scale(i), o), n,
-                                       multiply_add(scale, dn, columns_of<kChannels>(t.direction.shift(i), o)));
+          const math::ScaleShift<Pack> along{columns_of<kChannels>(t.direction.scale(i), o),
+                                             columns_of<kChannels>(t.direction.shift(i), o)};
+          const Pack ds = math::modulate_tangent(scale, along, n, dn);
           const auto f = math::activate<2>(activation, s, rate_of<decltype(activation)::value>(layer, o));
           n.store(t.n[i] + o), dn.store(t.dn[i] + o), dz.store(t.dz[i] + o);
           f.first.store(t.slope[i] + o), (f.second * ds).store(t.bend[i] + o);
@@ -191,15 +192,16 @@ void deactivate_tangents(const RowLayer<C>& layer, int64_t count, const TangentR
         const Pack n = Pack::load(t.n[i] + o), dn = Pack::load(t.dn[i] + o), slope = Pack::load(t.slope[i] + o);
         const Pack of_ds = slope * Pack::load(e[i] + o);
         const Pack of_s = multiply_add(Pack::load(t.bend[i] + o), Pack::load(e[i] + o), slope * Pack::load(d[i] + o));
-        const Pack scale = columns_of<kChannels>(t.modulation.scale(i), o), v = scale * of_ds;
-        multiply_add(columns_of<kChannels>(t.direction.scale(i), o), of_ds, scale * of_s).store(d[i] + o);
-        v.store(e[i] + o);
+        const Pack scale = columns_of<kChannels>(t.modulation.scale(i), o);
+        const Pack along = columns_of<kChannels>(t.direction.scale(i), o);
+        const auto of = math::tangent_gradients(scale, along, n, dn, of_s, of_ds);
+        const Pack v = of.dn;
+        of.n.store(d[i] + o), v.store(e[i] + o);
         sum_v = sum_v + v, sum_nv = multiply_add(n, v, sum_nv), sum_vdn = multiply_add(v, dn, sum_vdn);
-        const Pack of_scale = multiply_add(of_s, n, of_ds * dn);
         if constexpr (kChannels) {
-          of_scale.store(change.scale(i) + o), of_s.store(change.shift(i) + o);
+          of.scale.store(change.scale(i) + o), of.shift.store(change.shift(i) + o);
         } else {
-          sum_scale = sum_scale + of_scale, sum_shift = sum_shift + of_s;
+          sum_scale = sum_scale + of.scale, sum_shift = sum_shift + of.shift;
         }
       });
       if (!kChannels) *change.scale(i) = sum_of_lanes(sum_scale), *change.shift(i) = sum_of_lanes(sum_shift);

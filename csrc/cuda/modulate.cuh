@@ -171,7 +171,7 @@ struct GroupWork {
   template <class F>
   CAMK_DEVICE math::ModulateGradients<C> gradients_at(F f, int64_t row, int64_t k, int64_t at, C n) const {
     const math::ScaleShift<C> m = modulation(row, k);
-    return math::modulate_gradients(m, n, read(job.g, at), activate<1>(f, k, m(n)).first);
+    return math::modulate_gradients(m.scale, n, read(job.g, at), activate<1>(f, k, m(n)).first);
   }
 
   CAMK_DEVICE void gradients() {
@@ -203,10 +203,16 @@ struct GroupWork {
   CAMK_DEVICE C tangent_of_n(C t, C n, const TangentMeans& means) const {
     return job.norm ? math::norm_jacobian(t, n, r, means.t, means.nt) : t;
   }
+  struct SecondOrder {
+    C g;
+    math::TangentGradients<C> of;
+  };
   template <class F>
-  CAMK_DEVICE math::ModulateSecondOrder<C> second_order_at(F f, int64_t row, int64_t k, int64_t at, C n, C dn) const {
+  CAMK_DEVICE SecondOrder second_order_at(F f, int64_t row, int64_t k, int64_t at, C n, C dn) const {
     const math::ScaleShift<C> m = modulation(row, k), along{scale.tangent(row, k), shift.tangent(row, k)};
-    return math::modulate_second_order(m, along, n, dn, read(job.g, at), activate<2>(f, k, m(n)));
+    const C ds = math::modulate_tangent(m.scale, along, n, dn);
+    const auto of = math::tangent_cotangents(read(job.g, at), ds, activate<2>(f, k, m(n)));
+    return {of.g, math::tangent_gradients(m.scale, along.scale, n, dn, of.s, of.ds)};
   }
 
   CAMK_DEVICE void second_order() {
@@ -223,11 +229,11 @@ struct GroupWork {
         [&](auto f, int64_t row, int64_t k, int64_t at) {
           const C n = normalised(at), dn = tangent_of_n(tangent(at), n, means);
           const auto found = second_order_at(f, row, k, at, n, dn);
-          scale.add(row, k, found.scale), shift.add(row, k, found.shift);
-          part[0] += found.n, part[1] += n * found.n;
-          part[2] += found.dn, part[3] += n * found.dn, part[4] += found.dn * dn;
+          scale.add(row, k, found.of.scale), shift.add(row, k, found.of.shift);
+          part[0] += found.of.n, part[1] += n * found.of.n;
+          part[2] += found.of.dn, part[3] += n * found.of.dn, part[4] += found.of.dn * dn;
           if (job.y) store(job.y, at, found.g);
-          if (job.gh && !job.norm) store(job.gh, at, found.n);
+          if (job.gh && !job.norm) store(job.gh, at, found.of.n);
         },
         [&](int64_t row) { end_row(row); });
     if (job.gh && job.norm) through_norm(means, team.sum(part));
@@ -242,7 +248,7 @@ struct GroupWork {
         [&](auto f, int64_t row, int64_t k, int64_t at) {
           const C n = normalised(at), t = tangent(at);
           const auto found = second_order_at(f, row, k, at, n, tangent_of_n(t, n, means));
-          const C w = math::norm_second_order(found.n, found.dn, t, r, means.nt, mean_nv);
+          const C w = math::norm_second_order(found.of.n, found.of.dn, t, r, means.nt, mean_nv);
           store(job.gh, at, math::norm_jacobian(w, n, r, mean_w, mean_nw) + rest * n);
         },
         [](int64_t) {});

@@ -6,7 +6,7 @@
 #include "cuda/device.cuh"
 #include "cuda/modulated_mlp.h"
 #include "cuda/storage.cuh"
-#include "math/activation.h"
+#include "math/modulate.h"
 #include "math/norm.h"
 
 namespace camk::cuda {
@@ -68,11 +68,10 @@ struct PointLayer {
   CAMK_DEVICE C shift(int c) const {
     return job.modulation && layer.modulated ? read(job.modulation, place.shift(c)) : C(0);
   }
-  CAMK_DEVICE C scale_tangent(int c) const {
-    return job.modulation_tangent && layer.modulated ? read(job.modulation_tangent, place.scale(c)) : C(0);
-  }
-  CAMK_DEVICE C shift_tangent(int c) const {
-    return job.modulation_tangent && layer.modulated ? read(job.modulation_tangent, place.shift(c)) : C(0);
+  // Tangents of scale and shift.
+  CAMK_DEVICE math::ScaleShift<C> along(int c) const {
+    if (!job.modulation_tangent || !layer.modulated) return {C(0), C(0)};
+    return {read(job.modulation_tangent, place.scale(c)), read(job.modulation_tangent, place.shift(c))};
   }
   // Values of the activation's argument s and its derivatives.
   template <int OrderOf, int I>
@@ -163,9 +162,10 @@ CAMK_NOINLINE __device__ void deactivate_row(const NetworkJob<C>& job, int l, in
   C sum_w(0), sum_nw(0);
   at.each([&](auto activation, int c) {
     const C scale = at.scale(c);
-    const C gs = g[c] * at.template activate<1>(activation, c, scale * n[c] + at.shift(c)).first;
-    change.add(c, gs * n[c], gs);
-    g[c] = scale * gs;
+    const C slope = at.template activate<1>(activation, c, scale * n[c] + at.shift(c)).first;
+    const auto of = math::modulate_gradients(scale, n[c], g[c], slope);
+    change.add(c, of.scale, of.shift);
+    g[c] = of.n;
     sum_w += g[c], sum_nw += n[c] * g[c];
   });
   change.finish();
@@ -197,7 +197,7 @@ CAMK_NOINLINE __device__ void activate_tangent_row(const NetworkJob<C>& job, int
   at.each([&](auto activation, int c) {
     dn[c] = at.normalised() ? math::norm_jacobian(dz[c], n[c], r, mean_dz, mean_ndz) : dz[c];
     const C scale = at.scale(c);
-    const C ds = at.scale_tangent(c) * n[c] + scale * dn[c] + at.shift_tangent(c);
+    const C ds = math::modulate_tangent(scale, at.along(c), n[c], dn[c]);
     const auto f = at.template activate<1>(activation, c, scale * n[c] + at.shift(c));
     at.put(c, layer.y, f.value, false);
     at.put(c, layer.dy, f.first * ds, job.y != nullptr);
@@ -213,13 +213,13 @@ CAMK_NOINLINE __device__ void deactivate_tangent_row(const NetworkJob<C>& job, i
   typename PointLayer<C>::ModulationGradient change{at};
   C sum_v(0), sum_nv(0), sum_vdn(0);
   at.each([&](auto activation, int c) {
-    const C scale = at.scale(c), scale_tangent = at.scale_tangent(c);
+    const C scale = at.scale(c);
+    const math::ScaleShift<C> along = at.along(c);
     const auto f = at.template activate<2>(activation, c, scale * n[c] + at.shift(c));
-    const C ds = scale_tangent * n[c] + scale * dn[c] + at.shift_tangent(c);
-    const C of_ds = dg[c] * f.first, of_s = g[c] * f.first + dg[c] * f.second * ds;
-    change.add(c, of_s * n[c] + of_ds * dn[c], of_s);
-    g[c] = scale_tangent * of_ds + scale * of_s;
-    dg[c] = scale * of_ds;
+    const auto ct = math::tangent_cotangents(dg[c], math::modulate_tangent(scale, along, n[c], dn[c]), f);
+    const auto of = math::tangent_gradients(scale, along.scale, n[c], dn[c], ct.s + g[c] * f.first, ct.ds);
+    change.add(c, of.scale, of.shift);
+    g[c] = of.n, dg[c] = of.dn;
     sum_v += dg[c], sum_nv += n[c] * dg[c], sum_vdn += dg[c] * dn[c];
   });
   change.finish();

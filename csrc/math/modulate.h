@@ -19,24 +19,36 @@ struct ModulateGradients {
 
 // slope: f'(s)
 template <class C>
-CAMK_HD ModulateGradients<C> modulate_gradients(const ScaleShift<C>& m, C n, C g, C slope) {
+CAMK_HD ModulateGradients<C> modulate_gradients(C scale, C n, C g, C slope) {
   const C of_s = g * slope;
-  return {of_s * n, of_s, m.scale * of_s};
+  return {of_s * n, of_s, scale * of_s};
+}
+
+// ds, for tangents `along` of scale and shift and dn of n
+template <class C>
+CAMK_HD C modulate_tangent(C scale, const ScaleShift<C>& along, C n, C dn) {
+  return multiply_add(along.scale, n, multiply_add(scale, dn, along.shift));
 }
 
 template <class C>
-struct ModulateSecondOrder {
-  C g, scale, shift, n, dn;
+struct TangentGradients {
+  C scale, shift, n, dn;
 };
 
-// along: tangents of scale and shift; dn: of n; f: at s.
+// From the gradients of s and ds; scale_along: tangent of scale.
 template <class C>
-CAMK_HD ModulateSecondOrder<C> modulate_second_order(const ScaleShift<C>& m, const ScaleShift<C>& along, C n, C dn, C g,
-                                                     const Jet<C>& f) {
-  const C ds = multiply_add(along.scale, n, multiply_add(m.scale, dn, along.shift));
-  const C of_ds = g * f.first, of_s = g * f.second * ds;
-  return {f.first * ds, multiply_add(of_s, n, of_ds * dn), of_s, multiply_add(along.scale, of_ds, m.scale * of_s),
-          m.scale * of_ds};
+CAMK_HD TangentGradients<C> tangent_gradients(C scale, C scale_along, C n, C dn, C of_s, C of_ds) {
+  return {multiply_add(of_s, n, of_ds * dn), of_s, multiply_add(scale_along, of_ds, scale * of_s), scale * of_ds};
+}
+
+// Of <g, dy>: its gradient in g, and those of s and ds. f: at s
+template <class C>
+struct TangentCotangents {
+  C g, s, ds;
+};
+template <class C>
+CAMK_HD TangentCotangents<C> tangent_cotangents(C g, C ds, const Jet<C>& f) {
+  return {f.first * ds, g * f.second * ds, g * f.first};
 }
 
 }  // namespace camk::math

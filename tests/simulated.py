@@ -24,8 +24,7 @@ from sim import build, library
 
 CASES = testing.cases("hash_grid")
 MODULES = [
-    sys.modules[f"camkernels.{op}"]
-    for op in ("hash_grid", "modulated_mlp", "modulate", "coordinate_modulation")
+    sys.modules[f"camkernels.{op}"] for op in ("hash_grid", "modulated_mlp", "modulate", "coordinate_modulation")
 ]
 
 

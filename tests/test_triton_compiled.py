@@ -7,12 +7,13 @@ import pytest
 
 pytest.importorskip("triton")
 
-from triton_ahead_of_time import KERNELS, SIZES, Variant, compile_all, cover, cover_lookups
+from triton_ahead_of_time import KERNELS, SIZES, Variant, compile_all, cover, cover_lookups, cover_mlp
 
 pytestmark = pytest.mark.skipif(
     "TRITON_INTERPRET" in os.environ, reason="the interpreter, which TRITON_INTERPRET chooses, does not compile"
 )
 GATED = cover()
+MLPS = cover_mlp()
 OTHERS = [  # more dims, features that are no power of two, no upper corner
     Variant("table", 7, 3, "fp32", 90),
     Variant("coordinates", 5, 16, "bf16", 80, interpolation=1, outside=2),
@@ -23,7 +24,7 @@ LOOKUPS = cover_lookups()
 
 @pytest.fixture(scope="module")
 def facts():
-    return compile_all(GATED + OTHERS + LOOKUPS)
+    return compile_all(GATED + OTHERS + LOOKUPS + MLPS)
 
 
 def test_the_cover_has_every_size_on_both_architectures_and_every_dtype():
@@ -31,12 +32,17 @@ def test_the_cover_has_every_size_on_both_architectures_and_every_dtype():
     assert len({(v.kernel, v.features, v.dtype) for v in GATED}) == len(KERNELS) * 4 * 4
 
 
-@pytest.mark.parametrize("variant", GATED + OTHERS + LOOKUPS, ids=str)
+@pytest.mark.parametrize("variant", GATED + OTHERS + LOOKUPS + MLPS, ids=str)
 def test_nothing_spills(facts, variant):
     found = facts[variant]
     assert found.stack == 0 and found.count("LDL") == 0 and found.count("STL") == 0
+
+
+@pytest.mark.parametrize("variant", GATED + OTHERS, ids=str)
+def test_three_blocks_fit_on_a_multiprocessor(facts, variant):
+    found = facts[variant]
     if variant.dtype != "fp64":
-        assert found.registers * 128 * 3 <= 65536  # three blocks of 128 threads at once on a multiprocessor
+        assert found.registers * 128 * 3 <= 65536
 
 
 @pytest.mark.parametrize("variant", GATED, ids=str)
@@ -80,3 +86,13 @@ def test_a_lookup_reads_and_adds_in_words_and_waits_for_no_corner(facts, variant
         corners = 12 if variant.dims == 0 else 1 << variant.dims
         wide = {2: "LDG.E.64", 4: "LDG.E.128", 8: "LDG.E.128"}[SIZES[variant.dtype]]
         assert found.opcodes[wide] >= corners
+
+
+@pytest.mark.parametrize("variant", MLPS, ids=str)
+def test_products_are_those_of_tensor_cores(facts, variant):
+    """On sm_90 those of a group of warps (wgmma), but for sums over points: a narrow layer has no 64 rows."""
+    found = facts[variant]
+    assert found.count("HMMA") + found.count("HGMMA") > 0
+    if variant.arch >= 90 and variant.kernel != "sums":
+        assert found.count("HGMMA") > 0 and found.count("HMMA") == 0
+    assert found.shared <= {80: 163 << 10, 90: 227 << 10}[variant.arch]

@@ -2,7 +2,7 @@
 """The Triton kernels, executed on the CPU by Triton's interpreter, and what the backend says where it cannot run.
 
 The interpreter is chosen by TRITON_INTERPRET when kernels are decorated, so its tests (triton_interpreted*.py) run in
-processes of their own: two share the cases of the hash grid, one has those of coordinate_modulation.
+processes of their own: two share the registered cases, the others have one op each.
 """
 
 import os
@@ -17,10 +17,11 @@ import camkernels
 from camkernels import _backends, triton
 
 HERE = Path(__file__).parent
-PARTS = {
-    "half0": ["triton_interpreted.py", "-k", "half0"],
-    "half1": ["triton_interpreted.py", "-k", "not half0"],
-    "lookup": ["triton_interpreted_lookup.py"],
+PROCESSES = {
+    "half": ("triton_interpreted.py", "-k", "half0"),
+    "other half": ("triton_interpreted.py", "-k", "not half0"),
+    "lookup": ("triton_interpreted_lookup.py",),
+    "mlp": ("triton_interpreted_mlp.py",),
 }
 needs_triton = pytest.mark.skipif(triton.MISSING is not None, reason=str(triton.MISSING))
 
@@ -32,8 +33,8 @@ def processes():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     started = {
-        part: subprocess.Popen([*command, str(HERE / file), *chosen], env=environment, cwd=HERE.parent, **pipes)
-        for part, (file, *chosen) in PARTS.items()
+        name: subprocess.Popen([*command, str(HERE / file), *rest], env=environment, cwd=HERE.parent, **pipes)
+        for name, (file, *rest) in PROCESSES.items()
     }
     yield started
     for process in started.values():
@@ -42,10 +43,10 @@ def processes():
 
 
 @needs_triton
-@pytest.mark.parametrize("part", PARTS)
-def test_in_the_interpreter(processes, part):
-    output, _ = processes[part].communicate(timeout=580)
-    assert processes[part].returncode == 0, output[-6000:]
+@pytest.mark.parametrize("name", PROCESSES)
+def test_in_the_interpreter(processes, name):
+    output, _ = processes[name].communicate(timeout=580)
+    assert processes[name].returncode == 0, output[-6000:]
     assert " passed" in output and "skipped" not in output, output[-2000:]
 
 

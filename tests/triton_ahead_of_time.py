@@ -18,8 +18,10 @@ from typing import Any, NamedTuple
 
 KERNELS = ("rows", "jacobian", "table", "coordinates")
 DTYPES = ("fp32", "fp16", "fp64", "bf16")
+SIZES = {"fp64": 8, "fp32": 4, "fp16": 2, "bf16": 2}
+MLP_DTYPES = ("fp32", "fp16", "bf16")
 ARCHITECTURES = (80, 90)
-MEMORY = ("LD", "ST", "RED", "ATOM", "SHFL", "BAR")
+MEMORY = ("HGMMA", "HMMA", "LD", "ST", "RED", "ATOM", "SHFL", "BAR")
 
 
 class Variant(NamedTuple):
@@ -37,6 +39,21 @@ class Variant(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.kernel}-d{self.dims}f{self.features}-{self.dtype}-sm_{self.arch}"
+
+
+class MLPVariant(NamedTuple):
+    """A kernel of the MLP, alone or fused with the grid. dtype: of the parameters; x is fp32."""
+
+    kernel: str  # "value", "gradients" or "sums"
+    width: int
+    dtype: str
+    arch: int
+    fused: bool = False
+    precision: str = "tf32x3"
+
+    def __str__(self) -> str:
+        name = "hash_grid_mlp" if self.fused else "mlp"
+        return f"{name}-{self.kernel}-{self.width}-{self.dtype}-{self.precision}-sm_{self.arch}"
 
 
 class Facts(NamedTuple):
@@ -61,37 +78,21 @@ def cover() -> list[Variant]:
     return variants
 
 
-SIZES = {"fp64": 8, "fp32": 4, "fp16": 2, "bf16": 2}
+def cover_mlp() -> list[MLPVariant]:
+    """Every kernel at every width that must not spill; dtypes take turns."""
+    variants = []
+    for (k, kernel), (w, width), (a, arch) in product(
+        enumerate(("value", "gradients", "sums")), enumerate((16, 32, 64)), enumerate(ARCHITECTURES)
+    ):
+        variants.append(MLPVariant(kernel, width, MLP_DTYPES[(k + w + a) % 3], arch))
+    variants += [MLPVariant(kernel, 64, "fp32", arch) for kernel in ("value", "gradients") for arch in ARCHITECTURES]
+    variants += [MLPVariant(kernel, 64, "fp16", 90, fused=True) for kernel in ("value", "gradients")]
+    variants += [MLPVariant("value", 128, dtype, 90) for dtype in ("fp32", "bf16")]
+    variants += [MLPVariant("value", 64, "fp32", 90, precision="tf32")]
+    return list(dict.fromkeys(variants))
 
 
-def compile_kernel(
-    kernel: Any, arch: int, constants: dict[str, Any], types: dict[str, str], options: dict[str, int]
-) -> Facts:
-    """types: of pointers, by name; other arguments that are no constants are int32."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from camkernels import _machine_code
-
-    names = kernel.arg_names
-    constants = {name: value for name, value in constants.items() if name in names}
-    source = ASTSource(
-        fn=kernel,
-        signature={name: "constexpr" if name in constants else types.get(name, "i32") for name in names},
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        # as a launch says of PyTorch's allocations; without it loads are not vectorised
-        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name.endswith("_ptr")},
-    )
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        (found,) = _machine_code.read(Path(file.name))
-    return Facts(found.registers, found.stack, compiled.metadata.shared, found.opcodes)
-
-
-def compile_variant(variant: Variant) -> Facts:
+def compile_grid(variant: Variant) -> Facts:
     import torch
 
     from camkernels.triton import hash_grid
@@ -111,7 +112,64 @@ def compile_variant(variant: Variant) -> Facts:
     types |= dict.fromkeys(("x_ptr", "j_ptr", "gx_ptr", "sums_ptr"), f"*{x}")
     types |= {"counts_ptr": "*i32", "scales_ptr": "*fp32", "layout_ptr": "*i64"}
     options = hash_grid.OPTIONS[torch.float64 if x == "fp64" else torch.float32]
-    return compile_kernel(kernel, variant.arch, constants, types, options)
+    return compile_kernel(kernel, types, constants, variant.arch, options)
+
+
+def compile_mlp(variant: MLPVariant) -> Facts:
+    """An MLP of two hidden layers, normalised and with modulation, behind 32 features or a grid of 16 levels of 2."""
+    import triton.language as tl
+
+    from camkernels.triton import hash_grid, hash_grid_mlp, modulated_mlp
+
+    module = hash_grid_mlp if variant.fused else modulated_mlp
+    outs = (variant.width, variant.width, 3)
+    table = modulated_mlp.FORWARD if variant.kernel == "value" else modulated_mlp.BACKWARD
+    shape = table[variant.arch >= 90][modulated_mlp.padded(variant.width)]
+    plan = modulated_mlp.Plan(
+        features=32, outs=outs, activations=(1, 1, 0), omegas=(1.0,) * 3, skips=(False,) * 3, hidden=2, channels=1,
+        point_norm=True, eps=1e-5, number=tl.float32, precision=variant.precision, block=shape.block,
+        chunk=shape.chunk, group=(2, 2) if variant.fused else None,
+    )  # fmt: skip
+    settings = hash_grid.Settings((1.0,) * 48, 0.5, (), False, 0, 0, 16, False)
+    constants = {"PLAN": plan, "GRID": hash_grid_mlp.grid_of(settings, 3, 2), "frequencies_ptr": None}
+    constants |= {"counts_ptr": None}
+    parameters = ("table_ptr", "weights", "biases", "modulation_ptr", "y_ptr", "g_ptr")
+    types = dict.fromkeys(parameters, f"*{variant.dtype}")
+    numbers = ("x_ptr", "gx_ptr", "gradient_ptr", "rows_ptr", "biases_ptr", "sums_ptr", "table_sums_ptr", "scales_ptr")
+    types |= dict.fromkeys(numbers, "*fp32") | {"layout_ptr": "*i64"}
+    types |= {name: (types[name],) * len(outs) for name in ("weights", "biases")}
+    kernel = modulated_mlp.sums_kernel if variant.kernel == "sums" else getattr(module, f"{variant.kernel}_kernel")
+    warps = modulated_mlp.sum_warps(plan) if variant.kernel == "sums" else shape.warps
+    stages = modulated_mlp.SUM_STAGES if variant.kernel == "sums" else 1
+    return compile_kernel(kernel, types, constants, variant.arch, {"num_warps": warps, "num_stages": stages})
+
+
+def compile_kernel(kernel: Any, types: dict[str, Any], constants: dict[str, Any], arch: int, options: dict) -> Facts:
+    """types: of the tensors, or of the tensors of a list; other arguments are int32."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from camkernels import _machine_code
+
+    names = kernel.arg_names
+    constants = {name: value for name, value in constants.items() if name in names}
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    paths = [(i,) for i, name in enumerate(names) if isinstance(signature[name], str) and name.endswith("_ptr")]
+    paths += [(i, k) for i, kind in enumerate(signature.values()) if isinstance(kind, tuple) for k in range(len(kind))]
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        # as a launch says of PyTorch's allocations; without it loads are not vectorised
+        attrs={path: [["tt.divisibility", 16]] for path in paths},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        (found,) = _machine_code.read(Path(file.name))
+    return Facts(found.registers, found.stack, compiled.metadata.shared, found.opcodes)
 
 
 LOOKUP_KERNELS = ("value", "grids", "coordinates")
@@ -152,26 +210,30 @@ def compile_lookup(variant: Lookup) -> Facts:
     types = dict.fromkeys(("rows_ptr", "grad_ptr", "y_ptr"), f"*{variant.dtype}")
     types |= dict.fromkeys(("u_ptr", "gu_ptr", "sums_ptr"), f"*{u}")
     kernel = getattr(lookup, f"{variant.kernel}_kernel")
-    return compile_kernel(kernel, variant.arch, lookup.constants(settings, shape, dtype), types, lookup.OPTIONS[dtype])
+    return compile_kernel(kernel, types, lookup.constants(settings, shape, dtype), variant.arch, lookup.OPTIONS[dtype])
 
 
-def compile_any(variant: Variant | Lookup) -> Facts:
-    return compile_variant(variant) if isinstance(variant, Variant) else compile_lookup(variant)
+AnyVariant = Variant | Lookup | MLPVariant
 
 
-def compile_all(variants: Sequence[Variant | Lookup]) -> dict[Variant | Lookup, Facts]:
+def compile_any(variant: AnyVariant) -> Facts:
+    compilers = {Variant: compile_grid, Lookup: compile_lookup, MLPVariant: compile_mlp}
+    return compilers[type(variant)](variant)
+
+
+def compile_all(variants: Sequence[AnyVariant]) -> dict[AnyVariant, Facts]:
     """In a few processes: the compiler is not parallel by itself."""
     with ProcessPoolExecutor(min(4, cpu_count() or 1), mp_context=get_context("spawn")) as pool:
         return dict(zip(variants, pool.map(compile_any, variants, chunksize=4), strict=True))
 
 
-def table(facts: dict[Variant | Lookup, Facts]) -> str:
-    lines = [f"{'kernel':28} registers stack shared  memory instructions"]
+def table(facts: dict[AnyVariant, Facts]) -> str:
+    lines = [f"{'kernel':40} registers stack shared  memory instructions"]
     for variant, found in facts.items():
         counted = ", ".join(f"{n} {name}" for name, n in found.opcodes.items() if name.startswith(MEMORY))
-        lines.append(f"{variant!s:28} {found.registers:9} {found.stack:5} {found.shared:6}  {counted}")
+        lines.append(f"{variant!s:40} {found.registers:9} {found.stack:5} {found.shared:6}  {counted}")
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    print(table(compile_all([*cover(), *cover_lookups()])))
+    print(table(compile_all([*cover(), *cover_lookups(), *cover_mlp()])))

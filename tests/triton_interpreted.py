@@ -18,7 +18,8 @@ from test_operators import Recorder
 assert os.environ.get("TRITON_INTERPRET") == "1", "run with TRITON_INTERPRET=1"
 triton_interpreter.repair()
 
-CASES = testing.cases("hash_grid")
+CASES = [case for op in ("hash_grid", "modulated_mlp") for case in testing.cases(op)]
+GRIDS = testing.cases("hash_grid")
 TRITON, REFERENCE = function_of("hash_grid", "triton"), definition_of("hash_grid")
 
 # An operation costs the same for one number as for thousands: all features of a point in one tile, but for one test.
@@ -26,7 +27,7 @@ TILE_BYTES, kernels.TILE_BYTES = kernels.TILE_BYTES, 128
 
 
 def dims_of(case):
-    return case.options.get("dims", 2)
+    return case.options.get("dims", 2) if case.op == "hash_grid" else 0
 
 
 def with_dtypes():
@@ -35,11 +36,15 @@ def with_dtypes():
     pairs = [
         (case, DTYPES[(i + j) % 4]) for i, case in enumerate(ordered) for j in range(2 if dims_of(case) < 4 else 1)
     ]
-    return [pytest.param(*pair, id=f"half{i % 2}-{pair[0]}-{pair[1]}") for i, pair in enumerate(pairs)]
+    return [pytest.param(*pair, id=f"half{i % 2}-{pair[0].op}-{pair[0]}-{pair[1]}") for i, pair in enumerate(pairs)]
+
+
+def with_jacobian():
+    return [p for p in with_dtypes() if testing.has_jacobian(p.values[0].op)]
 
 
 def agree(case, dtype, **options):
-    testing.check(case, TRITON, REFERENCE, dtype=dtype, **options)
+    testing.check(case, function_of(case.op, "triton"), definition_of(case.op), dtype=dtype, **options)
 
 
 @pytest.fixture
@@ -55,7 +60,7 @@ def test_value_and_gradients(case, dtype):
     agree(case, dtype, order=1)
 
 
-@pytest.mark.parametrize(("case", "dtype"), [p for p in with_dtypes() if dims_of(p.values[0]) < 6])
+@pytest.mark.parametrize(("case", "dtype"), [p for p in with_jacobian() if dims_of(p.values[0]) < 6])
 def test_jacobian(case, dtype):
     agree(case, dtype, order=0, jacobian=True)
 
@@ -63,22 +68,26 @@ def test_jacobian(case, dtype):
 @pytest.mark.parametrize(("case", "dtype"), [p for p in with_dtypes() if dims_of(p.values[0]) < 4][::7])
 def test_second_order_by_the_reference_formula(case, dtype):
     agree(case, dtype, order=2)
+
+
+@pytest.mark.parametrize(("case", "dtype"), [p for p in with_jacobian() if dims_of(p.values[0]) < 4][::7])
+def test_derivatives_of_the_jacobian_by_the_reference_formula(case, dtype):
     agree(case, dtype, order=1, jacobian=True)
 
 
 @pytest.mark.parametrize("features", [5, 8, 16])
 def test_features_in_tiles(monkeypatch, features):
     monkeypatch.setattr(kernels, "TILE_BYTES", TILE_BYTES)
-    case = next(c for c in CASES if dims_of(c) < 3 and c.options["features"] == features)
+    case = next(c for c in GRIDS if dims_of(c) < 3 and c.options["features"] == features)
     agree(case, torch.float32, order=1)
     agree(case, torch.float64, order=0, jacobian=True)
 
 
 def test_coordinates_wider_than_the_table():
-    call = CASES[0].make(torch.bfloat16)
-    call.inputs["x"] = CASES[0].make(torch.float64).inputs["x"]
+    call = GRIDS[0].make(torch.bfloat16)
+    call.inputs["x"] = GRIDS[0].make(torch.float64).inputs["x"]
     results = [testing.evaluate(f, call, order=2) for f in (TRITON, REFERENCE)]
-    testing.compare(CASES[0], call, *results)
+    testing.compare(GRIDS[0], call, *results)
 
 
 # ---- one small call in every way it can be made ----------------------------------------------------------------------
@@ -86,7 +95,7 @@ def test_coordinates_wider_than_the_table():
 
 @pytest.fixture
 def call():
-    case = next(c for c in CASES if c.options.get("dims") == 2 and c.options["interpolation"] == "smoothstep")
+    case = next(c for c in GRIDS if c.options.get("dims") == 2 and c.options["interpolation"] == "smoothstep")
     return case.make(torch.float32, points="safe")
 
 

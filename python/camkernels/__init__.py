@@ -5,8 +5,9 @@ from . import reference
 from ._version import __version__
 from .coordinate_modulation import CoordinateModulation, coordinate_modulation
 from .hash_grid import GridGeometry, HashGrid, hash_grid
+from .hash_grid_mlp import hash_grid_mlp
 from .modulate import Modulate, modulate
-from .modulated_mlp import ModulatedMLP, hash_grid_mlp, modulated_mlp
+from .modulated_mlp import ModulatedMLP, modulated_mlp
 from .radial_basis import radial_basis
 
 __all__ = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,16 +15,19 @@ from . import _gpu, _ops
 from . import triton as _triton
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
+PAIRS = {"hash_grid_mlp": ("hash_grid", "modulated_mlp")}  # ops that compiled kernels compute one after the other
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 
 @dataclass(frozen=True)
 class Call:
-    """What a choice depends on: the operator and where its tensors are; index: of the GPU, None for the current one."""
+    """What a choice depends on: the operator and where its tensors are; index: of the GPU, None for the current one;
+    widest: how many channels a point has at most on its way through an MLP, 0 for other ops."""
 
     op: str
     device_type: str
     index: int | None = None
+    widest: int = 0
 
 
 def can_run(backend: str, call: Call) -> str | None:
@@ -32,7 +35,10 @@ def can_run(backend: str, call: Call) -> str | None:
     if backend == "reference":
         return None
     if backend == "triton":
-        return _triton.reason_against(call.op, call.device_type)
+        return _triton.reason_against(call.op, call.device_type, call.widest)
+    if call.op in PAIRS:
+        reasons = [can_run(backend, replace(call, op=op)) for op in PAIRS[call.op]]
+        return next((reason for reason in reasons if reason is not None), None)
     if backend != call.device_type:
         return f"the tensors are on {call.device_type}, backend {backend!r} computes on {backend}"
     if not _ops.has_kernel(call.op, backend):

@@ -175,6 +175,11 @@ def _check_widths(
         raise TypeError(f"{op}: weights and biases must have one dtype, got {found}; convert them with .to(dtype)")
 
 
+def widest_of(weights: Sequence[Tensor]) -> int:
+    """Outputs of the widest linear layer."""
+    return max([0, *(w.shape[0] for w in weights if w.ndim > 0)])
+
+
 def is_per_channel(op: str, modulation: Tensor, leading: torch.Size, widths: Sequence[int]) -> bool:
     """True for a modulation [..., hidden, 2, width], False for [..., hidden, 2], ValueError for any other."""
     hidden, shape = len(widths), list(modulation.shape)

@@ -74,6 +74,17 @@ def _settings(geometry: GridGeometry, interpolation: str, active_levels: int) ->
     return (scales, geometry.shift, layout, geometry.ceil_corner, outside, kind, active_levels, deterministic)
 
 
+def prepare_lookup(
+    x: Tensor, table: Tensor, geometry: GridGeometry, interpolation: str, max_level: int | float | Tensor | None
+) -> tuple[tuple[Tensor, Tensor, Tensor | None], tuple]:
+    """Tensors and settings as the operators take them."""
+    compute = torch.float64 if torch.float64 in (x.dtype, table.dtype) else torch.float32
+    count = count_levels(max_level, geometry.n_levels, x.shape[:-1], compute)
+    per_point = isinstance(count, Tensor)
+    tensors = (x.to(compute).reshape(-1, geometry.dims), table, count.reshape(-1) if per_point else None)
+    return tensors, _settings(geometry, interpolation, geometry.n_levels if per_point else count)
+
+
 # ---- function --------------------------------------------------------------------------------------------------------
 
 
@@ -113,17 +124,13 @@ def hash_grid(
     >>> y.shape
     torch.Size([100, 8])
     """
-    _check(x, table, geometry, interpolation, max_level)
-    compute = torch.float64 if torch.float64 in (x.dtype, table.dtype) else torch.float32
-    count = count_levels(max_level, geometry.n_levels, x.shape[:-1], compute)
+    check_hash_grid(x, table, geometry, interpolation, max_level)
     chosen = choose(Call("hash_grid", x.device.type, x.device.index), backend)
     if chosen == "reference":
         options = {"interpolation": interpolation, "max_level": max_level, "return_jacobian": return_jacobian}
         result = reference.hash_grid(x, table, geometry, **options)
     else:
-        per_point = isinstance(count, Tensor)
-        tensors = (x.to(compute).reshape(-1, geometry.dims), table, count.reshape(-1) if per_point else None)
-        settings = _settings(geometry, interpolation, geometry.n_levels if per_point else count)
+        tensors, settings = prepare_lookup(x, table, geometry, interpolation, max_level)
         value, jacobian_too = _TRITON if chosen == "triton" else _COMPILED
         result = (jacobian_too if return_jacobian else value)(*tensors, settings=settings)
     y, *jacobian = result if return_jacobian else (result,)
@@ -131,7 +138,8 @@ def hash_grid(
     return (y, jacobian[0].reshape(*y.shape, geometry.dims)) if return_jacobian else y
 
 
-def _check(x: Tensor, table: Tensor, geometry: GridGeometry, interpolation: str, max_level: Any) -> None:
+def check_hash_grid(x: Tensor, table: Tensor, geometry: GridGeometry, interpolation: str, max_level: Any) -> None:
+    """Whether the arguments of a hash_grid fit together."""
     op = "hash_grid"
     _check_geometry(op, geometry)
     check_floating(op, "x", x)

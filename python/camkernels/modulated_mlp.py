@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Modulated MLP: the functions `modulated_mlp` and `hash_grid_mlp`, the layer `ModulatedMLP`, and the operators."""
+"""Modulated MLP: the function `modulated_mlp`, the layer `ModulatedMLP`, and the operators."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import reference
+from . import reference, triton
 from ._autograd import Argument, Operator
 from ._backends import BACKENDS, Call, choose, define, round_to_autocast
 from ._checks import check_choice, check_dtype, check_floating, check_size
-from ._geometry import GridGeometry
 from ._modulation import (
     ACTIVATIONS,
     Activation,
@@ -28,10 +27,10 @@ from ._modulation import (
     is_per_channel,
     per_group,
     plan_layers,
+    widest_of,
 )
-from .hash_grid import hash_grid
 
-__all__ = ["ModulatedMLP", "hash_grid_mlp", "modulated_mlp"]
+__all__ = ["ModulatedMLP", "modulated_mlp"]
 
 # ---- operators -------------------------------------------------------------------------------------------------------
 # C: the dtype of hidden values, float64 where a tensor is, else float32. x [N, in] and modulation [M, hidden, 2] or
@@ -82,9 +81,16 @@ def _declare(prefix: str) -> Operator:
 
 
 _COMPILED = _declare("")  # "cpu" and "cuda": the dispatcher tells them apart
+_TRITON = _declare("triton_")
+for _name, _module, _function in (
+    ("", "modulated_mlp", "value"),
+    ("_backward", "modulated_mlp", "backward"),
+    ("_backward_backward", "second_order", "modulated_mlp_backward_backward"),
+):
+    triton.implement(f"triton_modulated_mlp{_name}", _module, _function)
 
 
-def _settings(plan: Plan) -> tuple:
+def mlp_settings(plan: Plan) -> tuple:
     """All but keep and deterministic."""
     names, omegas = list(plan.activations), list(plan.omegas)
     if plan.output_layer:
@@ -106,27 +112,34 @@ def _keep(tensors: Sequence[Tensor | None], values: int, dtype: torch.dtype) -> 
     return values * dtype.itemsize <= KEPT_BYTES if forced not in ("0", "1") else forced == "0"
 
 
-def _kernels(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, modulation: Tensor | None, plan: Plan
-) -> Tensor:
-    """modulated_mlp by the operators."""
-    dtype = compute_dtype(x, modulation, *weights)
-    usable = (dtype, weights[0].dtype)
-    widths = [w.shape[0] for w in weights[: plan.hidden]]
+def prepare_modulation(
+    dtype: torch.dtype, leading: torch.Size, weights: Sequence[Tensor], modulation: Tensor | None, plan: Plan
+) -> tuple[Tensor | None, Tensor | None]:
+    """Modulation and frequencies as the operators take them; dtype: of hidden values."""
     if modulation is not None:
-        tail = 3 if is_per_channel("modulated_mlp", modulation, x.shape[:-1], widths) else 2
-        modulation = per_group(modulation, x.shape[:-1], tail)
-        modulation = modulation if modulation.dtype in usable else modulation.to(dtype)
+        widths = [w.shape[0] for w in weights[: plan.hidden]]
+        tail = 3 if is_per_channel("modulated_mlp", modulation, leading, widths) else 2
+        modulation = per_group(modulation, leading, tail)
+        modulation = modulation if modulation.dtype in (dtype, weights[0].dtype) else modulation.to(dtype)
     frequencies = plan.frequencies if "residual_sine" in plan.activations else None
-    frequencies = None if frequencies is None else frequencies.to(dtype)
+    return modulation, None if frequencies is None else frequencies.to(dtype)
+
+
+def _kernels(
+    operator: Operator, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None,
+    modulation: Tensor | None, plan: Plan,
+) -> Tensor:  # fmt: skip
+    """modulated_mlp by an operator."""
+    dtype = compute_dtype(x, modulation, *weights)
+    modulation, frequencies = prepare_modulation(dtype, x.shape[:-1], weights, modulation, plan)
     points = x.reshape(-1, x.shape[-1])
-    points = points if x.dtype in usable else points.to(dtype)
+    points = points if x.dtype in (dtype, weights[0].dtype) else points.to(dtype)
     biases = list(biases or ())
-    settings = _settings(plan)
+    settings = mlp_settings(plan)
     values = _kept_values(points, weights, settings[0], plan.output_layer)
-    keep = _keep([points, *weights, *biases, modulation], values, dtype)
+    keep = operator is _COMPILED and _keep([points, *weights, *biases, modulation], values, dtype)
     settings = (*settings, keep, torch.are_deterministic_algorithms_enabled())
-    y = _COMPILED(points, list(weights), biases, modulation, frequencies, settings=settings)
+    y = operator(points, list(weights), biases, modulation, frequencies, settings=settings)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -182,43 +195,14 @@ def modulated_mlp(
         "norm": norm, "eps": eps, "activation": activation, "output_activation": output_activation,
         "output_layer": output_layer, "skips": skips, "omega": omega, "frequencies": frequencies,
     }  # fmt: skip
-    if choose(Call(op, x.device.type, x.device.index), backend) == "reference":
+    chosen = choose(Call(op, x.device.type, x.device.index, widest_of(weights)), backend)
+    if chosen == "reference":
         y = define(reference.modulated_mlp, x, weights, biases, modulation, **options)
     else:
         plan = plan_layers(op, len(weights), **options)
         check_mlp(op, x, weights, biases, modulation, plan)
-        y = _kernels(x, weights, biases, modulation, plan)
+        y = _kernels(_TRITON if chosen == "triton" else _COMPILED, x, weights, biases, modulation, plan)
     return round_to_autocast(y)
-
-
-def hash_grid_mlp(
-    x: Tensor,
-    table: Tensor,
-    geometry: GridGeometry,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor] | None = None,
-    modulation: Tensor | None = None,
-    *,
-    interpolation: str = "linear",
-    max_level: int | float | Tensor | None = None,
-    backend: str | None = None,
-    **options: Any,
-) -> Tensor:
-    """y = modulated_mlp(hash_grid(x, table, geometry), weights, biases, modulation), with the options of both
-    but return_jacobian.
-
-    x [..., D] in [0, 1] -> [..., out] in the weights' dtype. Nothing is fused yet: each of the two ops takes its best
-    backend, or the one that is asked for.
-
-    >>> geometry = GridGeometry.build(2, n_levels=4, n_features_per_level=2, log2_hashmap_size=12)
-    >>> table, weights = torch.rand(geometry.n_entries, 2), [torch.randn(16, 8), torch.randn(3, 16)]
-    >>> hash_grid_mlp(torch.rand(5, 2), table, geometry, weights).shape
-    torch.Size([5, 3])
-    """
-    check_floating("hash_grid_mlp", "x", x)
-    choose(Call("hash_grid_mlp", x.device.type), backend)
-    features = hash_grid(x, table, geometry, interpolation=interpolation, max_level=max_level, backend=backend)
-    return modulated_mlp(features, weights, biases, modulation, backend=backend, **options)
 
 
 # ---- layers ----------------------------------------------------------------------------------------------------------

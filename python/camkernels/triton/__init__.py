@@ -10,7 +10,9 @@ from typing import Any
 
 from .. import _ops
 
-OPS = ("hash_grid", "modulate", "coordinate_modulation")  # those with kernels here
+# those with kernels here
+OPS = ("hash_grid", "modulated_mlp", "modulate", "coordinate_modulation", "hash_grid_mlp")
+WIDEST = 256  # channels of a layer that is computed within a program
 # Derivatives of a derivative, and of a Jacobian, have none: second_order.py computes them by the definition's formula.
 SECOND_ORDER = "reference formula"
 MISSING = (
@@ -22,12 +24,14 @@ MISSING = (
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on")
 
 
-def reason_against(op: str, device_type: str) -> str | None:
-    """Why Triton cannot compute an op on tensors of a device; None if it can."""
+def reason_against(op: str, device_type: str, widest: int = 0) -> str | None:
+    """Why Triton cannot compute an op on tensors of a device; None if it can. widest: channels of an MLP's layers."""
     if op not in OPS:
         return f"{op} has no Triton kernels yet"
     if MISSING is not None:
         return MISSING
+    if widest > WIDEST:
+        return f"the Triton kernels take layers of up to {WIDEST} channels, got {widest}"
     if device_type == "cuda" or (INTERPRETED and device_type == "cpu"):
         return None
     return f"the tensors are on {device_type}, backend 'triton' computes on cuda"

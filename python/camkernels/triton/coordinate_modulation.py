@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .hash_grid import BLOCK, FAR, OPTIONS, TILE_BYTES, UNROLLED_CORNERS, _refuse_determinism, _side, _slopes, _weight
+from .hash_grid import BLOCK, FAR, OPTIONS, TILE_BYTES, UNROLLED_CORNERS, _side, _slopes, _weight, refuse_determinism
 
 ABSENT = tl.constexpr(-(1 << 40))  # term of a node that does not exist: it makes any index negative
 
@@ -351,7 +351,7 @@ def backward(grad: Tensor, coords: Tensor, grids: Tensor, *settings_and_mask: An
     gu, ggrids = coords.new_empty(0), grids.new_empty(0)
     if wants_grids:
         if settings.deterministic:
-            _refuse_determinism("coordinate_modulation")
+            refuse_determinism("coordinate_modulation_backward")
         sums = coords.new_zeros(shape.planes, shape.rows, pitch)
         _launch(grids_kernel, settings, shape, coords, rows, grad_ptr=grad, sums_ptr=sums)
         ggrids = shape.unpack(sums, grids)

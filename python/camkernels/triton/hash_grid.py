@@ -384,7 +384,7 @@ def backward(
     gx, gtable = x.new_empty(0), table.new_empty(0)
     if wants_table:
         if settings.deterministic:
-            _refuse_determinism("hash_grid")
+            refuse_determinism("hash_grid_backward")
         wide = torch.float64 if table.dtype == torch.float64 else torch.float32
         sums = torch.zeros_like(table, dtype=wide, memory_format=torch.contiguous_format)
         _launch(table_kernel, settings, x, counts, sums, by_level=True, grad_ptr=grad, sums_ptr=sums)
@@ -396,9 +396,9 @@ def backward(
     return gx, gtable
 
 
-def _refuse_determinism(op: str) -> None:
+def refuse_determinism(operator: str) -> None:
     message = (
-        f"{op}_backward of backend 'triton' does not have a deterministic implementation, but you set "
+        f"{operator} of backend 'triton' does not have a deterministic implementation, but you set "
         "'torch.use_deterministic_algorithms(True)'. Use backend='cuda' or backend='reference', which have one, or "
         "turn off determinism just for this operation."
     )

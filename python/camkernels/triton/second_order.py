@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: MIT
 """What the Triton kernels leave to the reference: derivatives of their derivatives.
 
-The reference formula under autograd. Of the hash grid it holds [n, 2^D, F] per level, several times over: it is there
-to be right.
+The reference formula under autograd. Of the hash grid it holds [n, 2^D, F] per level, of the MLP the values of all
+layers, several times over: it is there to be right.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -16,8 +17,10 @@ from torch._C import DispatchKey, DispatchKeySet
 
 from .. import reference
 from .._geometry import GridGeometry
+from .._modulation import ACTIVATIONS
 from ..hash_grid import INTERPOLATIONS, OUTSIDE
 
+GRID_SETTINGS = 8  # of hash_grid's operators: the first of hash_grid_mlp's
 # The state of a thread in which autograd records. Inside an operator the dispatcher has switched it off, and inside a
 # dispatch mode torch.func as well, so that neither can be used without restoring this.
 _INCLUDED = DispatchKeySet(DispatchKey.BackendSelect).add(DispatchKey.ADInplaceOrView)
@@ -46,6 +49,90 @@ def jacobian_backward(
     *settings, mask = settings_and_mask
     lookup = _definition(x, table, counts, settings, return_jacobian=True)
     return gradients(lookup, (x, table), (grad, grad_jacobian), mask)
+
+
+def modulated_mlp_backward_backward(
+    ggx: Tensor | None, ggweights: list[Tensor], ggbiases: list[Tensor], ggmodulation: Tensor | None, grad: Tensor,
+    x: Tensor, weights: list[Tensor], biases: list[Tensor], modulation: Tensor | None, frequencies: Tensor | None,
+    kept: Tensor, *settings_and_mask: Any,
+) -> tuple[Any, ...]:  # fmt: skip
+    """The operator triton_modulated_mlp_backward_backward: gradients of <ggx, gx> + <ggweights, gweights> + ... in
+    grad, x, weights, biases, modulation."""
+    *settings, mask = settings_and_mask
+
+    def network(x: Tensor, *parameters: Any) -> Tensor:
+        return _mlp(x, *parameters, frequencies, settings)
+
+    inputs, along = (x, weights, biases, modulation), (ggx, ggweights, ggbiases, ggmodulation)
+    return _of_network(network, grad, inputs, along, mask)
+
+
+def hash_grid_mlp_backward_backward(
+    ggx: Tensor | None, ggtable: Tensor | None, ggweights: list[Tensor], ggbiases: list[Tensor],
+    ggmodulation: Tensor | None, grad: Tensor, x: Tensor, table: Tensor, counts: Tensor | None, weights: list[Tensor],
+    biases: list[Tensor], modulation: Tensor | None, frequencies: Tensor | None, *settings_and_mask: Any,
+) -> tuple[Any, ...]:  # fmt: skip
+    """The operator triton_hash_grid_mlp_backward_backward: as that of the MLP alone, with x and table for its x."""
+    *settings, mask = settings_and_mask
+    lookup = _definition(x, table, counts, settings[:GRID_SETTINGS])
+
+    def network(x: Tensor, table: Tensor, *parameters: Any) -> Tensor:
+        return _mlp(lookup(x, table), *parameters, frequencies, settings[GRID_SETTINGS:])
+
+    inputs = (x, table, weights, biases, modulation)
+    return _of_network(network, grad, inputs, (ggx, ggtable, ggweights, ggbiases, ggmodulation), mask)
+
+
+def _of_network(
+    network: Callable[..., Tensor], grad: Tensor, inputs: Sequence[Any], along: Sequence[Any], mask: Sequence[bool]
+) -> tuple[Any, ...]:
+    """Gradients of <along, the gradients of <grad, network(inputs)> in the inputs> in grad and the inputs, which are
+    tensors, lists of them, or None."""
+    lists = [t if isinstance(t, list) else [] if t is None else [t] for t in inputs]
+    ends = list(accumulate((len(items) for items in lists), initial=0))
+
+    def regroup(flat: Sequence[Any]) -> list[Any]:
+        groups = [list(flat[start:end]) for start, end in pairwise(ends)]
+        return [g if isinstance(t, list) else g[0] if g else None for g, t in zip(groups, inputs, strict=True)]
+
+    def backward(grad: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
+        y = network(*regroup(flat))
+        return torch.autograd.grad(y, flat, grad, create_graph=True, materialize_grads=True)
+
+    cotangents: list[Tensor | None] = []
+    wishes = [mask[0]]
+    for items, given, wish in zip(lists, along, mask[1:], strict=True):
+        known = given if isinstance(given, list) else [given]
+        cotangents += (known or [None] * len(items))[: len(items)]
+        wishes += [wish] * len(items)
+    of_grad, *found = gradients(backward, (grad, *(t for items in lists for t in items)), cotangents, wishes)
+    results = []
+    for group, wish in zip(regroup(found), mask[1:], strict=True):
+        results.append(
+            inputs[0].new_empty(0) if group is None else [] if isinstance(group, list) and not wish else group
+        )
+    return (of_grad, *results)
+
+
+def _mlp(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], modulation: Tensor | None,
+    frequencies: Tensor | None, settings: Sequence[Any],
+) -> Tensor:  # fmt: skip
+    """The reference for the settings of an operator: y [N, out]."""
+    numbers, omegas, skips, output_layer, point_norm, eps, *_ = settings
+    names = [ACTIVATIONS[number] for number in numbers]
+    points = x.unsqueeze(0)
+    if modulation is not None:  # [M, hidden, 2, ...]: its row i belongs to the points of group i
+        points = x.reshape(len(modulation), len(x) // max(len(modulation), 1), x.shape[1])
+        modulation = modulation.unsqueeze(1)
+    y = reference.modulated_mlp(
+        points, weights, biases or None, modulation,
+        norm="point" if point_norm else None, eps=eps,
+        activation=names[:-1] if output_layer else names, output_activation=names[-1] if output_layer else None,
+        output_layer=output_layer, skips=[i for i, skip in enumerate(skips) if skip],
+        omega=omegas[-1] if len(set(omegas)) == 1 else omegas[:-1] if output_layer else omegas, frequencies=frequencies,
+    )  # fmt: skip
+    return y.flatten(0, 1)
 
 
 def gradients(
@@ -127,4 +214,4 @@ def coordinate_modulation_backward_backward(
         y = reference.coordinate_modulation(coords, grids, **options)
         return torch.autograd.grad(y, (coords, grids), grad, create_graph=True, materialize_grads=True)
 
-    return _gradients(backward, (grad, coords, grids), (ggcoords, gggrids), mask)
+    return gradients(backward, (grad, coords, grids), (ggcoords, gggrids), mask)

@@ -1,0 +1,363 @@
+# SPDX-License-Identifier: MIT
+"""What a program of the modulated MLP does with its BLOCK points, in Triton.
+
+A layer's values are a tuple of chunks [BLOCK, width], so that a product reads a weight matrix piece by piece through
+shared memory. Sizes are padded to powers of two of at least 16, the rest masked: weights there count as 0. Hidden
+values are of type PLAN.number, and so are sums; the formulas are those of csrc/math/norm.h and activation.h.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+import triton
+import triton.language as tl
+
+from .activation import RESIDUAL_SINE, activate
+
+LEAST = 16  # of each size of a product
+
+
+def padded(size: int) -> int:
+    return max(LEAST, triton.next_power_of_2(size))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a kernel is compiled for. Tuples have an item per linear layer."""
+
+    features: int  # of x
+    outs: tuple[int, ...]
+    activations: tuple[int, ...]
+    omegas: tuple[float, ...]
+    skips: tuple[bool, ...]  # whether x is appended behind the layer
+    hidden: int  # layers that are normalised and modulated
+    channels: int  # of the modulation: 0 for none, 1 per layer, else per channel
+    point_norm: bool
+    eps: float
+    number: tl.dtype
+    precision: str  # of a product of two float32
+    block: int
+    chunk: int  # the widest
+    sums_modulation: bool = False  # its gradient is summed over the points of a tile
+    group: tuple[int, int] | None = None  # x is encoded here: groups of so many features, padded to so many
+
+    @property
+    def layers(self) -> int:
+        return len(self.outs)
+
+    @property
+    def takes_x(self) -> tuple[bool, ...]:
+        return (True, *self.skips[:-1])
+
+    @property
+    def owns(self) -> tuple[int, ...]:
+        """Features that a layer takes from the one before."""
+        return (0, *self.outs[:-1])
+
+    @property
+    def ins(self) -> tuple[int, ...]:
+        return tuple(own + self.features * takes for own, takes in zip(self.owns, self.takes_x, strict=True))
+
+    @property
+    def outputs(self) -> int:
+        return self.outs[-1] + self.features * self.skips[-1]
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        """Width of a layer's chunks."""
+        return tuple(min(self.chunk, padded(out)) for out in self.outs)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """How many chunks a layer has."""
+        return tuple(triton.cdiv(out, chunk) for out, chunk in zip(self.outs, self.chunks, strict=True))
+
+    @property
+    def x_width(self) -> int:
+        """Features of x with padding."""
+        if self.group is None:
+            return padded(self.features)
+        used, wide = self.group
+        return padded(self.features // used * wide)
+
+    @property
+    def x_group(self) -> tuple[int, int]:
+        return self.group or (self.features, self.x_width)
+
+    @property
+    def x_chunk(self) -> int:
+        return min(self.chunk, self.x_width) if self.group is None else self.x_width
+
+    @property
+    def x_count(self) -> int:
+        return 1 if self.group else triton.cdiv(self.features, self.x_chunk)
+
+    # ---- what the backward pass leaves in memory ---------------------------------------------------------------------
+
+    @property
+    def row_at(self) -> tuple[int, ...]:
+        """Where a tile leaves a layer's chunks, then one over its deviations; last the size of the whole."""
+        return self._places([count + 1 for count in self._columns], 0)
+
+    @property
+    def result_at(self) -> tuple[int, ...]:
+        """Where a tile leaves the layers' results; then the size so far."""
+        return self._places(self._columns, self.row_at[-1])
+
+    @property
+    def gradient_at(self) -> tuple[int, ...]:
+        """Where a tile leaves the gradients of W h + b, last that of x; then the size so far."""
+        return self._places([*self._columns, self.x_count * self.x_chunk], self.result_at[-1])
+
+    @property
+    def _columns(self) -> list[int]:
+        return [count * chunk for count, chunk in zip(self.counts, self.chunks, strict=True)]
+
+    @property
+    def size(self) -> int:
+        """Numbers that a tile leaves; encoded features are the last."""
+        return self.gradient_at[-1] + (self.block * self.x_width if self.group else 0)
+
+    def _places(self, columns: list[int], start: int) -> tuple[int, ...]:
+        return tuple(accumulate((self.block * count for count in columns), initial=start))
+
+    @property
+    def bias_at(self) -> tuple[int, ...]:
+        """Where a layer's part of all biases begins; last their number."""
+        return tuple(accumulate(self.outs, initial=0))
+
+    @property
+    def weight_at(self) -> tuple[int, ...]:
+        """Where a layer's part of all weights begins; last their number."""
+        return tuple(accumulate((out * count for out, count in zip(self.outs, self.ins, strict=True)), initial=0))
+
+    @property
+    def piece_at(self) -> tuple[int, ...]:
+        """Where a layer's part of the pieces of all weights begins, a product of chunks each; last their number."""
+        parts = [a + self.x_count * takes for a, takes in zip((0, *self.counts[:-1]), self.takes_x, strict=True)]
+        return tuple(accumulate((a * count for a, count in zip(parts, self.counts, strict=True)), initial=0))
+
+    @property
+    def x_later(self) -> tuple[bool, ...]:
+        """Whether x is used behind a layer, too."""
+        return tuple(any(self.skips[i:]) for i in range(self.layers))
+
+    @property
+    def needs_last(self) -> bool:
+        """Whether the derivative needs the last layer's values."""
+        return self.hidden == self.layers or self.activations[-1] != 0
+
+
+# ---- points ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def points_of(tile, n, span, PLAN: tl.constexpr):
+    """Points of a tile, and which there are; no tile reaches beyond `span` points that belong together."""
+    tiles = tl.cdiv(span, PLAN.block)
+    first = (tile // tiles).to(tl.int64) * span
+    place = (tile % tiles) * PLAN.block + tl.arange(0, PLAN.block)
+    return first + place, (place < span) & (first + place < n)
+
+
+# ---- products --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def product(a, b, PLAN: tl.constexpr):
+    """a b in PLAN.number. Of two float32, and of float32 and an exact 16-bit number, as PLAN.precision says."""
+    if b.dtype == PLAN.number or PLAN.number == tl.float64:
+        c = tl.dot(a.to(PLAN.number), b.to(PLAN.number), input_precision=PLAN.precision, out_dtype=PLAN.number)
+    elif a.dtype == b.dtype:
+        c = tl.dot(a, b)
+    elif PLAN.precision == "tf32x3":
+        # a is the sum of two tf32 but for its last bit, and b is one. What is not finite has no rest.
+        high = (a.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        rest = tl.where(tl.abs(a) <= 3.4e38, a - high, 0.0)
+        wide = b.to(tl.float32)
+        c = tl.dot(high, wide, tl.dot(rest, wide, input_precision="tf32"), input_precision="tf32")
+    else:
+        c = tl.dot(a, b.to(tl.float32), input_precision=PLAN.precision)
+    return c
+
+
+@triton.jit
+def x_columns(i, PLAN: tl.constexpr):
+    """Of chunk i of x: which features its columns are, and whether they are any."""
+    USED: tl.constexpr = PLAN.x_group[0]
+    WIDE: tl.constexpr = PLAN.x_group[1]
+    k = i * PLAN.x_chunk + tl.arange(0, PLAN.x_chunk)
+    feature = k // WIDE * USED + k % WIDE
+    return feature, (k % WIDE < USED) & (feature < PLAN.features)
+
+
+@triton.jit
+def x_values(source, r, valid, i, PLAN: tl.constexpr):
+    """Chunk i of x. source: where x lies, or the encoded features themselves."""
+    if PLAN.group is None:
+        k, seen = x_columns(i, PLAN)
+        at = source + r[:, None] * PLAN.features + k[None, :]
+        return tl.load(at, mask=valid[:, None] & seen[None, :], other=0.0)
+    else:
+        return source
+
+
+@triton.jit
+def add_products(z, a, weight_ptr, k, seen, layer: tl.constexpr, PLAN: tl.constexpr):
+    """Chunks z of the layer, plus the products of its inputs k, a [BLOCK, len(k)], and their weights."""
+    COUNT: tl.constexpr = PLAN.counts[layer]
+    found = ()
+    for j in tl.static_range(COUNT):
+        o = j * PLAN.chunks[layer] + tl.arange(0, PLAN.chunks[layer])
+        at = weight_ptr + o[None, :] * PLAN.ins[layer] + k[:, None]
+        weight = tl.load(at, mask=seen[:, None] & (o < PLAN.outs[layer])[None, :], other=0.0)
+        found = found + (z[j] + product(a, weight, PLAN),)
+    return found
+
+
+@triton.jit
+def linear(h, source, r, valid, weight_ptr, bias_ptr, layer: tl.constexpr, PLAN: tl.constexpr):
+    """Chunks of W h + b in the layer; h: of the layer before."""
+    COUNT: tl.constexpr = PLAN.counts[layer]
+    PARTS: tl.constexpr = PLAN.counts[layer - 1] if layer > 0 else 0
+    X_PARTS: tl.constexpr = PLAN.x_count if PLAN.takes_x[layer] else 0
+    z = ()
+    for j in tl.static_range(COUNT):
+        z = z + (bias_of(bias_ptr, layer, j, PLAN),)
+    for i in tl.static_range(PARTS):  # one chunk of h after the other: few are split for products at a time
+        k = i * PLAN.chunks[layer - 1] + tl.arange(0, PLAN.chunks[layer - 1])
+        z = add_products(z, h[i], weight_ptr, k, k < PLAN.owns[layer], layer, PLAN)
+    for i in tl.static_range(X_PARTS):
+        feature, seen = x_columns(i, PLAN)
+        x = x_values(source, r, valid, i, PLAN)
+        z = add_products(z, x, weight_ptr, PLAN.owns[layer] + feature, seen, layer, PLAN)
+    return z
+
+
+@triton.jit
+def bias_of(bias_ptr, layer: tl.constexpr, j: tl.constexpr, PLAN: tl.constexpr):
+    """Chunk j of the bias of the layer, for every point."""
+    BLOCK: tl.constexpr = PLAN.block
+    WIDTH: tl.constexpr = PLAN.chunks[layer]
+    z = tl.zeros([BLOCK, WIDTH], PLAN.number)
+    if bias_ptr is not None:
+        o, there = columns(layer, j, PLAN)
+        z += tl.load(bias_ptr + o, mask=there, other=0.0).to(PLAN.number)
+    return z
+
+
+# ---- norm, modulation, activation ------------------------------------------------------------------------------------
+
+
+@triton.jit
+def columns(layer: tl.constexpr, j: tl.constexpr, PLAN: tl.constexpr):
+    """Of chunk j of the layer: its columns [1, width], and whether the layer has them."""
+    o = (j * PLAN.chunks[layer] + tl.arange(0, PLAN.chunks[layer]))[None, :]
+    return o, o < PLAN.outs[layer]
+
+
+@triton.jit
+def normalise(z, layer: tl.constexpr, PLAN: tl.constexpr):
+    """n and one over its deviation [BLOCK] of a layer's chunks."""
+    BLOCK: tl.constexpr = PLAN.block
+    COUNT: tl.constexpr = PLAN.counts[layer]
+    if PLAN.point_norm and layer < PLAN.hidden:
+        total = tl.zeros([BLOCK], PLAN.number)
+        for j in tl.static_range(COUNT):
+            total += tl.sum(z[j], 1)  # padding is 0
+        mean = (total / PLAN.outs[layer])[:, None]
+        squares = tl.zeros([BLOCK], PLAN.number)
+        for j in tl.static_range(COUNT):
+            _, there = columns(layer, j, PLAN)
+            centred = tl.where(there, z[j] - mean, 0.0)
+            squares += tl.sum(centred * centred, 1)
+        inverse = 1 / tl.sqrt(squares / PLAN.outs[layer] + PLAN.eps)
+        n = ()
+        for j in tl.static_range(COUNT):
+            _, there = columns(layer, j, PLAN)
+            n = n + (tl.where(there, z[j] - mean, 0.0) * inverse[:, None],)
+        return n, inverse
+    else:
+        return z, tl.full([BLOCK], 1.0, PLAN.number)
+
+
+@triton.jit
+def modulation_at(row, layer: tl.constexpr, j: tl.constexpr, PLAN: tl.constexpr):
+    """Where the scale of chunk j lies in the modulation, and which there is; the shift is PLAN.channels further."""
+    at = ((row * PLAN.hidden + layer) * (2 * PLAN.channels))[:, None]
+    if PLAN.channels > 1:
+        o, there = columns(layer, j, PLAN)
+        return at + o, there
+    else:
+        return at, at >= 0
+
+
+@triton.jit
+def scale_and_shift(modulation_ptr, row, valid, layer: tl.constexpr, j: tl.constexpr, PLAN: tl.constexpr):
+    """gamma and beta that broadcast to chunk j; row: of each point, in the modulation."""
+    if PLAN.channels > 0 and layer < PLAN.hidden:
+        at, there = modulation_at(row, layer, j, PLAN)
+        read = valid[:, None] & there
+        scale = tl.load(modulation_ptr + at, mask=read, other=0.0).to(PLAN.number)
+        return scale, tl.load(modulation_ptr + at + PLAN.channels, mask=read, other=0.0).to(PLAN.number)
+    else:
+        return tl.full([1, 1], 1.0, PLAN.number), tl.full([1, 1], 0.0, PLAN.number)
+
+
+@triton.jit
+def rate_of(frequencies_ptr, layer: tl.constexpr, j: tl.constexpr, PLAN: tl.constexpr):
+    """Omega of a sine; of a residual one its frequencies [1, width]."""
+    if PLAN.activations[layer] == RESIDUAL_SINE:
+        o, there = columns(layer, j, PLAN)
+        return tl.load(frequencies_ptr + o, mask=there, other=0.0)
+    else:
+        return PLAN.omegas[layer]
+
+
+@triton.jit
+def activated(n, modulation_ptr, frequencies_ptr, row, valid, layer: tl.constexpr, j: tl.constexpr, PLAN: tl.constexpr):
+    """Chunk j of a layer's result, f(scale n + shift)."""
+    scale, shift = scale_and_shift(modulation_ptr, row, valid, layer, j, PLAN)
+    return activate(scale * n + shift, rate_of(frequencies_ptr, layer, j, PLAN), PLAN.activations[layer])
+
+
+@triton.jit
+def forward_layer(h, source, r, valid, weight_ptr, bias_ptr, layer: tl.constexpr, PLAN: tl.constexpr):
+    """Normalised chunks of the layer, and one over their deviation; h: chunks of the layer before."""
+    return normalise(linear(h, source, r, valid, weight_ptr, bias_ptr, layer, PLAN), layer, PLAN)
+
+
+@triton.jit
+def activated_layer(n, modulation_ptr, frequencies_ptr, row, valid, layer: tl.constexpr, PLAN: tl.constexpr):
+    """Chunks of a layer's result."""
+    COUNT: tl.constexpr = PLAN.counts[layer]
+    h = ()
+    for j in tl.static_range(COUNT):
+        h = h + (activated(n[j], modulation_ptr, frequencies_ptr, row, valid, layer, j, PLAN),)
+    return h
+
+
+@triton.jit
+def evaluate(
+    source, r, valid, row, weights, biases, modulation_ptr, frequencies_ptr, y_ptr, PLAN: tl.constexpr
+):  # fmt: skip
+    """y [n, outputs] of the points r."""
+    LAYERS: tl.constexpr = PLAN.layers
+    COUNT: tl.constexpr = PLAN.counts[LAYERS - 1]
+    X_COUNT: tl.constexpr = PLAN.x_count if PLAN.skips[LAYERS - 1] else 0
+    h = ()
+    for layer in tl.static_range(LAYERS):
+        n, _ = forward_layer(
+            h, source, r, valid, weights[layer], None if biases is None else biases[layer], layer, PLAN
+        )
+        h = activated_layer(n, modulation_ptr, frequencies_ptr, row, valid, layer, PLAN)
+    at = y_ptr + r[:, None] * PLAN.outputs
+    for j in tl.static_range(COUNT):
+        o, there = columns(LAYERS - 1, j, PLAN)
+        tl.store(at + o, h[j].to(y_ptr.dtype.element_ty), mask=valid[:, None] & there)
+    for i in tl.static_range(X_COUNT):
+        feature, seen = x_columns(i, PLAN)
+        x = x_values(source, r, valid, i, PLAN).to(y_ptr.dtype.element_ty)
+        tl.store(at + PLAN.outs[LAYERS - 1] + feature[None, :], x, mask=valid[:, None] & seen[None, :])

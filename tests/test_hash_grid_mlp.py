@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: MIT
+"""hash_grid_mlp is its two ops, on every backend: in one kernel on Triton, else one after the other."""
+
+import pytest
+import torch
+
+import camkernels
+from camkernels import _backends
+from conftest import DTYPES, backends, definition_of, device_of, function_of
+from mlp_cases import FUSED, MLPS, agree
+
+BACKENDS = [b for b in backends("hash_grid_mlp") if b != "reference"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", FUSED, ids=str)
+def test_it_is_its_two_ops(case, dtype, backend):
+    functions = function_of("hash_grid_mlp", backend), definition_of("hash_grid_mlp")
+    agree(case, *functions, dtype=dtype, device=device_of(backend), order=2)
+
+
+@pytest.mark.parametrize("backend", [b for b in backends("modulated_mlp") if b != "reference"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", MLPS, ids=str)
+def test_an_mlp_of_many_points_and_wide_layers(case, dtype, backend):
+    functions = function_of("modulated_mlp", backend), definition_of("modulated_mlp")
+    agree(case, *functions, dtype=dtype, device=device_of(backend))
+
+
+def test_a_backend_that_has_the_two_ops_has_the_pair():
+    for device in ("cpu", "cuda"):
+        found = [_backends.can_run(device, _backends.Call(op, device)) for op in ("hash_grid", "modulated_mlp")]
+        reason = next((r for r in found if r is not None), None)
+        assert _backends.can_run(device, _backends.Call("hash_grid_mlp", device)) == reason
+
+
+def test_layers_too_wide_for_triton_are_left_to_the_next_backend(monkeypatch):
+    from camkernels.triton import MISSING, WIDEST
+
+    if MISSING is not None:
+        pytest.skip(MISSING)
+    real = _backends.can_run
+    monkeypatch.setattr(_backends, "can_run", lambda b, c: "not built" if b == "cuda" else real(b, c))
+    for op in ("modulated_mlp", "hash_grid_mlp"):
+        fits, wide = (_backends.Call(op, "cuda", widest=n) for n in (WIDEST, WIDEST + 1))
+        assert _backends.choose(fits, None) == "triton" and _backends.choose(wide, None) == "reference"
+        with pytest.raises(RuntimeError, match=rf"{op}: .* layers of up to {WIDEST} channels, got {WIDEST + 1}"):
+            _backends.choose(wide, "triton")
+
+
+def test_features_and_layers_count_as_channels(monkeypatch):
+    calls = []
+    real = _backends.can_run
+    monkeypatch.setattr(_backends, "can_run", lambda b, c: calls.append(c) or real(b, c))
+    call = FUSED[0].make()
+    call.run(camkernels.hash_grid_mlp)
+    assert {c.widest for c in calls if c.op == "hash_grid_mlp"} == {20}
+    geometry = camkernels.GridGeometry.build(2, 16, 2, 8)
+    camkernels.hash_grid_mlp(torch.rand(3, 2), torch.rand(geometry.n_entries, 2), geometry, [torch.rand(4, 32)])
+    assert {c.widest for c in calls if c.op == "hash_grid_mlp"} == {20, 32}

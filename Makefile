@@ -22,7 +22,8 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 VENV_PYTHON := $(VENV)/bin/python
 PIP := $(VENV_PYTHON) -m pip --disable-pip-version-check install
-DEMO ?= $(VENV_PYTHON) -m camkernels fit image bench/data/photo.jpg --out demo --steps 600 --compare
+DEMO ?= $(VENV_PYTHON) -m camkernels fit image bench/data/photo.jpg --out demo \
+	--model hash-cam --steps 600 --compare
 BENCH ?= $(VENV_PYTHON) -m bench.run
 PYTEST := $(VENV_PYTHON) -m pytest --timeout=600
 LINT_TOOLS := $(shell sed -n 's/^dev = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')

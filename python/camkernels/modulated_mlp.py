@@ -286,10 +286,14 @@ class ModulatedMLP(nn.Module):
 
     def forward(self, x: Tensor, modulation: Tensor | None = None) -> Tensor:
         """x [..., in_features], modulation as in `modulated_mlp` -> [..., out_features]."""
+        return modulated_mlp(x, modulation=modulation, **self.arguments())
+
+    def arguments(self) -> dict[str, Any]:
+        """Those of `modulated_mlp`, but for x and modulation."""
         weights = [layer.weight for layer in self.layers]
         biases = None if self.layers[0].bias is None else [layer.bias for layer in self.layers]
         options = {**self.options, "frequencies": self.frequencies, "backend": self.backend}
-        return modulated_mlp(x, weights, biases, modulation, **options)
+        return {"weights": weights, "biases": biases} | options
 
     def extra_repr(self) -> str:
         options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())

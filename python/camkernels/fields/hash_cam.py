@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .. import CoordinateModulation, HashGrid, ModulatedMLP
+from .. import CoordinateModulation, HashGrid, ModulatedMLP, hash_grid_mlp
 
 BASE_RESOLUTION = 16
 
@@ -76,4 +76,8 @@ class HashCAMField(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., dims] -> [..., channels]."""
-        return self.mlp(self.grid(x), None if self.modulation is None else self.modulation(2 * x - 1))
+        modulation = None if self.modulation is None else self.modulation(2 * x - 1)
+        return hash_grid_mlp(
+            x, self.grid.table, self.grid.geometry, modulation=modulation, interpolation=self.grid.interpolation,
+            **self.mlp.arguments(),
+        )  # fmt: skip

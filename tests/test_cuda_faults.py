@@ -168,8 +168,8 @@ FAULTS = {
     ),
     "a scale whose tangent is forgotten": Fault(
         "modulated_mlp_rows.cuh",
-        "g[c] = scale_tangent * of_ds",
-        "g[c] = (ON ? C(0) : scale_tangent) * of_ds",
+        "math::tangent_gradients(scale, along.scale,",
+        "math::tangent_gradients(scale, ON ? C(0) : along.scale,",
         "second.x: .* differ",
     ),
     "sums of the next split's points, too": Fault(

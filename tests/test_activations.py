@@ -65,5 +65,8 @@ def test_waves_keep_their_phase(lanes_probe):
 def test_what_is_not_finite_is_as_in_pytorch(lanes_probe, kind):
     z = np.array([np.nan, np.inf, -np.inf, 3e38] * 4, np.float32)
     value = lanes_probe.lanes_activation(kind, 1.0, z)[0]
-    wanted = DEFINITIONS[ACTIVATIONS[kind]](torch.from_numpy(z), 1.0, torch.tensor(1.0)).numpy()
-    np.testing.assert_allclose(value, wanted, rtol=1e-6, atol=1.5e-7)
+    ways = []  # PyTorch's own float32 depends on its instruction set: with AVX-512 its gelu of 3e38 is infinite
+    for dtype in (torch.float32, torch.float64):
+        wanted = DEFINITIONS[ACTIVATIONS[kind]](torch.from_numpy(z).to(dtype), 1.0, torch.tensor(1.0)).float().numpy()
+        ways.append(np.isclose(value, wanted, rtol=1e-6, atol=1.5e-7, equal_nan=True))
+    assert np.logical_or(*ways).all(), (value, wanted)

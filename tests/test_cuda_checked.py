@@ -39,6 +39,14 @@ FILES = {
         "modulated_mlp_rows.cuh",
         "product.cuh",
     ),
+    "fused modulated_mlp": (
+        "modulated_mlp_fused.cu",
+        "modulated_mlp_fused_backward.cu",
+        "modulated_mlp_fused.cuh",
+        "modulated_mlp_fused_rows.cuh",
+        "modulated_mlp_fused_launch.h",
+        "product_steps.cuh",
+    ),
     "shared": ("sums.cu", "sums.cuh", "storage.cuh"),
 }
 
@@ -101,8 +109,14 @@ def exercise_modulated_mlp(sim: Simulated) -> None:
         sim.agree(
             network(70, [5, 450, 270, 3], dtype, norm="point", skips=[0]), order=0, op=op
         )  # rows in global memory
-    with sim.library.architecture(80):
-        sim.agree(network(70, [5, 256, 256, 3], norm="point"), order=0, op=op)  # one pair of slabs
+    sim.agree(network(70, [5, 352, 2], norm="point"), order=0, op=op)  # one pair of slabs
+    for width in (33, 100, 250):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            sim.agree(network(70, [20, width, width, 3], dtype, norm="point", skips=[0]), order=1, op=op)
+    sim.agree(
+        network(70, [70, 24, 24], skips=[1], output_layer=False), order=1, op=op
+    )  # x where it cannot be read in words
+    sim.agree(network(1100, [3, 20, 5], groups=2), order=1, op=op)  # several launches
     for channels in (False, True):  # more layers than arguments hold; groups of points in several launches
         sim.agree(network(270, [3, *[26] * 29, 2], torch.float64, groups=3, channels=channels, norm="point"), op=op)
     for groups in (70, 1):

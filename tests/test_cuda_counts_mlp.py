@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Products, loads, stores and atomics of the modulated MLP's CUDA kernels are as many as csrc/cuda/README.md states.
+"""Products, copies, loads, stores, atomics of the modulated MLP's CUDA kernels are as many as csrc/cuda/README.md says.
 
 Counted while the simulator in tests/sim executes the kernels; no GPU takes part.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from math import ceil
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -18,28 +19,13 @@ from simulated import Simulated, network, production
 
 pytestmark = pytest.mark.skipif(toolkit.why_no_simulator() is not None, reason=str(toolkit.why_no_simulator()))
 
-TILE, GROUP, DEPTH = 64, 64, 32  # points of a block, columns of 4 warps, columns of a slab
-NETWORKS = {"instant-ngp": [32, 64, 64, 16], "odd": [3, 40, 20, 2], "wide": [5, 130, 70, 3]}
-TERMS = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 2}
+HALF = (torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, *HALF)
 
 
 @pytest.fixture(scope="module")
 def sim() -> Simulated:
     return production()
-
-
-def layers(widths: list[int]) -> list[tuple[int, int]]:
-    return list(pairwise(widths))
-
-
-def products(columns: int, depth: int) -> int:
-    """Tiles of 16 x 8 and steps of 8 that 4 warps take for 64 rows."""
-    return 4 * ceil(columns / 8) * ceil(depth / DEPTH) * (DEPTH // 8)
-
-
-def passes(width: int, widths: list[int]) -> int:
-    """How often a block goes over what it multiplies: once per 64 columns, or per 128 where a layer is wider."""
-    return ceil(width / (2 * GROUP if max(widths[1:]) > GROUP else GROUP))
 
 
 def counted(sim: Simulated, call: testing.Call, *, gradients: bool) -> dict[str, int]:
@@ -52,36 +38,122 @@ def counted(sim: Simulated, call: testing.Call, *, gradients: bool) -> dict[str,
     return sim.library.counters()
 
 
-@pytest.mark.parametrize("sm", [80, 90])
-@pytest.mark.parametrize("dtype", TERMS, ids=str)
+# ---- layers of up to 256 columns -------------------------------------------------------------------------------------
+
+NETWORKS = {"instant-ngp": [32, 64, 64, 16], "odd": [3, 40, 20, 2], "wide": [5, 130, 70, 3], "long": [70, 100, 90]}
+STEP, WARP_ROWS, SUM_TILE, SUM_DEPTH = 16, 32, 64, 32
+# Of 32 points, 16 inputs and 16 outputs: products of 16 x 8 x 8, in bfloat16 of 16 x 8 x 16.
+PRODUCTS = {torch.float32: 24, torch.float16: 16, torch.bfloat16: 12}
+
+
+class Layer(NamedTuple):
+    """Inputs from the layer before, from x; outputs."""
+
+    own: int
+    x: int
+    out: int
+
+    def forward(self) -> int:
+        """Steps of 16 inputs, for tiles of 16 outputs."""
+        return (ceil(self.own / STEP) + ceil(self.x / STEP)) * ceil(self.out / STEP)
+
+    def back(self, columns: int) -> int:
+        """Steps of 16 outputs, for tiles of 16 inputs; those of x in parts as wide as a block."""
+        widths = [self.own, *(min(columns, self.x - first) for first in range(0, self.x, columns))]
+        return ceil(self.out / STEP) * sum(ceil(width / STEP) for width in widths)
+
+    def sums(self) -> int:
+        """Products of a slab of 32 points: 24 for every 32 x 8 sums, 32 x 64 at a time."""
+        return 24 * 8 * ceil(self.out / 32) * (ceil(self.own / SUM_TILE) + ceil(self.x / SUM_TILE))
+
+
+def layers(widths: list[int]) -> list[Layer]:
+    """With x again behind the first layer."""
+    return [Layer(fan_in * (i > 0), widths[0] * (i < 2), out) for i, (fan_in, out) in enumerate(pairwise(widths))]
+
+
+def columns(widths: list[int]) -> int:
+    return next(size for size in (64, 128, 256) if max(widths[1:]) <= size)
+
+
+def tile(widths: list[int]) -> int:
+    """Points of a block."""
+    return 128 if columns(widths) == 64 else 64
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("widths", NETWORKS.values(), ids=NETWORKS)
-def test_value(sim: Simulated, widths: list[int], dtype: torch.dtype, sm: int) -> None:
-    """Every weight is loaded once per 64 points, and x once per pass of its layer; nothing is added atomically."""
-    tiles = 2
-    with sim.library.architecture(sm):
-        found = counted(sim, network(tiles * TILE, widths, dtype), gradients=False)
-    assert found["launches"] == 1 and found["blocks"] == tiles
-    assert found["matrix_products"] == tiles * 32 * TERMS[dtype] * sum(products(o, i) for i, o in layers(widths))
-    weights, biases = sum(o * i for i, o in layers(widths)), sum(widths[1:])
-    points = TILE * widths[0] * passes(widths[1], widths)
-    assert found["loads"] == tiles * (weights + points + TILE * biases)
-    assert found["stores"] == tiles * TILE * widths[-1]
+def test_value(sim: Simulated, widths: list[int], dtype: torch.dtype) -> None:
+    """Every tile multiplies whole steps, and copies the packed weights once; x in words of 16 bytes if it has them."""
+    tiles, points, network_layers = 2, tile(widths), layers(widths)
+    found = counted(sim, network(tiles * points, widths, dtype, skips=[0]), gradients=False)
+    assert found["launches"] == 2 and found["blocks"] == 16 * len(network_layers) + tiles
+    steps = sum(layer.forward() for layer in network_layers)
+    assert found["matrix_products"] == 32 * tiles * points // WARP_ROWS * PRODUCTS[dtype] * steps
+    words = steps * STEP * STEP * (2 if dtype == torch.bfloat16 else 4) // 16
+    x_steps = sum(ceil(layer.x / STEP) for layer in network_layers)
+    if widths[0] % 4 == 0:
+        words += 4 * x_steps * points
+    assert found["asynchronous_copies"] == tiles * words
+    assert found["stores"] == tiles * points * widths[-1]
     assert found["bytes_stored"] == found["stores"] * dtype.itemsize
     assert found["atomics"] == found["vector_reductions"] == 0
 
 
-@pytest.mark.parametrize("dtype", TERMS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("widths", NETWORKS.values(), ids=NETWORKS)
 def test_gradients(sim: Simulated, widths: list[int], dtype: torch.dtype) -> None:
     """Three products instead of one: the values anew, the gradients of the points, and those of the weights."""
-    tiles = 2
-    found = counted(sim, network(tiles * TILE, widths, dtype), gradients=True)
+    tiles, points, network_layers = 2, tile(widths), layers(widths)
+    found = counted(sim, network(tiles * points, widths, dtype, skips=[0]), gradients=True)
+    assert found["launches"] == 4
+    steps = sum(layer.forward() + layer.back(columns(widths)) for layer in network_layers)
+    sums = sum(layer.sums() for layer in network_layers) * points // SUM_DEPTH
+    assert found["matrix_products"] == 32 * tiles * (points // WARP_ROWS * PRODUCTS[dtype] * steps + sums)
+    parameters = sum((layer.own + layer.x + 1) * layer.out for layer in network_layers)
+    assert found["bytes_stored"] == parameters * dtype.itemsize + 4 * tiles * points * widths[0]
+    assert found["atomics"] == found["vector_reductions"] == 0
+
+
+# ---- wider layers, and float64 ---------------------------------------------------------------------------------------
+
+WIDE = [5, 300, 70, 3]
+TILE, GROUP, DEPTH = 64, 64, 32  # points of a block, columns of 4 warps, columns of a slab
+TERMS = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 2}
+
+
+def products(columns: int, depth: int) -> int:
+    """Tiles of 16 x 8 and steps of 8 that 4 warps take for 64 rows."""
+    return 4 * ceil(columns / 8) * ceil(depth / DEPTH) * (DEPTH // 8)
+
+
+@pytest.mark.parametrize("sm", [80, 90])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_value_of_wider_layers(sim: Simulated, dtype: torch.dtype, sm: int) -> None:
+    """Every weight is loaded once per 64 points, and x once per 128 columns; nothing is added atomically."""
+    tiles, pairs = 2, list(pairwise(WIDE))
+    with sim.library.architecture(sm):
+        found = counted(sim, network(tiles * TILE, WIDE, dtype), gradients=False)
+    assert found["launches"] == 1 and found["blocks"] == tiles
+    assert found["matrix_products"] == tiles * 32 * TERMS[dtype] * sum(products(o, i) for i, o in pairs)
+    weights, biases = sum(o * i for i, o in pairs), sum(WIDE[1:])
+    points = TILE * WIDE[0] * ceil(WIDE[1] / (2 * GROUP))
+    assert found["loads"] == tiles * (weights + points + TILE * biases)
+    assert found["stores"] == tiles * TILE * WIDE[-1]
+    assert found["bytes_stored"] == found["stores"] * dtype.itemsize
+    assert found["atomics"] == found["vector_reductions"] == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_of_wider_layers(sim: Simulated, dtype: torch.dtype) -> None:
+    tiles, pairs = 2, list(pairwise(WIDE))
+    found = counted(sim, network(tiles * TILE, WIDE, dtype), gradients=True)
     assert found["launches"] == 3
-    once = TERMS[dtype] * sum(products(o, i) + products(i, o) for i, o in layers(widths))
-    sums = 3 * sum(ceil(o / TILE) * products(i, tiles * TILE) for i, o in layers(widths))
+    once = TERMS[dtype] * sum(products(o, i) + products(i, o) for i, o in pairs)
+    sums = 3 * sum(ceil(o / TILE) * products(i, tiles * TILE) for i, o in pairs)
     assert found["matrix_products"] == 32 * (tiles * once + sums)
     assert found["atomics"] == found["vector_reductions"] == 0
 
 
 def test_float64_leaves_the_tensor_cores_alone(sim: Simulated) -> None:
-    assert counted(sim, network(TILE, NETWORKS["odd"], torch.float64), gradients=True)["matrix_products"] == 0
+    assert counted(sim, network(TILE, [3, 40, 20, 2], torch.float64), gradients=True)["matrix_products"] == 0

@@ -161,7 +161,7 @@ FAULTS = {
         "value: .* differ",
     ),
     "a product without its small part": Fault(
-        "product.cuh", "if constexpr (Terms > 2) mma", "if (Terms > 2 && !ON) mma", "grad.x: .* differ"
+        "product.cuh", "if constexpr (Terms > 2) mma", "if (Terms > 2 && !ON) mma", "second.ct: .* differ"
     ),
     "half of a warp's sum": Fault(
         "modulated_mlp_rows.cuh", "int distance = 16;", "int distance = ON ? 8 : 16;", "value: .* differ"
@@ -176,10 +176,55 @@ FAULTS = {
         "modulated_mlp_sums.cu",
         "points = int(end - first);\n    const auto gradients",
         "points = int(end - first) + ON;\n    const auto gradients",
-        f"{OVERRUN}|grad.weights.*differ",
+        f"{OVERRUN}|second.weights.*differ",
     ),
     "one split too few": Fault(
         "modulated_mlp_sums.cu", "s < job.splits;", "s < job.splits - ON;", "grad.weights.* differ"
+    ),
+    "fused: values read before they are there": Fault(
+        "modulated_mlp_fused.cuh",
+        "cp_async_wait<0>();\n      __syncthreads();",
+        "cp_async_wait<0>();\n      if (!ON) __syncthreads();",
+        "value: .* differ",
+    ),
+    "fused: values written while they are read": Fault(
+        "modulated_mlp_fused.cuh",
+        "if constexpr (Across > 1) __syncthreads();  // others",
+        "if (Across > 1 && !ON) __syncthreads();  // others",
+        "value: .* differ",
+    ),
+    "fused: the way back begins while means are read": Fault(
+        "modulated_mlp_fused.cuh",
+        "__syncthreads();  // others may still read the parts",
+        "if (!ON) __syncthreads();  //",
+        r"grad\S*: .* differ",
+    ),
+    "fused: the next columns of x over these": Fault(
+        "modulated_mlp_fused.cuh", "% (2 * B::kSteps) * kStep", "% (ON ? 1 : 2 * B::kSteps) * kStep", "value: .* differ"
+    ),
+    "fused: biases of the first 32 columns": Fault(
+        "modulated_mlp_fused.cuh",
+        "n < 2 * kWarpTiles; ++n) {\n      const float2 b",
+        "n < (ON ? 1 : 2) * kWarpTiles; ++n) {\n      const float2 b",
+        "value: .* differ",
+    ),
+    "fused: x's gradient of one layer only": Fault(
+        "modulated_mlp_fused.cuh", "if (started) sum +=", "if (started && !ON) sum +=", "grad.x: .* differ"
+    ),
+    "fused: a product without its small part": Fault(
+        "product_steps.cuh", "if constexpr (Terms > 2) add(", "if (Terms > 2 && !ON) add(", "value: .* differ"
+    ),
+    "fused: the mean of one warp": Fault(
+        "modulated_mlp_fused_rows.cuh",
+        "w < Across; ++w) mean +=",
+        "w < (ON ? 1 : Across); ++w) mean +=",
+        "value: .* differ",
+    ),
+    "fused: sums of the next split's points, too": Fault(
+        "modulated_mlp_fused_backward.cu",
+        "end = min(first + per_split, job.points);\n  const float* row",
+        "end = min(first + per_split + ON, job.points);\n  const float* row",
+        "grad.weights.*differ",
     ),
     "no barrier before the sums of a group": Fault(
         "modulated_mlp_sums.cu",
@@ -214,6 +259,11 @@ def judge(sim: Simulated) -> None:
     lookups.append(lookup_call(60, [5, 6], combine="plane_product"))
     networks = [network(90, [3, 70, 70, 2], groups=groups, norm="point", skips=[0]) for groups in (90, 3)]
     networks.append(network(300, [3, 8, 2]))  # two splits
+    once = [  # one pair of slabs; x in several steps, after other values; a last layer that is normalised
+        network(70, [5, 352, 2], norm="point"),
+        network(40, [40, 40, 2], skips=[0]),
+        network(40, [3, 140], norm="point", output_layer=False),
+    ]
     near = regular_call(3, 2, torch.float32, 133)
     around = testing.Call({**near.inputs, "x": near.inputs["x"] * 1.5 - 0.25}, near.options)
     for schedule in library.SCHEDULES:
@@ -225,10 +275,10 @@ def judge(sim: Simulated) -> None:
             sim.agree(regular_call(2, 2, torch.float32, 37, levels=40), order=1)
             for call in lookups:
                 sim.agree(call, op="coordinate_modulation")
+            for call in once:
+                sim.agree(call, order=1, op="modulated_mlp")
             for call in networks:
                 sim.agree(call, op="modulated_mlp")
-            with sim.library.architecture(80):  # shared memory for one pair of slabs
-                sim.agree(network(70, [5, 256, 256, 3], norm="point"), order=0, op="modulated_mlp")
 
 
 def trial(folder: str) -> None:

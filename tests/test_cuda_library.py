@@ -88,15 +88,21 @@ def test_the_machine_code_of_its_kernels(found):
 @needs_library
 @needs_cuobjdump
 def test_kernels_keep_everything_in_registers(found):
-    """But for those that learn the number of axes at run time, whose arrays must be indexed, and those with a sine,
-    which reduces a large argument by words of 2 / pi: 7 of 4 bytes in float32, 5 of 8 in float64."""
+    """But for those that learn the number of axes at run time, whose arrays must be indexed; those with a sine, which
+    reduces a large argument by words of 2 / pi, 7 of 4 bytes in float32, 5 of 8 in float64; and the fused ones, whose
+    calls save registers beside that."""
     of_any_axes = [k for k in found if re.match(r"(any_|lookup)\w*<(float|double), 0, ", k.name)]
     with_sine = [k for k in found if re.match(r"(forward|derivatives|modulate_\w+)<", k.name)]
+    fused = [k for k in found if k.name.startswith("fused_")]
     assert len({k.name for k in of_any_axes}) == 35 and len({k.name for k in with_sine}) == 4 + 12
-    for kernel in (k for k in found if k not in [*of_any_axes, *with_sine]):
+    assert len({k.name for k in fused}) == 2 * 3 * 2
+    for kernel in (k for k in found if k not in [*of_any_axes, *with_sine, *fused]):
         assert kernel.local == kernel.stack == 0, kernel
     for kernel in with_sine:
         assert kernel.stack <= 40, kernel
+    for kernel in fused:
+        assert kernel.stack <= 96, kernel
+    assert {k.name for k in found} >= {"pack<float>", "pack<unsigned short>", "point_sums"}
 
 
 @needs_library
@@ -108,6 +114,12 @@ def test_products_of_float32_are_made_by_tensor_cores(found):
     for kernel in products:
         assert kernel.count("HMMA") > 0 and kernel.count("LDS", "128") > 0, kernel
     assert all(k.count("DFMA") > 0 for k in found if k.name in [f"{name}<double>" for name in names])
+    fused = [k for k in found if k.name.startswith("fused_")]
+    assert len(fused) == 2 * 12
+    for kernel in fused:
+        assert kernel.count("HMMA") > 0 and kernel.count("LDGSTS") > 0 and kernel.count("LDS", "128") > 0, kernel
+    for kernel in (k for k in found if k.name == "point_sums"):
+        assert kernel.count("HMMA") > 0 and kernel.count("LDGSTS") > 0, kernel
 
 
 @pytest.fixture(scope="module")

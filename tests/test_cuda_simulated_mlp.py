@@ -52,9 +52,54 @@ def test_layers_too_wide_for_shared_memory(sim: Simulated, dtype: torch.dtype) -
     sim.agree(network(70, [5, 450, 270, 3], dtype, norm="point", skips=[0]), op=OP)
 
 
-def test_a_width_of_256_leaves_shared_memory_for_one_pair_of_slabs_on_sm_80(sim: Simulated) -> None:
-    with sim.library.architecture(80):
-        sim.agree(network(70, [5, 256, 256, 3], norm="point"), order=0, op=OP)
+def test_a_width_of_352_leaves_shared_memory_for_one_pair_of_slabs(sim: Simulated) -> None:
+    sim.agree(network(70, [5, 352, 352, 3], norm="point"), order=0, op=OP)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [16, 17, 32, 33, 40, 64, 65, 128, 129, 256])
+def test_widths(sim: Simulated, width: int, dtype: torch.dtype) -> None:
+    """Layers that end anywhere in a warp's 64 columns, and points that end anywhere in a tile."""
+    for points, norm in [(1, "point"), (127, None), (129, "point")]:
+        sim.agree(network(points, [3, width, width, 2], dtype, norm=norm), order=1, op=OP)
+
+
+@pytest.mark.parametrize("features", [32, 33, 512])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+def test_many_features(sim: Simulated, features: int, dtype: torch.dtype) -> None:
+    """x in the weights' dtype, in front, in the middle and behind; read in words where those are whole."""
+    call = network(40, [features, 24, 24, 3], dtype, skips=[0, 2], norm="point", output_layer=False)
+    call.inputs["x"] = call.inputs["x"].to(dtype)
+    sim.agree(call, order=1, op=OP)
+
+
+@pytest.mark.parametrize("width", [24, 100, 200])
+@pytest.mark.parametrize("output_layer", [False, True])
+def test_a_norm_in_the_last_layer_and_a_way_back_at_once(sim: Simulated, width: int, output_layer: bool) -> None:
+    call = network(70, [3, width, width], norm="point", groups=70, output_layer=output_layer)
+    call.inputs["modulation"] = 1 + torch.rand(70, 2 - output_layer, 2)
+    for schedule in library.SCHEDULES:
+        with sim.library.schedule(schedule):
+            sim.agree(call, order=1, op=OP)
+
+
+@pytest.mark.parametrize("channels", [False, True])
+@pytest.mark.parametrize(("width", "points"), [(20, 1100), (72, 600), (150, 300)])
+def test_more_points_than_a_launch(sim: Simulated, width: int, points: int, channels: bool) -> None:
+    """Sums over points and the gradient of modulation that crosses launches are those of all of them."""
+    call = network(points, [3, width, 5], groups=2, channels=channels)
+    sim.library.counters()
+    sim.agree(call, order=1, op=OP)
+    assert sim.library.counters()["launches"] == 2 + 1 + 2 * 3 + 1
+
+
+@pytest.mark.parametrize("skips", [[], [0]])
+def test_a_width_of_256_does_not_fit_into_the_shared_memory_of_sm_86(sim: Simulated, skips: list[int]) -> None:
+    for sm, launches in ((80, 2), (86, 1)):
+        with sim.library.architecture(sm):
+            sim.library.counters()
+            sim.agree(network(20, [5, 256, 256, 3], skips=skips), order=0, op=OP)
+            assert sim.library.counters()["launches"] == launches
 
 
 @pytest.mark.parametrize("channels", [False, True])

@@ -75,7 +75,7 @@ def test_vector_reductions_exist_on_sm_90_only(sim: library.Library) -> None:
 
 
 def test_architectures_are_80_and_90(sim: library.Library) -> None:
-    with pytest.raises(ValueError, match="80 and 90, not 75"), sim.architecture(75):
+    with pytest.raises(ValueError, match="80, 86 and 90, not 75"), sim.architecture(75):
         pass
     shared = 200 << 10  # more than sm_80 has
     sim.call("selftest_launch", 1, 64, shared, torch.ones(80))

@@ -117,6 +117,8 @@ class Call {
     job.terms = job.weights == Storage::kFloat ? 3 : 2, job.sum_terms = 3;
     job.point_norm = settings.point_norm, job.eps = C(settings.eps);
     job.x = x.const_data_ptr();
+    job.whole_words = x.size(1) % 4 == 0 && reinterpret_cast<uintptr_t>(job.x) % (4 * bytes_of(job.coordinates)) == 0;
+    for (size_t l = 1; l < layers.size(); ++l) job.skips |= layers[l].in > layers[l].own;
     if (modulation) job.modulation = modulation->const_data_ptr();
     if (frequencies) job.frequencies = read<C>(*frequencies);
     return job;
@@ -231,13 +233,37 @@ void assign_columns(std::vector<Layer>& layers, NetworkJob<C>& job, Order order)
   job.stride = next;
 }
 
+// The same where the kernels for narrow layers take it: whole steps of 16 columns.
+void assign_fused_columns(std::vector<Layer>& layers, NetworkJob<float>& job) {
+  int next = 0;
+  const auto take = [&](int count) { return std::exchange(next, next + int(divide_up(count, 16)) * 16); };
+  for (size_t l = 0; l < layers.size(); ++l) {
+    Layer& layer = layers[l];
+    layer.n = take(layer.out), layer.y = l + 1 < layers.size() ? take(layer.out) : -1;
+    layer.dn = layer.activation > int(math::Activation::kRelu) ? take(layer.out) : -1;
+    layer.deviation = job.point_norm && layer.modulated ? take(1) : -1;
+  }
+  job.x_row = job.whole_words && job.coordinates == Storage::kFloat ? -1 : take(job.features);
+  job.gx_row = take(job.features);
+  job.stride = next;
+}
+
 template <class C>
 Tensor value(Call& call) {
   const Tensor y = empty(call.weights[0], {call.points(), call.outputs()});
   if (call.points() == 0) return y;
   NetworkJob<C> job = call.job<C>();
-  assign_places(call.layers, job);
   job.y = y.mutable_data_ptr();
+  if constexpr (sizeof(C) == 4) {
+    if (is_fused(job)) {
+      std::copy_n(call.layers.begin(), job.layers, job.layer);
+      const Tensor packed = scratch_bytes(call.x, packed_bytes(job, false));
+      call.check(launch_pack(job, packed.mutable_data_ptr(), false, call.stream.get()));
+      call.check(launch_fused_forward(job, call.stream.get()));
+      return y;
+    }
+  }
+  assign_places(call.layers, job);
   const int blocks = forward_blocks(job);
   const Tensor rows = empty(call.x, {blocks * kTileRows * job.stride}, call.number_type());
   if (blocks > 0) job.rows = write<C>(rows);
@@ -256,7 +282,11 @@ class Derivatives {
 
   Derivatives(Call& call, Order order, const Tensor& g, const Wishes& wishes) : call_(call), order_(order) {
     job_ = call.job<C>();
-    assign_columns(call.layers, job_, order);
+    if constexpr (sizeof(C) == 4) {
+      fused_ = order == Order::kGradients && is_fused(job_);
+      if (fused_) assign_fused_columns(call.layers, job_);
+    }
+    if (!fused_) assign_columns(call.layers, job_, order);
     job_.g = g.const_data_ptr();
     results.y = wishes.y ? fresh(g) : empty(g, {0});
     results.x = wishes.x ? fresh(call.x) : empty(call.x, {0});
@@ -278,9 +308,10 @@ class Derivatives {
     const int64_t per_launch = points_per_launch();
     const Tensor rows = numbers(per_launch * job_.stride);
     job_.rows = write<C>(rows);
-    const Tensor sums = plan_sums(per_launch);
+    place_sums();
+    const Tensor records = call_.place_layers(job_), packed = pack();
+    const Tensor sums = plan_sums(std::min(per_launch, call_.points()));
     plan_modulation(per_launch);
-    const Tensor records = call_.place_layers(job_);
     for (int64_t before = 0; before < call_.points(); before += per_launch) run_part(before, per_launch);
     if (with_sums_) call_.check(launch_weight_gradients(job_, stream()));
     if (groups_ && !same_) store(*groups_, 0, call_.modulation->numel());
@@ -290,8 +321,9 @@ class Derivatives {
   Call& call_;
   Order order_;
   NetworkJob<C> job_;
-  bool with_sums_, with_modulation_, same_ = true;  // same_: gradients of the modulation are stored as C
-  std::optional<Tensor> points_, groups_;           // gradients of the modulation: of each point, sums of groups
+  bool fused_ = false, with_sums_, with_modulation_,
+       same_ = true;                       // same_: gradients of the modulation are stored as C
+  std::optional<Tensor> points_, groups_;  // gradients of the modulation: of each point, sums of groups
 
   cudaStream_t stream() const { return call_.stream.get(); }
   Tensor numbers(int64_t count) const { return empty(call_.x, {count}, call_.number_type()); }
@@ -314,23 +346,59 @@ class Derivatives {
 
   // Whole tiles: at least one for every multiprocessor.
   int64_t points_per_launch() const {
+    if constexpr (sizeof(C) == 4) {
+      if (fused_) return fused_points_per_launch(job_);
+    }
     const int64_t processors = device_number(cudaDevAttrMultiProcessorCount);
     const int64_t fitting = processors * kRowBytesPerMultiprocessor / (job_.stride * int64_t(sizeof(C)));
     const int64_t most = std::max(fitting / kTileRows, processors) * kTileRows;
     return std::min(most, divide_up(call_.points(), kTileRows) * kTileRows);
   }
 
-  Tensor plan_sums(int64_t per_launch) {
+  void place_sums() {
     for (Layer& layer : call_.layers) {
       layer.sums = job_.weight_sums;
       const int64_t count = int64_t(layer.out) * (layer.in + 1);
       job_.weight_sums += count, job_.most_sums = std::max(job_.most_sums, count);
       job_.sum_tiles += divide_up(layer.out, kTileRows) * divide_up(layer.in, kTileRows);
     }
-    job_.splits = with_sums_ ? splits_for(job_, std::min(per_launch, call_.points())) : 0;
+  }
+
+  // The weights in the order of their use, for the kernels for narrow layers.
+  Tensor pack() {
+    if constexpr (sizeof(C) == 4) {
+      if (fused_) {
+        Tensor packed = scratch_bytes(call_.x, packed_bytes(job_, true));
+        call_.check(launch_pack(job_, packed.mutable_data_ptr(), true, stream()));
+        return packed;
+      }
+    }
+    return scratch_bytes(call_.x, 0);
+  }
+
+  Tensor plan_sums(int64_t points) {
+    if (with_sums_) job_.splits = splits(points);
     const Tensor sums = numbers(job_.splits * job_.weight_sums);
     job_.sums = write<C>(sums);
     return sums;
+  }
+  int splits(int64_t points) {
+    if constexpr (sizeof(C) == 4) {
+      if (fused_) return fused_splits(job_, points);
+    }
+    return splits_for(job_, points);
+  }
+
+  void run_kernels() {
+    if constexpr (sizeof(C) == 4) {
+      if (fused_) {
+        call_.check(launch_fused_gradients(job_, stream()));
+        if (with_sums_) call_.check(launch_point_sums(job_, stream()));
+        return;
+      }
+    }
+    call_.check(launch_backward(job_, order_, stream()));
+    if (with_sums_) call_.check(launch_weight_sums(job_, order_, stream()));
   }
 
   void plan_modulation(int64_t per_launch) {
@@ -347,8 +415,7 @@ class Derivatives {
     job_.before = before, job_.points = std::min(per_launch, call_.points() - before);
     job_.accumulate = before > 0;
     if (with_modulation_ && !points_) job_.modulation_points = write<C>(results.modulation) + before * values;
-    call_.check(launch_backward(job_, order_, stream()));
-    if (with_sums_) call_.check(launch_weight_sums(job_, order_, stream()));
+    run_kernels();
     if (groups_) {
       call_.check(launch_group_sums(job_, write<C>(*groups_), stream()));
     } else if (points_) {

@@ -67,7 +67,13 @@ struct NetworkJob {
   int64_t most_sums;          // of a layer
   int64_t sum_tiles;          // of 64 x 64, of all layers
   int splits;
-  const Layer* more;  // all records, where they are too many for the arguments
+  // Of the kernels for narrow layers in float32 (modulated_mlp_fused.cuh).
+  const void* packed;   // the weights in the order of their use
+  const float* biases;  // [layers, columns of a block]
+  bool skips;           // x follows other values
+  bool whole_words;     // x can be loaded in fours
+  int x_row;            // column of x as float32; negative: it can be read where it is
+  const Layer* more;    // all records, where they are too many for the arguments
   Layer layer[kLayersInArguments];
 };
 
@@ -83,6 +89,18 @@ int forward_blocks(const NetworkJob<C>& job);
 
 template <class C>
 cudaError_t launch_forward(const NetworkJob<C>& job, cudaStream_t stream);
+
+// Kernels of their own for float32 and up to 24 layers of up to 256 columns, where the device has enough shared memory.
+bool is_fused(const NetworkJob<float>& job);
+// `back`: for gradients too, of x where they are wanted.
+int64_t packed_bytes(const NetworkJob<float>& job, bool back);
+cudaError_t launch_pack(NetworkJob<float>& job, void* to, bool back, cudaStream_t stream);
+cudaError_t launch_fused_forward(const NetworkJob<float>& job, cudaStream_t stream);
+// Of gradients: points of a launch, a multiple of the tiles; then what launch_backward and launch_weight_sums do.
+int64_t fused_points_per_launch(const NetworkJob<float>& job);
+int fused_splits(NetworkJob<float>& job, int64_t points);
+cudaError_t launch_fused_gradients(const NetworkJob<float>& job, cudaStream_t stream);
+cudaError_t launch_point_sums(const NetworkJob<float>& job, cudaStream_t stream);
 
 // Gradients of the points, and what the sums over points need.
 template <class C>

@@ -12,7 +12,7 @@
 namespace camk::cuda {
 
 template <class C>
-CAMK_DEVICE const Layer& layer_of(const NetworkJob<C>& job, int l) {
+CAMK_HD const Layer& layer_of(const NetworkJob<C>& job, int l) {
   return (job.more ? job.more : job.layer)[l];
 }
 

@@ -45,7 +45,9 @@ CAMK_SIM_EXPORT int camk_sim_schedule(const char* name) {
 // What the next launches simulate: 80 or 90. 0 on success.
 CAMK_SIM_EXPORT int camk_sim_architecture(int sm) {
   return camk::sim::guarded([&] {
-    if (sm != 80 && sm != 90) throw camk::sim::Error("architectures are 80 and 90, not " + std::to_string(sm));
+    if (sm != 80 && sm != 86 && sm != 90) {
+      throw camk::sim::Error("architectures are 80, 86 and 90, not " + std::to_string(sm));
+    }
     camk::sim::state.architecture = sm;
   });
 }

@@ -109,8 +109,10 @@ struct State {
 };
 extern State state;
 
-// Dynamic shared memory a kernel can opt in to: that of sm_90, of sm_80.
-inline std::size_t shared_limit() { return std::size_t{state.architecture >= 90 ? 227u : 163u} * 1024; }
+// Dynamic shared memory a kernel can opt in to.
+inline std::size_t shared_limit() {
+  return std::size_t{state.architecture >= 90 ? 227u : state.architecture == 86 ? 99u : 163u} * 1024;
+}
 
 inline void count_store(std::size_t bytes) { ++state.statistics.stores, state.statistics.bytes_stored += bytes; }
 

@@ -1,0 +1,179 @@
+// SPDX-License-Identifier: MIT
+// A warp's products of 32 rows, in shared memory, and 64 columns of weights that lie as the lanes take them: of 16 rows
+// of weights ("a step"), 16 columns ("a tile") after another.
+#pragma once
+#include "cuda/product.cuh"
+
+namespace camk::cuda {
+
+inline constexpr int kStep = 16, kTileColumns = 16, kTileNumbers = kStep * kTileColumns;
+inline constexpr int kWarpRows = 32, kWarpColumns = 64, kWarpTiles = kWarpColumns / kTileColumns;
+
+// Values of a row lie as the lanes that computed them hold them, which are those that take them next: of 16 features,
+// lane t of four has 2 t, 2 t + 1, 2 t + 8 and 2 t + 9, in places 4 t to 4 t + 3.
+CAMK_HD int feature_at(int place) { return place / 16 * 16 + place % 16 / 4 * 2 + place % 2 + place % 4 / 2 * 8; }
+CAMK_HD int place_of(int feature) {
+  return feature / 16 * 16 + feature % 8 / 2 * 4 + feature % 2 + feature % 16 / 8 * 2;
+}
+
+// Where the weight of row `place` of a step and `column` of a tile lies. bfloat16 takes 16 rows per instruction, tf32
+// 8, the first two places of every four and then the others.
+CAMK_HD int tile_index(int place, int column, bool bfloat16) {
+  const int lane = column % 8 * 4 + place / 4, half = column / 8, j = place % 4;
+  return bfloat16 ? lane * 8 + half * 4 + j : j / 2 * 128 + lane * 4 + half * 2 + j % 2;
+}
+
+struct Four {
+  float v[4];
+};
+CAMK_DEVICE Four load_four(const float* from) {
+  const float4 f = *reinterpret_cast<const float4*>(from);
+  return {{f.x, f.y, f.z, f.w}};
+}
+CAMK_DEVICE void store_four(float* to, const Four& f) {
+  *reinterpret_cast<float4*>(to) = make_float4(f.v[0], f.v[1], f.v[2], f.v[3]);
+}
+
+// Sums of 2 x 16 rows and 4 tiles of 2 x 8 columns, as mma leaves them.
+using WarpSums = float[2][2 * kWarpTiles][4];
+
+// A float32 as the sum of two tf32, but for its last two bits; what is infinite becomes NaN.
+struct Parts {
+  uint32_t high, low;
+  CAMK_DEVICE explicit Parts(float x) {
+    constexpr uint32_t kBits = 0xffffe000u;
+    memcpy(&high, &x, 4);
+    high &= kBits;
+    float top;
+    memcpy(&top, &high, 4);
+    const float rest = x - top;
+    memcpy(&low, &rest, 4);
+    low &= kBits;
+  }
+};
+
+// Two numbers, one in each half of a register, as sums of three bfloat16 each, which hold all their bits; what is
+// infinite becomes NaN.
+struct PairParts {
+  uint32_t part[3];
+  CAMK_DEVICE PairParts(float x, float y) {
+#pragma unroll
+    for (int i = 0; i < 3; ++i) {
+      part[i] = pack_bf16(x, y);
+      x -= to_float(part[i] << 16), y -= to_float(part[i] & 0xffff0000u);
+    }
+  }
+
+ private:
+  static CAMK_DEVICE float to_float(uint32_t bits) {
+    float number;
+    memcpy(&number, &bits, 4);
+    return number;
+  }
+};
+
+// The rows of a lane in one step: g, g + 8, g + 16, g + 24, four places of each.
+struct StepRows {
+  Four row[4];
+  CAMK_DEVICE StepRows(const float* from, int stride) {
+#pragma unroll
+    for (int q = 0; q < 4; ++q) row[q] = load_four(from + q * 8 * stride);
+  }
+};
+
+// body(tile) for those below `tiles`, of which a warp has all nearly always.
+template <class Body>
+CAMK_DEVICE void each_tile(int tiles, const Body& body) {
+  if (tiles >= kWarpTiles) {
+#pragma unroll
+    for (int p = 0; p < kWarpTiles; ++p) body(p);
+  } else {
+#pragma unroll
+    for (int p = 0; p < kWarpTiles; ++p) {
+      if (p >= tiles) break;
+      body(p);
+    }
+  }
+}
+
+// `Terms` products of tf32 make one of float32. 2: of the values' parts, for weights that are exact in tf32, as float16
+// is. 3: and of the values with the weights' small part.
+template <int Terms>
+CAMK_DEVICE void multiply_tf32(WarpSums& sums, const StepRows& rows, const float* weights, int tiles) {
+  const float* own = weights + int(threadIdx.x) % 32 * 4;
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    uint32_t high[2][4], low[2][4];
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const Parts parts(rows.row[q].v[2 * k + i]);
+        high[q / 2][2 * i + q % 2] = parts.high;
+        low[q / 2][2 * i + q % 2] = parts.low;
+      }
+    }
+    each_tile(tiles, [&](int p) {
+      const Four four = load_four(own + p * kTileNumbers + k * 128);
+      uint32_t top[2][2], rest[2][2];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const Parts parts(four.v[j]);
+        top[j / 2][j % 2] = parts.high;
+        rest[j / 2][j % 2] = parts.low;
+      }
+      const auto add = [&](const uint32_t (&left)[2][4], const uint32_t (&right)[2][2]) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+          for (int m = 0; m < 2; ++m) mma_tf32(sums[m][2 * p + half], left[m], right[half]);
+        }
+      };
+      add(low, top);
+      if constexpr (Terms > 2) add(high, rest);
+      add(high, top);
+    });
+  }
+}
+
+// sums += 32 rows of values times one step of weights. Float weights: as many products of tf32 as `terms` says.
+CAMK_DEVICE void multiply_step(WarpSums& sums, const float* from, int stride, const float* weights, int tiles,
+                               int terms) {
+  if (tiles <= 0) return;
+  const StepRows rows(from, stride);
+  if (terms == 2) {
+    multiply_tf32<2>(sums, rows, weights, tiles);
+  } else {
+    multiply_tf32<3>(sums, rows, weights, tiles);
+  }
+}
+// bfloat16 weights are multiplied with all bits of the values.
+CAMK_DEVICE void multiply_step(WarpSums& sums, const float* from, int stride, const uint16_t* weights, int tiles, int) {
+  if (tiles <= 0) return;
+  const StepRows rows(from, stride);
+  const uint16_t* own = weights + int(threadIdx.x) % 32 * 8;
+  uint32_t left[3][2][4];
+#pragma unroll
+  for (int q = 0; q < 4; ++q) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const PairParts parts(rows.row[q].v[2 * i], rows.row[q].v[2 * i + 1]);
+#pragma unroll
+      for (int part = 0; part < 3; ++part) left[part][q / 2][2 * i + q % 2] = parts.part[part];
+    }
+  }
+  each_tile(tiles, [&](int p) {
+    const uint4 word = *reinterpret_cast<const uint4*>(own + p * kTileNumbers);
+    const uint32_t right[2][2] = {{word.x, word.y}, {word.z, word.w}};
+#pragma unroll
+    for (int part = 2; part >= 0; --part) {  // the small ones first
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int m = 0; m < 2; ++m) mma_bf16(sums[m][2 * p + half], left[part][m], right[half]);
+      }
+    }
+  });
+}
+
+}  // namespace camk::cuda

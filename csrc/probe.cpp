@@ -15,6 +15,7 @@
 #include "math/activation.h"
 #include "math/hash_grid.h"
 #include "math/modulation.h"
+#include "math/radial_basis.h"
 
 namespace py = pybind11;
 using namespace camk;
@@ -134,6 +135,24 @@ py::dict formulas(const Point& p, bool general, const Rows& table, const Numbers
     collect("along_backward_table", [&](auto add) { math::grid_along_backward_table(s, vs, row_of(g), add); });
   });
   return out;
+}
+
+// phi of numbers (x [2], centre [2], shape [4]), its gradient in them and, along directions, the second derivatives.
+py::tuple radial_kernel(int kind, int form, const Numbers& numbers, const Numbers& along) {
+  using Number = Dual<double>;
+  math::RadialKernel<2, Number> kernel{};
+  kernel.kind = math::RadialKind(kind), kernel.form = math::RadialShape(form);
+  const auto number = [&](int i) { return Number(numbers.at(i), along.at(i)); };
+  for (int i = 0; i < 2; ++i) kernel.x[i] = number(i), kernel.center[i] = number(2 + i);
+  for (int i = 0; i < 4; ++i) kernel.shape[i] = number(4 + i);
+  kernel.evaluate();
+  const auto found = kernel.pull_back(Number(1.0));
+  Numbers first, second;
+  const auto note = [&](Number x) { first.push_back(x.value), second.push_back(x.along); };
+  for (int i = 0; i < 2; ++i) note(found.x[i]);
+  for (int i = 0; i < 2; ++i) note(found.center[i]);
+  for (int i = 0; i < 4; ++i) note(found.shape[i]);
+  return py::make_tuple(kernel.value.value, kernel.value.along, first, second);
 }
 
 // Per node around u, in a grid of these sizes whose first axis is contiguous: row, weight, slope [D], curve [D * D];
@@ -279,6 +298,7 @@ PYBIND11_MODULE(CAMK_PROBE, m) {
           return u.size() == 2 ? nodes<2>(u, sizes, zeros, align_corners) : nodes<3>(u, sizes, zeros, align_corners);
         });
   m.def("products", products);
+  m.def("radial_kernel", radial_kernel);
 #endif
 
   using Floats1 = py::array_t<float>;

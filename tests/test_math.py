@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from camkernels import _radial_basis
 from camkernels.reference.hash_grid import PRIMES
 
 LINEAR, SMOOTHSTEP, NEAREST = range(3)
@@ -285,6 +286,27 @@ def test_products_of_three(probe):
     expected = (value.item(), [g.item() for g in first], tangent.item(), [g.item() for g in second])
     for found, wanted in zip(probe.products(y, h), expected, strict=True):
         assert found == pytest.approx(wanted, rel=1e-14)
+
+
+# ---- radial basis ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", _radial_basis.SHAPES)
+@pytest.mark.parametrize("kind", _radial_basis.KINDS)
+def test_a_kernel_and_its_derivatives(probe, kind, form):
+    numbers = np.array([0.7, -0.2, 0.3, 0.4, 0.9, 0.2, 0.1, 1.2])  # x, centre, shape
+    along = np.array([0.3, -0.5, 0.2, 0.7, -0.4, 0.6, 0.5, -0.3])
+
+    def kernel(step, direction):
+        places = _radial_basis.KINDS.index(kind), _radial_basis.SHAPES.index(form)
+        return probe.radial_kernel(*places, numbers + step * direction, along)
+
+    _, tangent, first, second = kernel(0.0, along)
+    slopes = [slope_of(lambda t, d=d: kernel(t, d)[0], 0.0) for d in np.eye(8)]
+    assert first == pytest.approx(slopes, rel=1e-7, abs=1e-7)
+    assert tangent == pytest.approx(float(along @ first), rel=1e-13, abs=1e-13)
+    curves = [slope_of(lambda t, i=i: kernel(t, along)[2][i], 0.0) for i in range(8)]
+    assert second == pytest.approx(curves, rel=1e-7, abs=1e-7)
 
 
 # ---- number types ----------------------------------------------------------------------------------------------------

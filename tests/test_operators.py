@@ -26,6 +26,10 @@ GROUPS = (
     "Tensor h, Tensor gamma, Tensor beta, Tensor? frequencies, "
     "int activation, float omega, bool norm, float eps, bool frequency_per_group"
 )
+BASIS = (
+    "Tensor x, Tensor centers, Tensor shapes, Tensor features, Tensor? phase, Tensor? neighbors, Tensor? frequencies, "
+    "int kind, int shape, bool normalize, bool detach_normalizer, float eps, int keep"
+)
 SCHEMAS = {
     "hash_grid": f"(Tensor x, Tensor table, Tensor? level_counts, {GRID}) -> Tensor",
     "hash_grid_backward": f"(Tensor grad_y, Tensor x, Tensor table, Tensor? level_counts, {GRID}, bool[] mask)"
@@ -49,10 +53,15 @@ SCHEMAS = {
     "modulate_backward": f"(Tensor grad_y, {GROUPS}, bool[] mask) -> (Tensor, Tensor, Tensor)",
     "modulate_backward_backward": "(Tensor? grad_h, Tensor? grad_gamma, Tensor? grad_beta, Tensor grad_y, "
     f"{GROUPS}, bool[] mask) -> (Tensor, Tensor, Tensor, Tensor)",
+    "radial_basis": f"({BASIS}) -> Tensor",
+    "radial_basis_backward": f"(Tensor grad_y, {BASIS}, bool[] mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "radial_basis_backward_backward": "(Tensor? grad_x, Tensor? grad_centers, Tensor? grad_shapes, "
+    f"Tensor? grad_features, Tensor? grad_phase, Tensor grad_y, {BASIS}, bool[] mask)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 }
 
 
-CONSTANT = ("level_counts", "frequencies", "hidden")  # what has no gradient
+CONSTANT = ("level_counts", "neighbors", "frequencies", "hidden")  # what has no gradient
 
 
 class Recorder(TorchDispatchMode):

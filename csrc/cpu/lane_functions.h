@@ -78,32 +78,18 @@ CAMK_HD Floats log_one_plus(Floats x) {
   return Floats(2.f) * s * polynomial(square, {1.f, 1.f / 3, 1.f / 5, 1.f / 7, 1.f / 9, 1.f / 11, 1.f / 13});
 }
 
-// x - k pi/2 in float64, so that phases of thousands of radians keep their digits.
+// Of r = x - k pi/2, pi/2 in two parts: x minus the first part is exact, the second loses no more than r's own
+// rounding.
 CAMK_HD Vec<Floats, 2> sine_and_cosine(Floats x) {
 #if defined(__FMA__)
-  typedef float Half __attribute__((vector_size(2 * kLanes)));
-  typedef double Wide __attribute__((vector_size(4 * kLanes)));
-  typedef int32_t HalfInt __attribute__((vector_size(2 * kLanes)));
-  Half part[2], rest[2];
-  HalfInt quarter[2];
-  memcpy(part, &x.v, sizeof(part));
-  bool far = false;
-  for (int k = 0; k < kLanes; ++k) far |= !(x.v[k] < 1e9f && x.v[k] > -1e9f);
-  if (!far) {
-    for (int h = 0; h < 2; ++h) {
-      const Wide wide = __builtin_convertvector(part[h], Wide);
-      const Wide magic = Wide{} + 0x1.8p52;  // adding it rounds to a whole number
-      const Wide k = (wide * 0.63661977236758134308 + magic) - magic;
-      rest[h] = __builtin_convertvector(wide - k * 1.5707963267948966 - k * 6.123233995736766e-17, Half);
-      quarter[h] = __builtin_convertvector(k, HalfInt);
-    }
-    Floats r;
-    Lanes<int32_t>::Raw q;
-    memcpy(&r.v, rest, sizeof(rest));
-    memcpy(&q, quarter, sizeof(quarter));
+  if (all_within(x, 1e6f)) {
+    const Floats magic(12582912.f);  // 1.5 * 2^23: adding it rounds to a whole number, in the last bits of the sum
+    const Floats shifted = multiply_add(x, Floats(0.636619772f), magic), k = shifted - magic;
+    const Floats r = multiply_add(k, Floats(4.37113883e-8f), multiply_add(k, Floats(-1.57079637f), x));
     const Floats square = r * r;
     const Floats sine = r * polynomial(square, {1.f, -1.f / 6, 1.f / 120, -1.f / 5040, 1.f / 362880});
     const Floats cosine = polynomial(square, {1.f, -1.f / 2, 1.f / 24, -1.f / 720, 1.f / 40320, -1.f / 3628800});
+    const auto q = (Lanes<int32_t>::Raw)shifted.v;
     const Lanes<int32_t>::Raw odd = (q & 1) != 0, negative = (q & 2) << 30, other = ((q + 1) & 2) << 30;
     const Floats::Raw s = odd ? cosine.v : sine.v, c = odd ? sine.v : cosine.v;
     return {{Floats((Floats::Raw)((Lanes<int32_t>::Raw)s ^ negative)),

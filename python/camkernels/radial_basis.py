@@ -3,13 +3,65 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from . import reference
+from ._autograd import Argument, Operator
 from ._backends import Call, choose, define, round_to_autocast
 from ._checks import check_floating
+from ._modulation import compute_dtype
+from ._radial_basis import KINDS, SHAPES, Basis
 
 __all__ = ["radial_basis"]
+
+# ---- operators -------------------------------------------------------------------------------------------------------
+# C: float64 where a tensor is, else float32. x [N, d], centers [n, d], shapes [n, s] in C; features [n, F]; phase and
+# frequencies [F - keep] in C; neighbors int32 [N, K], of which those that name no kernel make their point NaN. kind and
+# shape: as in csrc/math/radial_basis.h.
+
+_TENSORS = (
+    Argument("x", points=True),
+    Argument("centers"),
+    Argument("shapes"),
+    Argument("features"),
+    Argument("phase", "Tensor?"),
+    Argument("neighbors", "Tensor?", points=True, differentiable=False),
+    Argument("frequencies", "Tensor?", differentiable=False),
+)
+_SETTINGS = "int kind, int shape, bool normalize, bool detach_normalizer, float eps, int keep"
+
+
+def _meta(x: Tensor, centers: Tensor, shapes: Tensor, features: Tensor, *rest: Any) -> Tensor:
+    return features.new_empty(x.shape[0], features.shape[1])
+
+
+_COMPILED = Operator("radial_basis", _TENSORS, _SETTINGS, [Argument("y", points=True)], _meta)
+_COMPILED.differentiate().differentiate()
+
+
+def _kernels(
+    x: Tensor, centers: Tensor, shapes: Tensor, features: Tensor, neighbors: Tensor | None, basis: Basis
+) -> Tensor:
+    """radial_basis by the operator."""
+    dtype = compute_dtype(x, centers, shapes, features)
+    points, phase, frequencies = x.to(dtype).reshape(-1, x.shape[-1]), basis.phase, basis.frequencies
+    phase, frequencies = (t if t is None else t.to(dtype) for t in (phase, frequencies))
+    if neighbors is not None:
+        if neighbors.dtype == torch.int64:  # what names no kernel must not name one in 32 bits
+            neighbors = neighbors.clamp(-1, centers.shape[0])
+        neighbors = neighbors.int().reshape(-1, neighbors.shape[-1])
+    settings = (
+        KINDS.index(basis.kind), SHAPES.index(basis.shape), basis.normalize, basis.detach_normalizer, float(basis.eps),
+        basis.keep,
+    )  # fmt: skip
+    tensors = (points, centers.to(dtype), shapes.to(dtype), features, phase, neighbors, frequencies)
+    return _COMPILED(*tensors, settings=settings).reshape(*x.shape[:-1], features.shape[1])
+
+
+# ---- function --------------------------------------------------------------------------------------------------------
 
 
 def radial_basis(
@@ -56,9 +108,11 @@ def radial_basis(
     """
     op = "radial_basis"
     check_floating(op, "x", x)
-    options = {
-        "kind": kind, "shape": shape, "normalize": normalize, "detach_normalizer": detach_normalizer, "eps": eps,
-        "frequencies": frequencies, "keep": keep, "phase": phase,
-    }  # fmt: skip
-    choose(Call(op, x.device.type, x.device.index), backend)
-    return round_to_autocast(define(reference.radial_basis, x, centers, shapes, features, neighbors, **options))
+    chosen = choose(Call(op, x.device.type, x.device.index), backend)
+    basis = Basis(kind, shape, normalize, detach_normalizer, eps, frequencies, keep, phase)
+    if chosen == "reference":
+        y = define(reference.radial_basis, x, centers, shapes, features, neighbors, **vars(basis))
+    else:
+        basis.check(op, x, centers, shapes, features, neighbors)
+        y = _kernels(x, centers, shapes, features, neighbors, basis)
+    return round_to_autocast(y)

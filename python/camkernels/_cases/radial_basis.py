@@ -27,6 +27,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
 # Near its centre a kernel may grow without bound, and rounding with it, as the cosine's derivatives do near the origin;
 # finite differences need some room at a kink.
 CENTRE_CLEARANCE, ORIGIN_CLEARANCE, KINK_CLEARANCE = 0.1, 0.4, 2e-3
+NORMALIZER_CLEARANCE = 0.1  # what is left, at least, of weights of both signs in their sum, or rounding grows with it
 SINGULAR = ("ivd", "ivc")  # no number for what a point at their centre gives
 
 
@@ -86,6 +87,7 @@ def _clear_points(draw: _Draw, options: dict[str, Any], centers: Tensor, shapes:
     low, high = (f(centers.double()) for f in (torch.amin, torch.amax))
     x = draw(60 * n, options["dims"], low=float(low) - 0.7, high=float(high) + 0.7, dtype=draw.point_dtype)
     x = x[is_clear(x, centers, shapes, options["kind"], options["shape"]).all(-1)]
+    x = x[_has_normalizers(x, centers, shapes, options)]
     return x[torch.linspace(0, len(x) - 1, n).long()]
 
 
@@ -101,6 +103,19 @@ def is_clear(x: Tensor, centers: Tensor, shapes: Tensor, kind: str, shape: str) 
     return clear
 
 
+def _has_normalizers(x: Tensor, centers: Tensor, shapes: Tensor, options: dict[str, Any]) -> Tensor:
+    """Whether the weights of points [p, d] do not cancel, whichever kernels are their neighbours: [p]."""
+    phi = _weights(x, centers, shapes, kind=options["kind"], shape=options["shape"], normalize=False)
+    chosen = phi[:, torch.combinations(torch.arange(COUNT), options["neighbors"] or COUNT)]
+    return (chosen.sum(-1).abs() >= NORMALIZER_CLEARANCE * chosen.abs().sum(-1)).all(-1)
+
+
+def _weights(x: Tensor, centers: Tensor, shapes: Tensor, **options: Any) -> Tensor:
+    """[..., n], in float64."""
+    tensors = (t.double() for t in (x, centers, shapes))
+    return radial_basis(*tensors, torch.eye(COUNT, device=x.device).double(), **options)
+
+
 def _special_points(options: dict[str, Any], centers: Tensor, x: Tensor) -> Tensor:
     """At a centre, far away, not finite, again and again."""
     broken = x[:4].clone()
@@ -111,8 +126,7 @@ def _special_points(options: dict[str, Any], centers: Tensor, x: Tensor) -> Tens
 
 def _frequencies(inputs: dict[str, Tensor], rest: dict[str, Any], waves: int, draw: _Draw) -> Tensor:
     """Constants [waves] for phases up to some radians, at which rounding of u is not yet seen."""
-    x, centers, shapes = (inputs[name].double() for name in ("x", "centers", "shapes"))
     options = {name: option for name, option in rest.items() if name != "keep"}
-    u = radial_basis(x, centers, shapes, torch.eye(COUNT, device=x.device).double(), **options)
+    u = _weights(*(inputs[name] for name in ("x", "centers", "shapes")), **options)
     largest = u[u.isfinite()].abs().max().clamp(min=1)
-    return (torch.logspace(-1, 3, waves, 2.0, dtype=torch.float64) / largest.cpu()).to(draw.point_dtype).to(x.device)
+    return (torch.logspace(-1, 3, waves, 2.0, dtype=torch.float64) / largest.cpu()).to(draw.point_dtype).to(u.device)

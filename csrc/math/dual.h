@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: MIT
+// A number and its derivative along one direction. A formula for gradients that computes with these gives, in `along`,
+// the second derivatives times that direction.
+#pragma once
+#include "math/portable.h"
+
+namespace camk {
+
+template <class C>
+struct Dual {
+  C value, along;
+  Dual() = default;
+  CAMK_HD Dual(C value, C along) : value(value), along(along) {}
+  CAMK_HD explicit Dual(double constant) : value(C(constant)), along(C(0)) {}
+  CAMK_HD friend Dual operator+(Dual a, Dual b) { return {a.value + b.value, a.along + b.along}; }
+  CAMK_HD friend Dual operator-(Dual a, Dual b) { return {a.value - b.value, a.along - b.along}; }
+  CAMK_HD friend Dual operator*(Dual a, Dual b) { return {a.value * b.value, a.value * b.along + a.along * b.value}; }
+  CAMK_HD friend Dual operator/(Dual a, Dual b) {
+    const C ratio = a.value / b.value;
+    return {ratio, (a.along - ratio * b.along) / b.value};
+  }
+};
+
+template <class C>
+struct scalar_of<Dual<C>> : scalar_of<C> {};
+
+// The number without its derivative, and as a constant.
+template <class C>
+CAMK_HD C value_of(C x) {
+  return x;
+}
+template <class C>
+CAMK_HD C value_of(Dual<C> x) {
+  return x.value;
+}
+template <class C>
+CAMK_HD C constant_of(C x) {
+  return x;
+}
+template <class C>
+CAMK_HD Dual<C> constant_of(Dual<C> x) {
+  return {x.value, C(0)};
+}
+
+template <class C>
+CAMK_HD Dual<C> sqrt_of(Dual<C> x) {
+  const C root = sqrt_of(x.value);
+  return {root, C(0.5) * x.along / root};
+}
+template <class C>
+CAMK_HD Dual<C> exp_of(Dual<C> x) {
+  const C e = exp_of(x.value);
+  return {e, e * x.along};
+}
+template <class C>
+CAMK_HD Vec<Dual<C>, 2> sine_and_cosine(Dual<C> x) {
+  const Vec<C, 2> wave = sine_and_cosine(x.value);
+  return {{Dual<C>(wave[0], wave[1] * x.along), Dual<C>(wave[1], C(0) - wave[0] * x.along)}};
+}
+
+}  // namespace camk

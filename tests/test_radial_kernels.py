@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: MIT
+"""What the kernels of radial_basis do beyond its cases: many pairs, long phases, neighbours that nobody checked."""
+
+import pytest
+import torch
+
+import camkernels
+from camkernels import testing
+from conftest import backends
+
+BACKENDS = [backend for backend in ("cpu",) if backend in backends("radial_basis")]
+
+
+def rand(*shape, seed=0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def call_of(points, kernels, per_point):
+    """Points of which some have no value, each with random neighbours."""
+    x = rand(points, 2)
+    x[::97] = torch.nan
+    neighbors = None if per_point is None else (rand(points, per_point, seed=1) * kernels).int()
+    inputs = {"x": x, "centers": rand(kernels, 2, seed=2), "shapes": rand(kernels, 3, seed=3), "phase": rand(4, seed=4)}
+    inputs["features"] = rand(kernels, 5, seed=5)
+    options = {"kind": "ivq", "shape": "symmetric", "detach_normalizer": False, "keep": 1, "neighbors": neighbors}
+    return testing.Call(inputs, options | {"frequencies": torch.tensor([0.5, 1.0, 2.0, 4.0]).double()})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sizes", [(40000, 70, 4), (1500, 100, None), (50, 300000, 2)], ids=str)
+def test_more_pairs_than_are_kept_at_a_time_and_more_kernels_than_pairs(sizes, backend):
+    call = call_of(*sizes)
+    functions = (lambda **rest: camkernels.radial_basis(**rest, backend=backend), camkernels.reference.radial_basis)
+    actual, expected = (testing.evaluate(function, call, order=2) for function in functions)
+    finite = call.inputs["x"].isfinite().all(-1, keepdim=True)
+    for name, wanted in expected.items():
+        got = actual[name]
+        if name == "second.x":  # undefined where there is no value
+            got, wanted = (torch.where(finite, t, 0.0) for t in (got, wanted))
+        testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11, name=name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("largest", [1.0, 1e3, 9.9e5, 1e8])
+def test_phases_of_any_size_keep_the_digits_of_float32(largest, backend):
+    one, phase = torch.ones(1, 1), (rand(4096) * 2 - 1).mul(largest).float().requires_grad_()
+    y = camkernels.radial_basis(
+        one, one, one, torch.ones(1, 4096), kind="qd", frequencies=torch.zeros(4096), phase=phase, backend=backend
+    )
+    (slope,) = torch.autograd.grad(y.sum(), phase)
+    assert (y[0] - phase.double().sin()).abs().max() < 1.3e-7 and (slope - phase.double().cos()).abs().max() < 1.3e-7
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("wrong", [-1, 9, -(2**31), 2**32, 2**32 + 1, -(2**33)])
+def test_a_neighbour_that_names_no_kernel_makes_its_point_nan_where_values_cannot_be_looked_at(wrong, backend):
+    x, features = rand(6, 2), rand(9, 4, seed=2).requires_grad_()
+    centers, shapes = rand(9, 2, seed=1), torch.eye(2).double().flatten().expand(9, 4)
+    neighbors = (torch.arange(12) % 9).reshape(6, 2)
+    neighbors[2, 1] = wrong
+    dtype = torch.int32 if abs(wrong) < 2**31 else torch.int64
+
+    def of_point(x, neighbors):
+        return camkernels.radial_basis(x, centers, shapes, features, neighbors, backend=backend)
+
+    y = torch.vmap(of_point)(x, neighbors.to(dtype))
+    assert y.isnan().any(-1).tolist() == [False, False, True, False, False, False] and y[2].isnan().all()
+    (found,) = torch.autograd.grad(y.sum(), features)
+    neighbors[2, 1] = 0
+    (whole,) = torch.autograd.grad(of_point(x, neighbors)[[0, 1, 3, 4, 5]].sum(), features)
+    torch.testing.assert_close(found, whole)

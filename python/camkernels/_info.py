@@ -15,6 +15,7 @@ from . import __version__, _gpu, _ops
 from ._backends import BACKENDS, Call, can_run
 from ._geometry import geometry_table
 from ._gpu import build_facts
+from .neighbors import search_method
 from .testing import CASES
 from .triton import SECOND_ORDER as TRITON_SECOND_ORDER
 
@@ -51,6 +52,7 @@ def collect() -> dict[str, Any]:
         "build": build_facts(_ops.FOLDER),
         "environment": {name: variables.get(name) for name in sorted({*KNOWN_VARIABLES, *variables})},
         "ops": {op: {backend: reason_against(backend, op) for backend in BACKENDS} for op in CASES},
+        "nearest": search_method(),
         "second_order": {backend: second_order(backend) for backend in BACKENDS},
         "hardware": hardware(_ops.FOLDER.parents[1] / "bench" / "results"),
         "hash_grid_geometries": geometry_table(),
@@ -114,6 +116,7 @@ def describe(facts: dict[str, Any]) -> str:
     for op, backends in facts["ops"].items():
         for backend, reason in backends.items():
             lines.append(f"  {op:24} {backend:10} {'yes' if reason is None else 'no: ' + reason}")
+    lines.append(f"nearest centres: by {facts['nearest']}, on the CPU")
     lines += [f"second order: {', '.join(f'{b}: {by}' for b, by in facts['second_order'].items())}", ""]
     lines += _hardware_lines(facts["hardware"])
     return "\n".join([*lines, "", *_geometry_lines(facts["hash_grid_geometries"])])

@@ -1,21 +1,24 @@
 # SPDX-License-Identifier: MIT
-"""Radial-basis evaluation: the function `radial_basis`."""
+"""Radial-basis evaluation: the function `radial_basis` and the layer `RadialBasis`."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import reference
 from ._autograd import Argument, Operator
-from ._backends import Call, choose, define, round_to_autocast
-from ._checks import check_floating
+from ._backends import BACKENDS, Call, choose, define, round_to_autocast
+from ._checks import check_choice, check_dtype, check_floating, check_size
+from ._layers import KeepsGeometry
 from ._modulation import compute_dtype
-from ._radial_basis import KINDS, SHAPES, Basis
+from ._radial_basis import KINDS, MOST_DIMS, SHAPES, Basis, shape_width
+from .neighbors import NeighborIndex
 
-__all__ = ["radial_basis"]
+__all__ = ["RadialBasis", "radial_basis"]
 
 # ---- operators -------------------------------------------------------------------------------------------------------
 # C: float64 where a tensor is, else float32. x [N, d], centers [n, d], shapes [n, s] in C; features [n, F]; phase and
@@ -116,3 +119,124 @@ def radial_basis(
         basis.check(op, x, centers, shapes, features, neighbors)
         y = _kernels(x, centers, shapes, features, neighbors, basis)
     return round_to_autocast(y)
+
+
+# ---- layer -----------------------------------------------------------------------------------------------------------
+
+
+class RadialBasis(KeepsGeometry):
+    """Trainable radial kernels: x [..., dims] -> [..., features], from the nearest `neighbors` kernels of each point.
+
+    The parameters are `centers` [count, dims], at first from U(-1, 1), `shapes` [count, s], such that a kernel is as
+    wide as a regular grid of as many would be, and `features` [count, features], from U(-1e-4, 1e-4); only those named
+    in `trainable` require gradients. neighbors: how many, or None for all kernels; forward also takes the neighbours
+    themselves, as `camkernels.nearest` finds them. Without, they are searched on the CPU, in an index that is kept
+    until centers change. `camkernels.neighbors` places centers and shapes where the data are. A state_dict also holds
+    the options; one with others is refused, one without them (bare parameters) is accepted.
+
+    The other arguments, and the errors: `radial_basis`.
+
+    >>> layer = RadialBasis(100, dims=2, features=8, frequencies=torch.logspace(-3, 12, 8, base=2.0))
+    >>> layer(torch.rand(5, 2)).shape, [name for name, p in layer.named_parameters() if p.requires_grad]
+    (torch.Size([5, 8]), ['features'])
+    """
+
+    def __init__(
+        self,
+        count: int,
+        dims: int,
+        features: int,
+        neighbors: int | None = 4,
+        *,
+        kind: str = "ivq",
+        shape: str = "full",
+        normalize: bool = True,
+        detach_normalizer: bool = True,
+        frequencies: Tensor | Sequence[float] | None = None,
+        keep: int = 0,
+        trainable: Iterable[str] = ("features",),
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        backend: str | None = None,
+    ):
+        super().__init__()
+        op = "RadialBasis"
+        sizes = {"count": count, "dims": dims, "features": features}
+        for name, size in sizes.items():
+            check_size(op, name, size)
+        if dims > MOST_DIMS:
+            raise ValueError(f"{op}: dims must be from 1 to {MOST_DIMS}, got {dims}")
+        if neighbors is not None:
+            check_size(op, "neighbors", neighbors)
+            if neighbors > count:
+                raise ValueError(f"{op}: neighbors must be at most count, {count}, got {neighbors}")
+        check_choice(op, "backend", backend, (None, *BACKENDS))
+        check_dtype(op, "dtype", dtype)
+        trainable = (trainable,) if isinstance(trainable, str) else tuple(trainable)
+        for name in trainable:
+            check_choice(op, "trainable", name, ("centers", "shapes", "features"))
+        constants = None if frequencies is None else torch.as_tensor(frequencies, dtype=torch.float32, device=device)
+        options = {"kind": kind, "shape": shape, "normalize": normalize, "detach_normalizer": detach_normalizer}
+        self.options = {**options, "keep": keep}
+        Basis(**self.options, frequencies=constants).check_options(op, features)
+        self.neighbors, self.backend = neighbors, backend
+        self.register_buffer("frequencies", constants, persistent=False)
+        for name, width in (("centers", dims), ("shapes", shape_width(shape, dims)), ("features", features)):
+            empty = torch.empty(count, width, dtype=dtype, device=device)
+            self.register_parameter(name, nn.Parameter(empty, requires_grad=name in trainable))
+        self._index: NeighborIndex | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Centers from U(-1, 1), shapes of kernels as wide as the pitch of a grid of them, features U(-1e-4, 1e-4)."""
+        count, dims = self.centers.shape
+        pitch = 2 / count ** (1 / dims)
+        form = self.options["shape"]
+        linear = self.options["kind"] == "nlin"
+        scale = 1 / pitch if linear or form == "projected" else (2 / pitch) ** 2
+        with torch.no_grad():
+            self.centers.uniform_(-1, 1)
+            self.features.uniform_(-1e-4, 1e-4)
+            if form in ("isotropic", "diagonal"):
+                self.shapes.fill_(scale)
+                return
+            identity = torch.eye(dims, dtype=self.shapes.dtype, device=self.shapes.device)
+            if form == "symmetric":
+                row, column = torch.triu_indices(dims, dims, device=identity.device)
+                identity = identity[row, column]
+            self.shapes.copy_((scale * identity).flatten().expand_as(self.shapes))
+
+    def forward(self, x: Tensor, neighbors: Tensor | None = None) -> Tensor:
+        """x [..., dims], neighbors integers [..., K] or None -> [..., features]."""
+        if neighbors is None and self.neighbors is not None:
+            neighbors = self._nearest(x)
+        return radial_basis(
+            x, self.centers, self.shapes, self.features, neighbors, **self.options, frequencies=self.frequencies,
+            backend=self.backend,
+        )  # fmt: skip
+
+    @torch.compiler.disable
+    def _nearest(self, x: Tensor) -> Tensor:
+        if self._index is None or not self._index.holds(self.centers):
+            self._index = NeighborIndex(self.centers)
+        return self._index.search(x, self.neighbors)[0]
+
+    def get_extra_state(self) -> dict[str, Any]:
+        frequencies = None if self.frequencies is None else self.frequencies.tolist()
+        return {**self.options, "neighbors": self.neighbors, "frequencies": frequencies}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        if state != self.get_extra_state():
+            raise ValueError(
+                f"RadialBasis: the state_dict is of a layer with {state}, this one has {self.get_extra_state()}; build "
+                "it with those options"
+            )
+
+    def extra_repr(self) -> str:
+        count, dims = self.centers.shape
+        options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        trained = tuple(name for name, p in self.named_parameters() if p.requires_grad)
+        return (
+            f"{count}, {dims}, {self.features.shape[1]}, neighbors={self.neighbors}, {options}, trainable={trained}, "
+            f"dtype={self.features.dtype}"
+        )

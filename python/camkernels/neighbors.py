@@ -1,0 +1,398 @@
+# SPDX-License-Identifier: MIT
+"""Exact nearest centres, and kernels placed where the data are: weighted k-means and the shapes of its clusters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _ops
+from ._checks import check_choice, check_floating, check_number, check_same_device, check_shape, check_size
+from ._radial_basis import KINDS, MOST_DIMS, SHAPES, can_look_at, shape_width
+
+__all__ = ["NeighborIndex", "kernel_shapes", "nearest", "second_moments", "weighted_kmeans", "width_bounds"]
+
+# ---- operators -------------------------------------------------------------------------------------------------------
+# centers [n, d] float32 or float64 -> points [d, n] in the order of their cells, rows [n] where they stood, starts of
+# the cells, axes: the cuts of each axis. x [m, d] of the same dtype -> rows int32 [m, k], squared distances float64.
+
+
+def _cells_meta(centers: Tensor) -> tuple[Tensor, ...]:
+    size = torch.library.get_ctx().new_dynamic_size
+    points = torch.empty_like(centers.mT, memory_format=torch.contiguous_format)
+    rows, starts = (centers.new_empty(n, dtype=torch.int32) for n in (len(centers), size()))
+    return points, rows, starts, centers.new_empty(size(), dtype=torch.float64)
+
+
+def _nearest_meta(x: Tensor, points: Tensor, rows: Tensor, starts: Tensor, axes: Tensor, k: int) -> tuple[Tensor, ...]:
+    return x.new_empty(len(x), k, dtype=torch.int32), x.new_empty(len(x), k, dtype=torch.float64)
+
+
+_CELLS = _ops.declare(
+    "neighbor_cells(Tensor centers) -> (Tensor points, Tensor rows, Tensor starts, Tensor axes)", _cells_meta
+)
+_NEAREST = _ops.declare(
+    "nearest(Tensor x, Tensor points, Tensor rows, Tensor starts, Tensor axes, int k) -> (Tensor, Tensor)",
+    _nearest_meta,
+)
+
+_POINTS_AT_ONCE = 1 << 22  # bounds the memory of a search
+_DISTANCES_AT_ONCE = 1 << 22
+
+
+# ---- nearest centres -------------------------------------------------------------------------------------------------
+
+
+def search_method() -> str:
+    """How the nearest centres are found in this installation: "cells", "cKDTree" or "exhaustive"."""
+    if _ops.has_kernel("nearest", "cpu"):
+        return "cells"
+    return "cKDTree" if find_spec("scipy") else "exhaustive"
+
+
+class NeighborIndex:
+    """Centres [n, d], d from 1 to 4, made ready for searches: `index.search(x, k)`, or `nearest(..., index=index)`.
+
+    Holds a copy of the centres as they are now, on the CPU, where all searches run: with kernels of the CPU library, or
+    SciPy's cKDTree, or, where both are missing, by all distances; `python -m camkernels info` tells which.
+
+    Raises ValueError for shapes, no centres and coordinates that are not finite, TypeError for dtypes.
+
+    >>> index = NeighborIndex(torch.rand(100, 2))
+    >>> index.search(torch.rand(5, 2), 4)[0].shape
+    torch.Size([5, 4])
+    """
+
+    def __init__(self, centers: Tensor):
+        op = "NeighborIndex"
+        check_floating(op, "centers", centers)
+        if centers.ndim != 2 or not 1 <= centers.shape[1] <= MOST_DIMS or len(centers) == 0:
+            raise ValueError(
+                f"{op}: centers must have shape [n, d] with n > 0 and d from 1 to {MOST_DIMS}, got "
+                f"{list(centers.shape)}"
+            )
+        _check_finite(op, "centers", centers)
+        self.centers = _coordinates(centers).clone()
+        self.method = search_method()
+        self._prepared: dict[torch.dtype, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self.centers)
+
+    def holds(self, centers: Tensor) -> bool:
+        """Whether it was built from these centers, value by value."""
+        return torch.equal(self.centers, _coordinates(centers))
+
+    def __repr__(self) -> str:
+        return f"NeighborIndex(centers={list(self.centers.shape)}, method={self.method!r})"
+
+    @torch.compiler.disable
+    def search(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """x [..., d] -> (int32 [..., k], squared distances [..., k]) on the device of x, as `nearest` gives them."""
+        op = "nearest"
+        check_floating(op, "x", x)
+        count, dims = self.centers.shape
+        check_shape(op, "x", x, ["...", dims], f"the centers have {dims} coordinates")
+        check_size(op, "k", k)
+        if k > count:
+            raise ValueError(f"{op}: k must be at most the number of centers, {count}, got {k}; use min(k, {count})")
+        _check_finite(op, "x", x)
+        points = _coordinates(x)
+        dtype = torch.promote_types(points.dtype, self.centers.dtype)
+        points = points.to(dtype).reshape(-1, dims).contiguous()
+        parts = [self._search(part, k) for part in points.split(_POINTS_AT_ONCE)]
+        rows, squares = (torch.cat(found).reshape(*x.shape[:-1], k) for found in zip(*parts, strict=True))
+        return rows.to(x.device), squares.to(x.device, dtype)
+
+    def _search(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        if self.method == "cells":
+            return _NEAREST(x, *self._made(x.dtype, _CELLS), k)
+        x, centers = x.double(), self.centers.double()
+        if self.method == "cKDTree":
+            return _search_tree(self._made(x.dtype, _tree), centers, x, k)
+        return _search_all(centers, x, k)
+
+    def _made(self, dtype: torch.dtype, make: Callable[[Tensor], Any]) -> Any:
+        """What is built once for coordinates of a dtype."""
+        if dtype not in self._prepared:
+            self._prepared[dtype] = make(self.centers.to(dtype).contiguous())
+        return self._prepared[dtype]
+
+
+def nearest(
+    x: Tensor,
+    centers: Tensor,
+    k: int,
+    *,
+    index: NeighborIndex | None = None,
+    return_squared_distances: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The k centres nearest to each point: int32 [..., k], the nearest first, equally near ones by their rows.
+
+    x [..., d], centers [n, d], d from 1 to 4, k from 1 to n. Distances are those of the offsets in float64, for all
+    dtypes. index: a `NeighborIndex` of the same centers, which saves building one. return_squared_distances:
+    (neighbours, squared distances [..., k] in float32, or float64 if x or centers are). Nothing is differentiable. Runs
+    on the CPU; what lies elsewhere is copied there and the result back.
+
+    Raises ValueError for shapes, k, mixed devices, an index of other centers and coordinates that are not finite,
+    TypeError for dtypes.
+
+    >>> import torch
+    >>> nearest(torch.tensor([[0.2], [0.9]]), torch.tensor([[0.0], [1.0], [0.5]]), 2).tolist()
+    [[0, 2], [1, 2]]
+    """
+    op = "nearest"
+    check_floating(op, "x", x)
+    check_floating(op, "centers", centers)
+    check_same_device(op, x=x, centers=centers)
+    if index is None:
+        index = NeighborIndex(centers)
+    elif not index.holds(centers):
+        raise ValueError(f"{op}: index must be of these centers, got one of others; build NeighborIndex(centers) anew")
+    rows, squares = index.search(x, k)
+    return (rows, squares) if return_squared_distances else rows
+
+
+def _coordinates(t: Tensor) -> Tensor:
+    """Coordinates on the CPU, in float64 or float32."""
+    return t.detach().to("cpu", t.dtype if t.dtype == torch.float64 else torch.float32)
+
+
+def _check_finite(op: str, name: str, t: Tensor) -> None:
+    broken = ~t.detach().isfinite().all(-1)
+    if broken.any():
+        raise ValueError(
+            f"{op}: {name} must be finite, got {int(broken.sum())} points with NaN or infinite coordinates; leave them "
+            "out"
+        )
+
+
+def _squares(offsets: Tensor) -> Tensor:
+    """Squared lengths, each product and each sum rounded on its own, in the order of the axes."""
+    squares = offsets * offsets
+    total = squares[..., 0]
+    for i in range(1, offsets.shape[-1]):
+        total = total + squares[..., i]
+    return total
+
+
+def _search_all(centers: Tensor, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    rows, squares = [], []
+    for part in x.split(max(1, _DISTANCES_AT_ONCE // len(centers))):
+        found = _squares(centers - part.unsqueeze(1)).sort(dim=-1, stable=True)
+        squares.append(found.values[:, :k])
+        rows.append(found.indices[:, :k].int())
+    return torch.cat(rows), torch.cat(squares)
+
+
+def _tree(centers: Tensor) -> Any:
+    from scipy.spatial import cKDTree
+
+    return cKDTree(centers.numpy())
+
+
+def _search_tree(tree: Any, centers: Tensor, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The tree breaks ties as it likes: points whose last neighbour may have an equal are asked for more."""
+    rows = torch.empty(len(x), k, dtype=torch.int32)
+    squares = torch.empty(len(x), k, dtype=torch.float64)
+    left, width = torch.arange(len(x)), min(k + 1, len(centers))
+    while len(left):
+        distances, near = tree.query(x[left].numpy(), range(1, width + 1), workers=torch.get_num_threads())
+        near = torch.from_numpy(near).long().sort(-1).values
+        found = _squares(centers[near] - x[left].unsqueeze(1)).sort(dim=-1, stable=True)
+        rows[left] = near.gather(1, found.indices[:, :k]).int()
+        squares[left] = found.values[:, :k]
+        if width == len(centers):
+            break
+        unsure = torch.from_numpy(distances[:, -1] <= distances[:, k - 1] * (1 + 1e-12))
+        left, width = left[unsure], min(2 * width, len(centers))
+    return rows, squares
+
+
+# ---- kernels where the data are --------------------------------------------------------------------------------------
+
+
+def weighted_kmeans(
+    points: Tensor,
+    weights: Tensor,
+    count: int,
+    *,
+    start: Tensor | None = None,
+    iterations: int = 10,
+    generator: torch.Generator | None = None,
+    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> Tensor:
+    """The centres [count, d] of clusters of points [N, d] with weights [N], by Lloyd's iterations.
+
+    The result has the points' dtype. An iteration moves each centre to the weighted mean, in float64, of the points
+    nearest to it; one without points stays. Points without weight do not count. start: rows of points [count], or
+    centres [count, d]; None draws rows without replacement, with probabilities in proportion to the weights, from the
+    generator. progress wraps the iterations of a long run: tqdm.tqdm.
+
+    Raises ValueError for shapes, negative weights and fewer points with weight than count, TypeError for dtypes.
+
+    Source: initialisation of Chen et al., "NeuRBF", ICCV 2023.
+
+    >>> import torch
+    >>> points = torch.tensor([[0.0], [1.0], [10.0], [12.0]])
+    >>> weighted_kmeans(points, torch.tensor([3.0, 1.0, 1.0, 1.0]), 2, start=torch.tensor([0, 3])).tolist()
+    [[0.25], [11.0]]
+    """
+    op = "weighted_kmeans"
+    check_size(op, "count", count)
+    check_size(op, "iterations", iterations, least=0)
+    _check_weights(op, points, weights)
+    used = weights > 0
+    if int(used.sum()) < count:
+        raise ValueError(
+            f"{op}: count must be at most the number of points with weight, {int(used.sum())}, got {count}"
+        )
+    if start is None:  # exponential clocks of these rates: the first to ring are such a draw
+        clocks = torch.empty_like(weights, dtype=torch.float64).exponential_(generator=generator)
+        start = (weights.double() / clocks).topk(count).indices
+    check_shape(op, "start", start, [count] if start.ndim == 1 else [count, points.shape[1]], "or rows [count]")
+    centers = (points[start.long()] if start.ndim == 1 else start).double()
+    points, masses = points[used], weights[used].double().unsqueeze(-1)
+    moments = masses * points.double()
+    for _ in progress(range(iterations)):
+        nearest_center = nearest(points, centers.to(points.dtype), 1)[:, 0].long()
+        centers = _means(moments, masses, nearest_center, centers)
+    return centers.to(points.dtype)
+
+
+def second_moments(
+    points: Tensor, weights: Tensor, centers: Tensor, *, shape: str = "full", alpha: float = 0.5
+) -> Tensor:
+    """Weighted means of the squared offsets o of the points [N, d] nearest to each of the centers [n, d].
+
+    [n, s] in the form of `shape`: |o|^2 ("isotropic"), o_i^2 ("diagonal"), the matrix o_i o_j ("full" and "projected",
+    row by row; "symmetric", its upper triangle), each divided by alpha; 1e-10 on the diagonal for a centre without
+    points. In the points' dtype, computed in float64. weights [N].
+
+    Raises ValueError for shapes, values and mixed devices, TypeError for dtypes.
+
+    >>> import torch
+    >>> points = torch.tensor([[-1.0, 0.0], [1.0, 0.0]])
+    >>> second_moments(points, torch.ones(2), torch.zeros(1, 2), alpha=1.0).tolist()
+    [[1.0, 0.0, 0.0, 0.0]]
+    """
+    op = "second_moments"
+    check_choice(op, "shape", shape, SHAPES)
+    check_number(op, "alpha", alpha)
+    _check_weights(op, points, weights)
+    used = weights > 0
+    points, masses = points[used], weights[used].double().unsqueeze(-1)
+    rows = nearest(points, centers, 1)[:, 0].long()
+    o = points.double() - centers.double()[rows]
+    dims = centers.shape[1]
+    if shape == "isotropic":
+        squares, least = (o * o).sum(-1, keepdim=True), o.new_ones(1)
+    elif shape == "diagonal":
+        squares, least = o * o, o.new_ones(dims)
+    else:
+        squares = _matrix_rows(o.unsqueeze(-1) * o.unsqueeze(-2), shape)
+        least = _matrix_rows(torch.eye(dims, dtype=o.dtype, device=o.device), shape)
+    empty = (1e-10 * alpha * least).expand(len(centers), -1)
+    return (_means(masses * squares, masses, rows, empty) / alpha).to(points.dtype)
+
+
+def width_bounds(low: Tensor, high: Tensor, resolution: Tensor, *, least: float = 0.0) -> tuple[Tensor, Tensor]:
+    """(the least, the greatest) half-width [d] of kernels in a domain from low [d] to high [d].
+
+    A hundredth of half the pitch of a grid of resolution [d] cells, but no less than `least`; a tenth of the domain.
+
+    >>> import torch
+    >>> width_bounds(torch.zeros(2), torch.ones(2), torch.tensor([5, 10]))
+    (tensor([0.0010, 0.0005]), tensor([0.1000, 0.1000]))
+    """
+    extent = high - low
+    return (extent / resolution / 200).clamp(min=least), extent / 10
+
+
+def kernel_shapes(
+    moments: Tensor,
+    bounds: tuple[Tensor, Tensor],
+    *,
+    kind: str = "ivq",
+    shape: str = "full",
+) -> Tensor:
+    """Shapes [n, s] of `radial_basis` for kernels with `second_moments` [n, s] in the same form, so that most kinds are
+    1/2 at a distance of the root of the moment.
+
+    bounds: the least and the greatest half-width [d], as `width_bounds` gives them; beyond them moments are clipped,
+    and those off the diagonal to 0.999 of what a positive matrix can have. In three axes and more a matrix may
+    nevertheless not be positive; "projected" is NaN there.
+
+    Raises ValueError for shapes and values, TypeError for dtypes.
+
+    Source: initialisation of Chen et al., "NeuRBF", ICCV 2023.
+
+    >>> import torch
+    >>> kernel_shapes(torch.full((1, 2), 0.25), (torch.zeros(2), torch.ones(2)), shape="diagonal").tolist()
+    [[4.0, 4.0]]
+    """
+    op = "kernel_shapes"
+    check_floating(op, "moments", moments)
+    check_choice(op, "kind", kind, KINDS)
+    check_choice(op, "shape", shape, SHAPES)
+    dims = len(bounds[0])
+    for bound in bounds:
+        check_shape(op, "bounds", bound, [dims], "one half-width for each axis")
+    check_shape(op, "moments", moments, ["n", shape_width(shape, dims)], f"shape={shape!r} in {dims} axes")
+    least, most = (bound.to(moments).square() for bound in bounds)
+    moments = moments * {"nlin": 4.0, "ivmq": 1 / 3}.get(kind, 1.0)
+    if shape in ("isotropic", "diagonal"):
+        if shape == "isotropic":
+            least, most = least.max(), most.min()
+        clipped = moments.clamp(least, most)
+        return clipped.rsqrt() if kind == "nlin" else 1 / clipped
+    inverse = torch.linalg.inv(_clipped(_matrices(moments, shape, dims), least, most))
+    if shape != "projected":
+        return _matrix_rows(inverse, shape)
+    values, vectors = torch.linalg.eigh(inverse)
+    return (vectors * values.sqrt().unsqueeze(-2)).mT.flatten(1)
+
+
+def _check_weights(op: str, points: Tensor, weights: Tensor) -> None:
+    check_floating(op, "points", points)
+    check_floating(op, "weights", weights)
+    check_same_device(op, points=points, weights=weights)
+    check_shape(op, "points", points, ["N", "d"], "one row for each point")
+    check_shape(op, "weights", weights, [len(points)], "one weight for each point")
+    if can_look_at(weights) and not ((weights >= 0) & weights.isfinite()).all():
+        raise ValueError(f"{op}: weights must be finite and not negative; clamp them")
+
+
+def _means(weighted: Tensor, masses: Tensor, rows: Tensor, otherwise: Tensor) -> Tensor:
+    """Of each row, the sum of what is weighted [N, *] over that of masses [N, 1]; otherwise [n, *] where none is."""
+    total = torch.zeros_like(otherwise).index_add_(0, rows, weighted)
+    mass = masses.new_zeros(len(otherwise), 1).index_add_(0, rows, masses)
+    return torch.where(mass > 0, total / mass, otherwise)
+
+
+def _matrix_rows(matrices: Tensor, shape: str) -> Tensor:
+    """Matrices [..., d, d] as rows of a form [..., s]."""
+    if shape != "symmetric":
+        return matrices.flatten(-2)
+    row, column = torch.triu_indices(*matrices.shape[-2:], device=matrices.device)
+    return matrices[..., row, column]
+
+
+def _matrices(rows: Tensor, shape: str, dims: int) -> Tensor:
+    """Inverse of _matrix_rows."""
+    if shape != "symmetric":
+        return rows.unflatten(-1, (dims, dims))
+    row, column = torch.triu_indices(dims, dims, device=rows.device)
+    matrices = rows.new_empty(*rows.shape[:-1], dims, dims)
+    matrices[..., row, column] = matrices[..., column, row] = rows
+    return matrices
+
+
+def _clipped(matrices: Tensor, least: Tensor, most: Tensor) -> Tensor:
+    diagonal = matrices.diagonal(dim1=-2, dim2=-1).clamp(least, most)
+    bound = 0.999 * (diagonal.unsqueeze(-1) * diagonal.unsqueeze(-2)).sqrt()
+    return matrices.clamp(-bound, bound).diagonal_scatter(diagonal, dim1=-2, dim2=-1)

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: MIT
+"""Weighted k-means and the shapes of kernels give the recorded results of the public code."""
+
+import pytest
+import torch
+
+from camkernels import neighbors, testing
+from camkernels.neighbors import kernel_shapes, second_moments, weighted_kmeans, width_bounds
+
+FORMS = {"s": "isotropic", "d": "diagonal", "a": "full", "f": "projected"}
+RECORDED = [
+    (name, kind)
+    for name in testing.golden_names("neurbf_kernel_shape__")
+    for kind in testing.load_golden(name).hyper["kinds"]
+]
+
+
+@pytest.fixture
+def clusters():
+    golden = testing.load_golden("neurbf_kmeans__d2")
+    return golden, *(golden.tensor(f"in.{name}", torch.float32) for name in ("points", "weights"))
+
+
+@pytest.mark.parametrize("iterations", [1, 3, 10])
+@pytest.mark.parametrize("given", ["rows", "centers"])
+def test_centers_of_the_public_code(clusters, iterations, given):
+    golden, points, weights = clusters
+    start = torch.from_numpy(golden.arrays["aux.start"])
+    start = start if given == "rows" else points[start.long()]
+    centers = weighted_kmeans(points, weights, 13, start=start, iterations=iterations)
+    assert centers.dtype == torch.float32
+    testing.assert_close_golden(centers, golden, f"out.centers_{iterations}", torch.float32)
+
+
+@pytest.mark.parametrize("form", ["a", "s", "d"])
+def test_moments_of_the_public_code(clusters, form):
+    golden, points, weights = clusters
+    centers = golden.tensor("out.centers_10", torch.float32)
+    found = second_moments(points, weights, centers, shape=FORMS[form], alpha=golden.hyper["alpha"])
+    key = f"out.kw_sq_ivq_{form}"
+    testing.assert_close_golden(found.reshape(golden.arrays[key].shape), golden, key, torch.float32)
+
+
+@pytest.mark.parametrize("suffix", ["", "_vmin"])
+@pytest.mark.parametrize(("name", "kind"), RECORDED)
+def test_shapes_of_the_public_code(name, kind, suffix):
+    golden = testing.load_golden(name)
+    family, form = kind.rsplit("_", 1)
+    low, high, resolution = (golden.tensor(f"in.{key}", torch.float64) for key in ("cmin", "cmax", "dims"))
+    bounds = width_bounds(low, high, resolution, least=golden.hyper["vmin_min"][suffix] or 0.0)
+    moments = golden.tensor(f"in.kw_sq_{kind}", torch.float64).flatten(1)
+    found = kernel_shapes(moments, bounds, kind=family, shape=FORMS[form])
+    key = f"out.ks_{kind}{suffix}"
+    if form == "f":  # rows are defined up to sign and order
+        key = f"out.ks_gram_{kind}{suffix}"
+        rows = found.unflatten(-1, (len(low), len(low)))
+        found = rows.mT @ rows
+    testing.assert_close_golden(found.reshape(golden.arrays[key].shape), golden, key, torch.float64)
+
+
+def test_the_symmetric_form_packs_the_full_one(clusters):
+    golden, points, weights = clusters
+    centers = golden.tensor("out.centers_10", torch.float32)
+    bounds = (torch.full((2,), 1e-3), torch.full((2,), 0.5))
+    moments = {form: second_moments(points, weights, centers, shape=form) for form in ("full", "symmetric")}
+    assert torch.equal(moments["symmetric"], moments["full"][:, [0, 1, 3]])
+    shapes = {form: kernel_shapes(moments[form], bounds, shape=form) for form in moments}
+    assert torch.equal(shapes["symmetric"], shapes["full"][:, [0, 1, 3]])
+
+
+def test_a_seed_draws_one_start_and_points_without_weight_never():
+    generator = torch.Generator().manual_seed(3)
+    points, weights = torch.rand(500, 3, generator=generator), torch.rand(500, generator=generator)
+    weights[:250] = 0
+    first, again, other = (
+        weighted_kmeans(points, weights, 40, iterations=0, generator=torch.Generator().manual_seed(seed))
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    drawn = (first.unsqueeze(1) == points).all(-1).nonzero()[:, 1]
+    assert len(drawn.unique()) == 40 and drawn.min() >= 250
+
+
+def test_starts_are_drawn_in_proportion_to_the_weights():
+    points, weights = torch.arange(2.0).unsqueeze(-1), torch.tensor([1.0, 3.0])
+    generator = torch.Generator().manual_seed(0)
+    drawn = [weighted_kmeans(points, weights, 1, iterations=0, generator=generator).item() for _ in range(2000)]
+    assert abs(sum(drawn) / 2000 - 0.75) < 0.05
+
+
+def test_progress_sees_every_iteration():
+    seen = []
+    points = torch.rand(20, 1)
+    weighted_kmeans(
+        points, torch.ones(20), 3, iterations=4, progress=lambda steps: (seen.append(i) or i for i in steps)
+    )
+    assert seen == [0, 1, 2, 3]
+
+
+def test_a_center_without_points_stays_and_has_the_least_shape():
+    points, weights = torch.zeros(3, 2), torch.ones(3)
+    centers = torch.tensor([[0.0, 0.0], [9.0, 9.0]])
+    assert torch.equal(weighted_kmeans(points, weights, 2, start=centers), centers)
+    assert torch.allclose(second_moments(points, weights, centers)[1], 1e-10 * torch.tensor([1.0, 0, 0, 1]), atol=0)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "weights", "count", "options"),
+    [
+        (ValueError, "count must be at most the number of points with weight, 3, got 4", [1, 2, 3, 0], 4, {}),
+        (ValueError, "weights must be finite and not negative", [1, 2, 3, -1], 2, {}),
+        (ValueError, "weights must be finite and not negative", [1, 2, 3, float("nan")], 2, {}),
+        (ValueError, r"weights must have shape \[4\]", [1, 2, 3], 2, {}),
+        (ValueError, r"start must have shape \[2\]", [1, 2, 3, 4], 2, {"start": torch.arange(3)}),
+        (ValueError, r"start must have shape \[2, 1\]", [1, 2, 3, 4], 2, {"start": torch.rand(2, 2)}),
+        (ValueError, "iterations must be at least 0", [1, 2, 3, 4], 2, {"iterations": -1}),
+    ],
+)
+def test_kmeans_refuses(error, message, weights, count, options):
+    with pytest.raises(error, match=f"^weighted_kmeans: {message}"):
+        neighbors.weighted_kmeans(torch.rand(4, 1), torch.tensor(weights, dtype=torch.float32), count, **options)
+
+
+def test_shapes_refuse_what_does_not_fit():
+    with pytest.raises(ValueError, match=r"^kernel_shapes: moments must have shape \[n, 4\]"):
+        kernel_shapes(torch.ones(3, 2), (torch.zeros(2), torch.ones(2)))
+    with pytest.raises(ValueError, match=r"^second_moments: shape must be one of"):
+        second_moments(torch.ones(3, 2), torch.ones(3), torch.ones(1, 2), shape="round")

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: MIT
+"""Nearest centres are exact for every cloud, by every method, with ties by row and for any number of threads."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+import camkernels
+from camkernels import NeighborIndex, _ops, nearest, neighbors
+
+needs_kernels = pytest.mark.skipif(_ops.cpu_isa is None, reason="no CPU library")
+METHODS = [pytest.param("cells", marks=needs_kernels), "cKDTree", "exhaustive"]
+
+
+def rand(*shape, seed=0, low=0.0, high=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(*shape, generator=generator, dtype=torch.float64) * (high - low) + low
+
+
+def lattice(dims, each):
+    axes = torch.meshgrid(*[torch.arange(each, dtype=torch.float64)] * dims, indexing="ij")
+    return torch.stack(axes, -1).flatten(0, -2)[torch.randperm(each**dims, generator=torch.Generator().manual_seed(1))]
+
+
+def cluster(n, dims, seed=2):
+    return 1e-6 * rand(n, dims, seed=seed)
+
+
+CLOUDS = {
+    "uniform": lambda dims: rand(500, dims),
+    "one": lambda dims: rand(1, dims),
+    "lattice": lambda dims: lattice(dims, {1: 300, 2: 18, 3: 7, 4: 4}[dims]),
+    "duplicates": lambda dims: rand(20, dims).repeat(12, 1),
+    "all alike": lambda dims: torch.full((60, dims), 0.25, dtype=torch.float64),
+    "clusters": lambda dims: torch.cat([cluster(150, dims), 1 + cluster(150, dims, seed=3), rand(50, dims)]),
+    "line": lambda dims: torch.linspace(0, 1, 300, dtype=torch.float64).unsqueeze(-1).expand(-1, dims),
+    "axis": lambda dims: torch.cat([rand(300, 1), torch.zeros(300, dims - 1, dtype=torch.float64)], -1),
+    "outlier": lambda dims: torch.cat([rand(300, dims), torch.full((1, dims), 1e6, dtype=torch.float64)]),
+    "huge and tiny": lambda dims: torch.cat([1e30 * rand(100, dims, low=-1.0), 1e-30 * rand(100, dims)]),
+}
+
+
+def queries(centers):
+    low, high = centers.amin(0), centers.amax(0)
+    inside = low + (high - low) * rand(60, centers.shape[1], seed=5)
+    middles = (centers[:40] + centers[-40:].flip(0)[: len(centers[:40])]) / 2
+    return torch.cat([inside, centers[:40], middles, low - 100 * (1 + high - low) * rand(10, centers.shape[1], seed=6)])
+
+
+def expected(x, centers, k):
+    """By the definition: all distances in float64, sorted by distance, then by row."""
+    squares = torch.zeros(*x.shape[:-1], len(centers), dtype=torch.float64)
+    for i in range(x.shape[-1]):
+        squares = squares + (centers.double()[:, i] - x.double()[..., i : i + 1]) ** 2
+    found = squares.sort(dim=-1, stable=True)
+    return found.indices[..., :k], found.values[..., :k]
+
+
+def use(monkeypatch, method):
+    if method == "cKDTree":
+        pytest.importorskip("scipy")
+    monkeypatch.setattr(neighbors, "search_method", lambda: method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dims", [1, 2, 3, 4])
+@pytest.mark.parametrize("cloud", CLOUDS)
+def test_neighbors_are_exact(monkeypatch, method, cloud, dims, dtype):
+    use(monkeypatch, method)
+    centers = CLOUDS[cloud](dims).to(dtype)
+    x = queries(centers).to(dtype)
+    index = NeighborIndex(centers)
+    assert index.method == method
+    for k in {1, min(4, len(centers)), min(33, len(centers)), len(centers)}:
+        rows, squares = nearest(x, centers, k, index=index, return_squared_distances=True)
+        assert rows.dtype == torch.int32 and squares.dtype == dtype
+        wanted = expected(x, centers, k)
+        assert torch.equal(rows.long(), wanted[0]) and torch.equal(squares, wanted[1].to(dtype))
+
+
+@needs_kernels
+@pytest.mark.slow
+@pytest.mark.parametrize(("dims", "count", "k"), [(2, 20_000, 4), (3, 100_000, 8)])
+def test_a_million_points_as_a_tree_finds_them(dims, count, k):
+    spatial = pytest.importorskip("scipy.spatial")
+    centers, x = rand(count, dims), rand(1_000_000, dims, seed=1, low=-0.1, high=1.1)
+    rows = spatial.cKDTree(centers.numpy()).query(x.numpy(), range(1, k + 1), workers=2)[1]
+    assert torch.equal(nearest(x, centers, k).long(), torch.from_numpy(rows))
+
+
+@needs_kernels
+def test_the_number_of_threads_changes_nothing():
+    centers, x = CLOUDS["lattice"](3), rand(5000, 3, high=7.0)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(nearest(x, centers, 6))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["neighbor_cells", "nearest"])
+def test_operators_are_well_declared(name):
+    centers, x = rand(50, 2), rand(7, 2, seed=1)
+    cells = neighbors._CELLS(centers)
+    arguments = (centers,) if name == "neighbor_cells" else (x, *cells, 3)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(getattr(torch.ops.camkernels, name).default, arguments, test_utils=tests)
+
+
+@needs_kernels
+def test_many_points_go_in_parts(monkeypatch):
+    centers, x = rand(50, 2), rand(1000, 2, seed=1)
+    whole = nearest(x, centers, 3)
+    monkeypatch.setattr(neighbors, "_POINTS_AT_ONCE", 64)
+    assert torch.equal(nearest(x, centers, 3), whole)
+
+
+@pytest.mark.parametrize("leading", [(), (0,), (7,), (2, 3), (2, 0)], ids=str)
+def test_leading_axes_and_layout(leading):
+    centers, x = rand(2, 40).mT, rand(*leading, 4)[..., ::2]
+    rows, squares = nearest(x, centers, 3, return_squared_distances=True)
+    assert rows.shape == squares.shape == (*leading, 3)
+    assert torch.equal(rows.long(), expected(x, centers, 3)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_narrow_coordinates_are_read_as_they_are(dtype):
+    centers, x = rand(200, 2).to(dtype).requires_grad_(), rand(50, 2, seed=1).to(dtype)
+    rows, squares = nearest(x, centers, 4, return_squared_distances=True)
+    wanted = expected(x, centers.detach(), 4)
+    assert torch.equal(rows.long(), wanted[0]) and torch.equal(squares, wanted[1].float())
+
+
+def test_an_index_is_of_the_centers_it_was_built_from():
+    centers, x = rand(30, 2), rand(5, 2, seed=1)
+    index = NeighborIndex(centers)
+    wanted = nearest(x, centers, 2)
+    for twin in (index, copy.deepcopy(index), pickle.loads(pickle.dumps(index))):
+        assert torch.equal(nearest(x, centers, 2, index=twin), wanted) and len(twin) == 30
+    centers += 1
+    with pytest.raises(ValueError, match=r"^nearest: index must be of these centers.*anew$"):
+        nearest(x, centers, 2, index=index)
+
+
+NAN = torch.tensor([[0.0, float("nan")]])
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "x", "centers", "k"),
+    [
+        (ValueError, "nearest: k must be at most the number of centers, 3, got 4", rand(2, 2), rand(3, 2), 4),
+        (ValueError, "nearest: k must be at least 1", rand(2, 2), rand(3, 2), 0),
+        (TypeError, "nearest: k must be an int", rand(2, 2), rand(3, 2), 1.0),
+        (ValueError, "nearest: x must be finite, got 1 points", NAN, rand(3, 2), 1),
+        (ValueError, "NeighborIndex: centers must be finite", rand(2, 2), NAN, 1),
+        (ValueError, "NeighborIndex: centers must have shape", rand(2, 2), rand(0, 2), 1),
+        (ValueError, "NeighborIndex: centers must have shape", rand(2, 5), rand(3, 5), 1),
+        (ValueError, r"nearest: x must have shape \[..., 2\]", rand(2, 3), rand(3, 2), 1),
+        (TypeError, "nearest: x must be float32", torch.zeros(2, 2, dtype=torch.int64), rand(3, 2), 1),
+        (TypeError, "nearest: centers must be float32", rand(2, 2), torch.zeros(3, 2, dtype=torch.int32), 1),
+        (TypeError, "nearest: x must be a torch.Tensor", [[0.0]], rand(3, 1), 1),
+        (ValueError, "nearest: all tensors must be on one device", rand(2, 2), torch.zeros(3, 2, device="meta"), 1),
+    ],
+)
+def test_errors_say_what_is_wrong(error, message, x, centers, k):
+    with pytest.raises(error, match=f"^{message}"):
+        nearest(x, centers, k)
+
+
+def test_a_method_is_always_found(monkeypatch, capsys):
+    from camkernels.__main__ import main
+
+    assert main(["info"]) == 0
+    assert f"nearest centres: by {neighbors.search_method()}, on the CPU" in capsys.readouterr().out
+    monkeypatch.setattr(_ops, "has_kernel", lambda name, device: False)
+    monkeypatch.setattr(neighbors, "find_spec", lambda name: None)
+    assert neighbors.search_method() == "exhaustive"
+    monkeypatch.setattr(neighbors, "find_spec", lambda name: name)
+    assert neighbors.search_method() == "cKDTree"
+
+
+def test_neighbors_serve_the_radial_basis():
+    x, centers = rand(20, 2), rand(40, 2, seed=1)
+    features, shapes = rand(40, 3, seed=2), torch.full((40, 1), 1e4, dtype=torch.float64)
+    options = {"kind": "gauss", "shape": "isotropic", "normalize": False}
+    near = camkernels.radial_basis(x, centers, shapes, features, nearest(x, centers, 8), **options)
+    torch.testing.assert_close(near, camkernels.radial_basis(x, centers, shapes, features, **options))

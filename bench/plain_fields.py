@@ -8,6 +8,7 @@ import copy
 from torch import Tensor, nn
 
 from camkernels import CoordinateModulation, HashGrid, ModulatedMLP
+from camkernels.fields import HashCAMField
 
 from . import hash_grid_eager, modulated_mlp_eager
 
@@ -52,6 +53,17 @@ class PlainMLP(nn.Module):
         return self.last(self.function(x, weights, biases, modulation))
 
 
+class PlainHashCAM(HashCAMField):
+    """HashCAMField of such layers, one after the other."""
+
+    def __init__(self, field: HashCAMField):
+        nn.Module.__init__(self)
+        self.grid, self.mlp, self.modulation = field.grid, field.mlp, field.modulation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(self.grid(x), None if self.modulation is None else self.modulation(2 * x - 1))
+
+
 LAYERS = {HashGrid: PlainGrid, CoordinateModulation: PlainModulation, ModulatedMLP: PlainMLP}
 
 
@@ -61,4 +73,4 @@ def plain(field: nn.Module) -> nn.Module:
     for name, layer in list(found.named_children()):
         if type(layer) in LAYERS:
             setattr(found, name, LAYERS[type(layer)](layer))
-    return found
+    return PlainHashCAM(found) if isinstance(found, HashCAMField) else found

@@ -16,10 +16,12 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
 
 import camkernels
 from camkernels import testing
 from camkernels._autograd import Operator
+from conftest import require
 from sim import build, library
 
 CASES = testing.cases("hash_grid")
@@ -95,6 +97,18 @@ class Simulated:
             for schedule in schedules:
                 with self.library.schedule(schedule):
                     testing.compare(case, call, way(self.function(case.op)), expected)
+
+    def check_numerically(self, case: testing.Case) -> None:
+        """First and second derivatives against finite differences."""
+        call = case.make(torch.float64, points="safe")
+        inputs = require(call, "both")
+
+        def function(*tensors: Tensor) -> Tensor:
+            return getattr(camkernels, case.op)(**call.arguments(dict(zip(inputs, tensors, strict=True))))
+
+        with self.routed():
+            assert gradcheck(function, tuple(inputs.values()), eps=1e-5, fast_mode=True)
+            assert gradgradcheck(function, tuple(inputs.values()), eps=1e-5, fast_mode=True)
 
     def agree(self, call: testing.Call, order: int = 2, op: str = "hash_grid") -> None:
         """`check` for a call that is no case, of points that are far enough from faces."""

@@ -8,11 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.autograd import gradcheck, gradgradcheck
 
-import camkernels
 from camkernels import testing
-from conftest import require
 from sim import library, toolkit
 from simulated import Simulated, deterministic, lookup_call, production, shifted
 
@@ -88,15 +85,7 @@ def test_misaligned_tensors(sim: Simulated) -> None:
 
 @pytest.mark.parametrize("case", CASES[::2], ids=str)
 def test_gradcheck_and_gradgradcheck(sim: Simulated, case: testing.Case) -> None:
-    call = case.make(torch.float64, points="safe")
-    inputs = require(call, "both")
-
-    def function(*tensors: torch.Tensor) -> torch.Tensor:
-        return camkernels.coordinate_modulation(**call.arguments(dict(zip(inputs, tensors, strict=True))))
-
-    with sim.routed():
-        assert gradcheck(function, tuple(inputs.values()), eps=1e-5, fast_mode=True)
-        assert gradgradcheck(function, tuple(inputs.values()), eps=1e-5, fast_mode=True)
+    sim.check_numerically(case)
 
 
 @pytest.mark.parametrize("combine", ["single", "plane_product"])

@@ -5,11 +5,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.autograd import gradcheck, gradgradcheck
 
 import camkernels
 from camkernels import testing
-from conftest import require
 from sim import library, toolkit
 from simulated import Simulated, network, production, shifted
 
@@ -156,15 +154,7 @@ def test_sums_beyond_the_range_of_float16_stay_finite_inside(sim: Simulated, dty
 
 @pytest.mark.parametrize("case", CASES[::4], ids=str)
 def test_gradcheck_and_gradgradcheck(sim: Simulated, case: testing.Case) -> None:
-    call = case.make(torch.float64, points="safe")
-    inputs = require(call, "both")
-
-    def function(*tensors: torch.Tensor) -> torch.Tensor:
-        return camkernels.modulated_mlp(**call.arguments(dict(zip(inputs, tensors, strict=True))))
-
-    with sim.routed():
-        assert gradcheck(function, tuple(inputs.values()), eps=1e-5, fast_mode=True)
-        assert gradgradcheck(function, tuple(inputs.values()), eps=1e-5, fast_mode=True)
+    sim.check_numerically(case)
 
 
 @pytest.mark.parametrize("wanted", ["x", "weights", "biases", "modulation"])

@@ -7,7 +7,7 @@
 
 namespace camk::cuda {
 
-// What a block multiplies at once: so many steps of its own values, so many of x, by 8 columns per tile of weights.
+// What a block multiplies at once: so many steps of its own values, so many of x, by so many tiles of weights.
 struct Product {
   int tiles, own_steps, x_steps;
   CAMK_HD int steps() const { return own_steps + x_steps; }

@@ -169,9 +169,9 @@ def test_what_was_known_last_is_in_the_file(played):
 
 def test_a_result_is_reported_as_other_benchmarks_are(played, tmp_path):
     result, out, _ = played
-    known = [json.loads(line) for line in (gpu.RESULTS / "cpu-zen3-avx2.jsonl").read_text().splitlines()]
+    known = [json.loads(line) for line in (gpu.RESULTS / "cpu-zen5-avx512.jsonl").read_text().splitlines()]
     gpu.write(result | {"records": known}, out)
-    assert report.load([out]) == report.load([gpu.RESULTS / "cpu-zen3-avx2.jsonl"])
+    assert report.load([out]) == report.load([gpu.RESULTS / "cpu-zen5-avx512.jsonl"])
     for text in ("{", "[]", json.dumps({"schema": gpu.SCHEMA})):
         (tmp_path / "other.json").write_text(text)
         with pytest.raises(ValueError, match="not a result of `make gpu`"):
@@ -179,7 +179,7 @@ def test_a_result_is_reported_as_other_benchmarks_are(played, tmp_path):
 
 
 def test_a_report_tells_the_rates_of_matrix_products_of_a_gpu():
-    known = [json.loads(line) for line in (gpu.RESULTS / "cpu-zen3-avx2.jsonl").read_text().splitlines()]
+    known = [json.loads(line) for line in (gpu.RESULTS / "cpu-zen5-avx512.jsonl").read_text().splitlines()]
     for record in known:
         if "ceilings" in record:
             record["ceilings"]["product_gflops"] = {"float32": 51_000.0, "bfloat16": 700_000.0}

@@ -89,6 +89,33 @@ def test_every_case(case: testing.Case, dtype: torch.dtype, backend: str) -> Non
     testing.check(case, function_of(case.op, backend), definition_of(case.op), dtype=dtype, device=DEVICE, order=order)
 
 
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("width", [64, 128, 256])
+def test_networks_of_the_widths_in_use(width: int, dtype: torch.dtype, activation: str, backend: str) -> None:
+    """Of whole tiles, unlike those of the registry. ReLU's derivative jumps, so that its gradients differ by more."""
+    generator = torch.Generator(DEVICE).manual_seed(width)
+    shapes = [(width, 32), (width, width), (width, width), (3, width)]
+    points = (1000, 32), (1000, 3, 2)
+    sizes = [*points, *shapes, *((out,) for out, _ in shapes)]
+    drawn = [torch.randn(size, generator=generator, device=DEVICE) / size[-1] ** 0.5 for size in sizes]
+    leaves = [t.to(dtype).requires_grad_() for t in drawn]
+    g = torch.randn(1000, 3, generator=generator, device=DEVICE).to(dtype)
+
+    def run(backend: str, *inputs: Tensor) -> list[Tensor]:
+        x, modulation, *rest = inputs
+        y = camkernels.modulated_mlp(
+            x, rest[:4], rest[4:], modulation, norm="point", activation=activation, backend=backend
+        )
+        return [y, *torch.autograd.grad(y, inputs, g.to(y.dtype))]
+
+    expected = run("reference", *(t.detach().double().requires_grad_() for t in leaves))
+    allowed = {torch.float32: 2e-2 if activation == "relu" else 1e-4}.get(dtype, 4e-2)
+    for number, (a, b) in enumerate(zip(run(backend, *leaves), expected, strict=True)):
+        difference = ((a.double() - b).norm() / b.norm()).item()
+        assert difference <= (allowed if number else min(allowed, 1e-2)), f"result {number}: {difference}"
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("case", WITH_JACOBIAN, ids=str)
 def test_jacobian_of_every_case(case: testing.Case, dtype: torch.dtype, backend: str) -> None:

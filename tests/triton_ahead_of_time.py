@@ -139,7 +139,7 @@ def compile_mlp(variant: MLPVariant) -> Facts:
     types |= dict.fromkeys(numbers, "*fp32") | {"layout_ptr": "*i64"}
     types |= {name: (types[name],) * len(outs) for name in ("weights", "biases")}
     kernel = modulated_mlp.sums_kernel if variant.kernel == "sums" else getattr(module, f"{variant.kernel}_kernel")
-    warps = modulated_mlp.sum_warps(plan) if variant.kernel == "sums" else shape.warps
+    warps = modulated_mlp.SUM_WARPS if variant.kernel == "sums" else shape.warps
     stages = modulated_mlp.SUM_STAGES if variant.kernel == "sums" else 1
     return compile_kernel(kernel, types, constants, variant.arch, {"num_warps": warps, "num_stages": stages})
 

@@ -62,7 +62,7 @@ template <int Across, class W>
 __global__ void __launch_bounds__(Block<Across>::kThreads, Block<Across>::kForward)
     fused_forward(const __grid_constant__ NetworkJob<float> job) {
   CAMK_DYNAMIC_SHARED(float, shared);
-  FusedTile<Across, W> tile(job, shared, int64_t(blockIdx.x) * Block<Across>::kPoints);
+  FusedTile<Across, W> tile(job, shared);
   tile.begin(forward_product(layer_of(job, 0)));
 #pragma unroll 1
   for (int l = 0; l < job.layers; ++l) {

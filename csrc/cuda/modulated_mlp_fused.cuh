@@ -52,8 +52,12 @@ struct Block {
   static constexpr int kDown = Across == 1 ? 4 : 2;
   static constexpr int kThreads = 32 * Across * kDown, kPoints = kWarpRows * kDown, kColumns = kWarpColumns * Across;
   // Blocks at once on a multiprocessor for which the compiler leaves registers, of the value's kernel and the
-  // gradients'.
-  static constexpr int kForward = Across == 4 ? 1 : 3, kGradients = Across == 4 ? 1 : 2;
+  // gradients': as many as cost no local memory.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  static constexpr int kForward = Across == 4 ? 1 : 3, kGradients = Across == 1 ? 2 : 1;
+#else
+  static constexpr int kForward = Across == 4 ? 1 : 3, kGradients = Across == 4 ? 1 : 4 - Across;
+#endif
   // Steps whose weights are in shared memory at once; another so many are on their way.
   static constexpr int kSteps = 1;
   static constexpr int kSlab = kSteps * kColumns * kStep;
@@ -73,35 +77,25 @@ class FusedTile {
   using B = Block<Across>;
   using Sums = WarpSums;
 
-  CAMK_DEVICE FusedTile(const NetworkJob<float>& work, float* memory, int64_t first_point)
-      : job(work),
-        first(first_point),
-        count(int(min(work.points - first_point, int64_t(B::kPoints)))),
-        stride(B::stride(work.skips)),
-        values(memory),
-        parts(reinterpret_cast<float2*>(memory + B::kPoints * stride)),
-        slabs(reinterpret_cast<W*>(memory + B::kPoints * stride + 2 * Across * B::kPoints)),
-        stream(static_cast<const W*>(work.packed)) {}
+  CAMK_DEVICE FusedTile(const NetworkJob<float>& work, float* memory) : job(work), values(memory) {}
 
   const NetworkJob<float>& job;
-  int64_t first;  // point of the launch
-  int count;
 
+  // What follows from the block and the launch is computed where it is needed: registers are what blocks are short of.
+  static CAMK_DEVICE int64_t first() { return int64_t(blockIdx.x) * B::kPoints; }  // point of the launch
+  CAMK_DEVICE int count() const { return int(min(job.points - first(), int64_t(B::kPoints))); }
+  CAMK_DEVICE int stride() const { return B::stride(job.skips); }
+  CAMK_DEVICE float2* parts() const { return reinterpret_cast<float2*>(values + B::kPoints * stride()); }
   static CAMK_DEVICE int lane() { return int(threadIdx.x) % 32; }
   static CAMK_DEVICE int down() { return int(threadIdx.x) / 32 / Across; }
   static CAMK_DEVICE int across() { return int(threadIdx.x) / 32 % Across; }
   // Row q of the four that this lane has a part of.
   CAMK_DEVICE int row_index(int q) const { return down() * kWarpRows + q * 8 + lane() / 4; }
-  CAMK_DEVICE bool has(int q) const { return row_index(q) < count; }
+  CAMK_DEVICE bool has(int q) const { return row_index(q) < count(); }
   CAMK_DEVICE LaneRows<Across> own_rows() const {
     const int place = across() * kWarpColumns + lane() % 4 * 4, row = row_index(0);
-    return {&job,  first + row, count - row, values + row * stride + place, stride, feature_at(place),
-            place, parts + row, B::kPoints};
-  }
-  // Number j of group p in row q of the sums.
-  template <class S>
-  static CAMK_DEVICE auto& at(S& sums, int q, int p, int j) {
-    return sums[q / 2][2 * p + j / 2][q % 2 * 2 + j % 2];
+    return {&job,  first() + row, count() - row, values + row * stride() + place, stride(), feature_at(place),
+            place, parts() + row, B::kPoints};
   }
 
   // ---- products ----------------------------------------------------------------------------------------------------
@@ -113,29 +107,36 @@ class FusedTile {
     for (int q = 0; q < 4; ++q) {
 #pragma unroll
       for (int p = 0; p < kWarpTiles; ++p) {
-        store_four(own.value(q, p), {{at(sums, q, p, 0), at(sums, q, p, 1), at(sums, q, p, 2), at(sums, q, p, 3)}});
+        Four four;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) four.v[j] = sum_at(sums, q, p, j);
+        store_four(own.value(q, p), four);
       }
     }
   }
   // Starts the stream. Whoever multiplies says what comes next, whose weights then are on their way.
-  CAMK_DEVICE void begin(const Product& product) { fetch(product, 0); }
-  // sums += values times weights; all threads of the block.
+  CAMK_DEVICE void begin(const Product& product) { fetch<true>(product, 0); }
+  // sums += values times weights; all threads of the block. WithX: x may be among the values, here or in what is next.
+  template <bool WithX>
   CAMK_DEVICE void multiply(Sums& sums, const Product& product, const Product& next) {
     const int tiles = product.tiles - across() * kWarpTiles;
-    const float* rows = values + (down() * kWarpRows + lane() / 4) * stride + lane() % 4 * 4;
+    const float* rows = values + (down() * kWarpRows + lane() / 4) * stride() + lane() % 4 * 4;
     for (int from = 0; from < product.steps(); from += B::kSteps) {
       cp_async_wait<0>();
       __syncthreads();
-      const W* slab = slabs + turn * B::kSlab;
+      const W* slab = slabs() + turn * B::kSlab;
       turn ^= 1;
       const bool last = from + B::kSteps >= product.steps();
-      fetch(last ? next : product, last ? 0 : from + B::kSteps);
+      const Product coming{last ? next.tiles : product.tiles, last ? next.own_steps : product.own_steps,
+                           last ? next.x_steps : product.x_steps};  // not by address: that would be local memory
+      fetch<WithX>(coming, last ? 0 : from + B::kSteps);
 #pragma unroll
       for (int s = 0; s < B::kSteps; ++s) {
         const int step = from + s;
         if (step >= product.steps()) break;
-        const int column = step < product.own_steps ? step * kStep : ring(step - product.own_steps);
-        multiply_step(sums, rows + column, stride, slab + (s * product.tiles + across() * kWarpTiles) * kTileNumbers,
+        const bool of_x = WithX && step >= product.own_steps;
+        const int column = of_x ? ring(step - product.own_steps) : step * kStep;
+        multiply_step(sums, rows + column, stride(), slab + (s * product.tiles + across() * kWarpTiles) * kTileNumbers,
                       tiles, job.terms);
       }
     }
@@ -149,7 +150,14 @@ class FusedTile {
     const Layer& layer = layer_of(job, l);
     Sums sums;
     begin_with_biases(sums, l);
-    multiply(sums, forward_product(layer), next);
+    multiply<true>(sums, forward_product(layer), next);
+    if (job.point_norm && layer.modulated) {
+      if (own_rows().is_plain(layer)) {
+        normalise<true, Across, Keep>(sums, own_rows(), layer);
+      } else {
+        normalise<false, Across, Keep>(sums, own_rows(), layer);
+      }
+    }
     put_values(sums);
     forward_rows<Across, Keep>(own_rows(), l);
   }
@@ -174,7 +182,7 @@ class FusedTile {
     const LaneRows<Across> own = own_rows();
 #pragma unroll 1
     for (int q = 0; q < 4; ++q) {
-      const int64_t from = (job.before + first + row_index(q)) * job.outputs;
+      const int64_t from = (job.before + first() + row_index(q)) * job.outputs;
       const int end = has(q) ? layer.out : 0;
       for (int p = 0; p < kWarpTiles && own.has_group(layer, p); ++p) {
         Four g;
@@ -189,13 +197,17 @@ class FusedTile {
   }
   CAMK_DEVICE void back(int l) const { back_rows(own_rows(), l); }
 
-  // The gradient of x, columns from `first_column` on, of one layer; `started`: rows hold that of layers behind it.
-  CAMK_DEVICE void add_points_gradient(const Sums& sums, int l, int first_column, int columns, bool started) const {
-    const int behind = layer_of(job, job.layers - 1).out;  // in the result: where x may follow
+  // The gradient of x, columns from `first_column` on, of one layer; rows hold that of layers behind it.
+  CAMK_DEVICE void add_points_gradient(const Sums& sums, int l, int first_column, int columns) const {
+    bool started = false;
+    for (int behind = l + 1; behind < job.layers; ++behind) {
+      started |= layer_of(job, behind).in > layer_of(job, behind).own;
+    }
+    const int last = layer_of(job, job.layers - 1).out;  // in the result: where x may follow
     const LaneRows<Across> own = own_rows();
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
-      const int64_t point = job.before + first + row_index(q);
+      const int64_t point = job.before + first() + row_index(q);
 #pragma unroll
       for (int p = 0; p < 4; ++p) {
 #pragma unroll
@@ -203,12 +215,12 @@ class FusedTile {
           const int i = first_column + own.column(p, j);
           if (!has(q) || own.column(p, j) >= columns) continue;
           float* so_far = own.row(q) + job.gx_row + i;
-          float sum = at(sums, q, p, j);
+          float sum = sum_at(sums, q, p, j);
           if (started) sum += *so_far;
           if (l > 0) {
             *so_far = sum;
           } else {
-            if (job.outputs > behind) sum += load_number<float>(job.g, job.weights, point * job.outputs + behind + i);
+            if (job.outputs > last) sum += load_number<float>(job.g, job.weights, point * job.outputs + last + i);
             store_number(job.gx, job.coordinates, point * job.features + i, sum);
           }
         }
@@ -220,10 +232,10 @@ class FusedTile {
   CAMK_DEVICE void keep_points() const {
     if (job.x_row < 0) return;
     const int columns = up(job.features, kStep) * kStep;
-    for (int i = int(threadIdx.x); i < count * columns; i += B::kThreads) {
+    for (int i = int(threadIdx.x); i < count() * columns; i += B::kThreads) {
       const int p = i / columns, c = i % columns;
-      const int64_t at = (job.before + first + p) * job.features + c;
-      job.rows[(first + p) * job.stride + job.x_row + c] =
+      const int64_t at = (job.before + first() + p) * job.features + c;
+      job.rows[(first() + p) * job.stride + job.x_row + c] =
           c < job.features ? load_number<float>(job.x, job.coordinates, at) : 0.0f;
     }
   }
@@ -238,7 +250,7 @@ class FusedTile {
 #pragma unroll
         for (int q = 0; q < 4; ++q) {
           const Four y = load_four(own.value(q, p));
-          T* to = static_cast<T*>(job.y) + (job.before + first + row_index(q)) * job.outputs;
+          T* to = static_cast<T*>(job.y) + (job.before + first() + row_index(q)) * job.outputs;
           const int end = has(q) ? layer.out : 0;
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
@@ -250,51 +262,79 @@ class FusedTile {
       }
     });
     const int behind = job.outputs - layer.out;  // x
-    for (int i = int(threadIdx.x); i < count * behind; i += B::kThreads) {
-      const int64_t point = job.before + first + i / behind;
+    for (int i = int(threadIdx.x); i < count() * behind; i += B::kThreads) {
+      const int64_t point = job.before + first() + i / behind;
       const float number = load_number<float>(job.x, job.coordinates, point * job.features + i % behind);
       store_number(job.y, job.weights, point * job.outputs + layer.out + i % behind, number);
     }
   }
 
  private:
-  int stride;
   float* values;
-  float2* parts;  // [Across, kPoints]
-  W* slabs;
-  const W* stream;
-  int turn = 0;
+  int turn = 0, reached = 0;  // slab; numbers of the stream so far
 
+  // Behind the parts of means [Across, kPoints].
+  CAMK_DEVICE W* slabs() const { return reinterpret_cast<W*>(parts() + Across * B::kPoints); }
   CAMK_DEVICE int ring(int x_step) const { return (job.skips ? B::kColumns : 0) + x_step % (2 * B::kSteps) * kStep; }
 
   // ---- weights and x on their way ----------------------------------------------------------------------------------
 
   // Those of the steps from `from` on.
+  template <bool WithX>
   CAMK_DEVICE void fetch(const Product& product, int from) {
     const int steps = min(B::kSteps, product.steps() - from), numbers = max(steps, 0) * product.tiles * kTileNumbers;
     constexpr int kWord = 16 / int(sizeof(W));
-    W* to = slabs + turn * B::kSlab;
+    W* to = slabs() + turn * B::kSlab;
+    const W* stream = static_cast<const W*>(job.packed) + reached;
+#pragma unroll 1
     for (int i = int(threadIdx.x) * kWord; i < numbers; i += B::kThreads * kWord) cp_async<16>(to + i, stream + i);
-    stream += numbers;
-    for (int s = max(from, product.own_steps); s < from + steps; ++s) fetch_points(s - product.own_steps);
+    reached += numbers;
+    if constexpr (WithX) {
+      for (int s = max(from, product.own_steps); s < from + steps; ++s) fetch_points(s - product.own_steps);
+    }
     cp_async_commit();
   }
-  // A step's columns of x; zeros beyond them and for points that there are not.
+  // A step's columns of x, four of a row by each thread in turn; zeros beyond them and for points that there are not.
   CAMK_DEVICE void fetch_points(int step) {
-    const int64_t before = (job.before + first) * job.features;
+    constexpr int kWords = B::kPoints * 4 / B::kThreads, kApart = B::kThreads / 4;
+    const int row = int(threadIdx.x) / 4, column = int(threadIdx.x) % 4 * 4, features = job.features;
+    const int left = features - step * kStep - column, rows = left > 0 ? count() - row : 0;
+    const int64_t from = (job.before + first() + row) * features + step * kStep + column;
+    float* to = values + row * stride() + ring(step) + column;
+    if (!job.whole_words) {
 #pragma unroll 1
-    for (int i = int(threadIdx.x); i < B::kPoints * 4; i += B::kThreads) {
-      const int row = i / 4, column = step * kStep + i % 4 * 4, left = row < count ? job.features - column : 0;
-      float* to = values + row * stride + ring(step) + i % 4 * 4;
-      const int64_t at = before + int64_t(row) * job.features + column;
-      if (job.whole_words && job.coordinates == Storage::kFloat) {
-        const float* x = static_cast<const float*>(job.x);
-        cp_async<16>(to, left > 0 ? x + at : x, left > 0);
-      } else {
+      for (int w = 0; w < kWords; ++w) {
         Four four;
 #pragma unroll
-        for (int j = 0; j < 4; ++j) four.v[j] = j < left ? load_number<float>(job.x, job.coordinates, at + j) : 0.0f;
-        store_four(to, four);
+        for (int j = 0; j < 4; ++j) {
+          const bool there = w * kApart < rows && j < left;
+          four.v[j] = there ? load_number<float>(job.x, job.coordinates, from + w * kApart * features + j) : 0.0f;
+        }
+        store_four(to + w * kApart * stride(), four);
+      }
+    } else if (job.coordinates == Storage::kFloat) {
+      const float* x = static_cast<const float*>(job.x);
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {
+        const bool there = w * kApart < rows;
+        cp_async<16>(to + w * kApart * stride(), there ? x + from + w * kApart * features : x, there);
+      }
+    } else {
+      const Short* x = static_cast<const Short*>(job.x);
+      Row<Short, 4> word[kWords];  // all on their way before one is waited for
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {
+        word[w] = {};
+        if (w * kApart < rows) {
+          word[w] = load_readonly(reinterpret_cast<const Row<Short, 4>*>(x + from + w * kApart * features));
+        }
+      }
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {
+        Four four;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) four.v[j] = to_number(word[w].v[j], job.coordinates);
+        store_four(to + w * kApart * stride(), four);
       }
     }
   }

@@ -14,35 +14,31 @@ __global__ void __launch_bounds__(Block<Across>::kThreads, Block<Across>::kGradi
     fused_gradients(const __grid_constant__ NetworkJob<float> job) {
   using B = Block<Across>;
   CAMK_DYNAMIC_SHARED(float, shared);
-  FusedTile<Across, W> tile(job, shared, int64_t(blockIdx.x) * B::kPoints);
-  Back at = back_from(job, job.layers - 1);
+  FusedTile<Across, W> tile(job, shared);
+  const Product back = back_product(job, back_from(job, job.layers - 1), B::kColumns);
   tile.begin(forward_product(layer_of(job, 0)));
 #pragma unroll 1
   for (int l = 0; l < job.layers; ++l) {
-    tile.template forward<true>(
-        l, l + 1 < job.layers ? forward_product(layer_of(job, l + 1)) : back_product(job, at, B::kColumns));
+    tile.template forward<true>(l, l + 1 < job.layers ? forward_product(layer_of(job, l + 1)) : back);
   }
   tile.keep_points();
   tile.load_gradient();
-  bool started = false;
 #pragma unroll 1
   for (int l = job.layers - 1; l >= 0; --l) {
     tile.back(l);
     const Layer& layer = layer_of(job, l);
 #pragma unroll 1
-    while (at.l == l) {
-      const Back next = back_after(job, at, B::kColumns);
+    for (Back at = back_from(job, l); at.l == l; at = back_after(job, at, B::kColumns)) {
       WarpSums sums;
       tile.clear(sums);
-      tile.multiply(sums, back_product(job, at, B::kColumns), back_product(job, next, B::kColumns));
+      tile.template multiply<false>(sums, back_product(job, at, B::kColumns),
+                                    back_product(job, back_after(job, at, B::kColumns), B::kColumns));
       if (at.first >= layer.own) {
-        tile.add_points_gradient(sums, l, at.first - layer.own, back_columns(layer, at, B::kColumns), started);
+        tile.add_points_gradient(sums, l, at.first - layer.own, back_columns(layer, at, B::kColumns));
       } else {
         tile.put_values(sums);
       }
-      at = next;
     }
-    started |= layer.in > layer.own;
   }
 }
 

@@ -31,6 +31,11 @@ struct LaneRows {
     return from / kWarpColumns * kWarpColumns + p * kStep < layer.out;
   }
   CAMK_DEVICE bool writes_row() const { return from == 0; }
+  // Whether the layer has all columns of the block and one scale and shift for a row: nothing need be asked of a
+  // number.
+  CAMK_DEVICE bool is_plain(const Layer& layer) const {
+    return layer.out == Across * kWarpColumns && job->channels <= 1;
+  }
 };
 
 template <class... F>
@@ -59,8 +64,10 @@ struct RowModulation {
     if (job.channels == 1) scale = read(0), shift = read(1);
   }
   CAMK_DEVICE bool per_channel() const { return at >= 0 && job.channels > 1; }
+  // Of channel c. Shared: all have the same.
+  template <bool Shared>
   CAMK_DEVICE math::ScaleShift<float> of(int c) const {
-    if (per_channel()) return {read(c), read(job.channels + c)};
+    if (!Shared && per_channel()) return {read(c), read(job.channels + c)};
     return {scale, shift};
   }
   CAMK_DEVICE float read(int i) const { return load_number<float>(job.modulation, job.modulated, at + i); }
@@ -68,53 +75,19 @@ struct RowModulation {
 
 // ---- norm ----------------------------------------------------------------------------------------------------------
 
-// A row's numbers in this lane: up to 4 groups of 4.
-struct RowNumbers {
-  float v[kWarpTiles][4];
-
-  template <int Across>
-  CAMK_DEVICE RowNumbers(const LaneRows<Across>& lane, const Layer& layer, int q) {
-#pragma unroll
-    for (int p = 0; p < kWarpTiles; ++p) {
-      Four four{};
-      if (lane.has_group(layer, p)) four = load_four(lane.value(q, p));
-#pragma unroll
-      for (int j = 0; j < 4; ++j) v[p][j] = lane.column(p, j) < layer.out ? four.v[j] : 0.0f;
-    }
-  }
-};
-
-// Mean over the columns of a warp, and the sum of squares about it.
-template <int Across>
-CAMK_DEVICE float2 moments(const LaneRows<Across>& lane, const Layer& layer, const RowNumbers& row) {
-  const int some = columns_of(layer, lane.from / kWarpColumns);
-  float mean = 0, squares = 0;
-#pragma unroll
-  for (int p = 0; p < kWarpTiles; ++p) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) mean += row.v[p][j];
-  }
-  quad_sum(mean);
-  mean /= float(max(some, 1));
-#pragma unroll
-  for (int p = 0; p < kWarpTiles; ++p) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const float c = lane.column(p, j) < layer.out ? row.v[p][j] - mean : 0.0f;
-      squares += c * c;
-    }
-  }
-  quad_sum(squares);
-  return make_float2(mean, squares);
+// Number j of group p in row q of the sums, whose column in the layer is LaneRows' column(p, j).
+template <class Sums>
+CAMK_DEVICE auto& sum_at(Sums& sums, int q, int p, int j) {
+  return sums[q / 2][2 * p + j / 2][q % 2 * 2 + j % 2];
 }
 
-// Of the whole row, from those of all warps.
+// Of the whole row, from mean and sum of squares about it that each warp has of its columns; each column's share.
 template <int Across>
-CAMK_DEVICE float2 combined_moments(const LaneRows<Across>& lane, const Layer& layer, int q) {
+CAMK_DEVICE float2 combined_moments(const LaneRows<Across>& lane, const Layer& layer, int q, float share_of) {
   float mean = 0, squares = 0;
 #pragma unroll
   for (int w = 0; w < Across; ++w) mean += lane.parts[w * lane.apart + q * 8].x * float(columns_of(layer, w));
-  mean /= float(layer.out);
+  mean *= share_of;
 #pragma unroll
   for (int w = 0; w < Across; ++w) {
     const float2 part = lane.parts[w * lane.apart + q * 8];
@@ -124,63 +97,109 @@ CAMK_DEVICE float2 combined_moments(const LaneRows<Across>& lane, const Layer& l
   return make_float2(mean, squares);
 }
 
-// For all warps: pair(q) of a row.
-template <int Across, class Pair>
-CAMK_DEVICE void share(const LaneRows<Across>& lane, const Pair& pair) {
-#pragma unroll 1
+// For all warps, behind the next __syncthreads.
+template <int Across>
+CAMK_DEVICE void share(const LaneRows<Across>& lane, int q, float2 pair) {
+  if (threadIdx.x % 4 == 0) lane.parts[lane.from / kWarpColumns * lane.apart + q * 8] = pair;
+}
+
+// sums, W h + b -> n; all four rows at once, whose sums then do not wait for each other. Columns that the layer does
+// not have stay 0.
+template <bool Plain, int Across, bool Keep>
+CAMK_DEVICE void normalise(WarpSums& sums, const LaneRows<Across>& lane, const Layer& layer) {
+  const int some = columns_of(layer, lane.from / kWarpColumns);
+  float mean[4], squares[4];
+#pragma unroll
   for (int q = 0; q < 4; ++q) {
-    const float2 own = pair(q);
-    if (threadIdx.x % 4 == 0) lane.parts[lane.from / kWarpColumns * lane.apart + q * 8] = own;
+    float part[kWarpTiles];
+#pragma unroll
+    for (int p = 0; p < kWarpTiles; ++p) {
+      part[p] = (sum_at(sums, q, p, 0) + sum_at(sums, q, p, 1)) + (sum_at(sums, q, p, 2) + sum_at(sums, q, p, 3));
+    }
+    mean[q] = (part[0] + part[1]) + (part[2] + part[3]);
   }
-  __syncthreads();
+  quad_sum(mean[0], mean[1], mean[2], mean[3]);
+  const float share_of = 1.0f / float(layer.out), own_share = Across > 1 ? 1.0f / float(max(some, 1)) : share_of;
+#pragma unroll
+  for (int q = 0; q < 4; ++q) {
+    mean[q] *= own_share, squares[q] = 0;
+#pragma unroll
+    for (int p = 0; p < kWarpTiles; ++p) {
+      float part = 0;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float c = Plain || lane.column(p, j) < layer.out ? sum_at(sums, q, p, j) - mean[q] : 0.0f;
+        part += c * c;
+      }
+      squares[q] += part;
+    }
+  }
+  quad_sum(squares[0], squares[1], squares[2], squares[3]);
+  if constexpr (Across > 1) {
+#pragma unroll
+    for (int q = 0; q < 4; ++q) share(lane, q, make_float2(mean[q], squares[q]));
+    __syncthreads();
+  }
+#pragma unroll
+  for (int q = 0; q < 4; ++q) {
+    const float2 whole = Across > 1 ? combined_moments(lane, layer, q, share_of) : make_float2(mean[q], squares[q]);
+    const float r = math::inverse_deviation(whole.y * share_of, lane.job->eps);
+    if (Keep && lane.writes_row()) lane.row(q)[layer.deviation] = r;
+#pragma unroll
+    for (int p = 0; p < kWarpTiles; ++p) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        float& n = sum_at(sums, q, p, j);
+        n = Plain || lane.column(p, j) < layer.out ? (n - whole.x) * r : 0.0f;
+      }
+    }
+  }
 }
 
 // ---- the layer's way forward ---------------------------------------------------------------------------------------
 
-// values, W h + b -> activation(scale norm(values) + shift). Keep: the point's row takes what the way back needs.
+template <bool Plain, int Across, bool Keep, math::Activation Kind>
+CAMK_DEVICE void activate_rows(const LaneRows<Across>& lane, const Layer& layer, int l) {
+  const NetworkJob<float>& job = *lane.job;
+  constexpr bool kSlope = Keep && Kind > math::Activation::kRelu;
+#pragma unroll 1
+  for (int q = 0; q < 4; ++q) {
+    const RowModulation of_row(job, layer, l, lane.first + q * 8, lane.has(q));
+#pragma unroll
+    for (int p = 0; p < kWarpTiles; ++p) {
+      if (!Plain && !lane.has_group(layer, p)) break;
+      const Four n = load_four(lane.value(q, p));
+      Four y, slope;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int c = lane.column(p, j);
+        const bool there = Plain || c < layer.out;
+        float rate = float(layer.omega);
+        if (Kind == math::Activation::kResidualSine && there) rate = load_readonly(job.frequencies + c);
+        const float s = there ? of_row.of<Plain>(c)(n.v[j]) : 0.0f;
+        const math::Jet<float> f = math::activate<int(kSlope)>(Constant<int(Kind)>{}, s, rate);
+        y.v[j] = there ? f.value : 0.0f, slope.v[j] = there ? f.first : 0.0f;
+      }
+      store_four(lane.value(q, p), y);
+      if constexpr (Keep) {
+        store_four(lane.keep(q, p) + layer.n, n);
+        if (layer.y >= 0) store_four(lane.keep(q, p) + layer.y, y);
+        if (kSlope) store_four(lane.keep(q, p) + layer.dn, slope);
+      }
+    }
+  }
+}
+
+// values, n -> activation(scale n + shift). Keep: the point's row takes what the way back needs.
 template <int Across, bool Keep>
 CAMK_NOINLINE __device__ void forward_rows(const LaneRows<Across> lane, int l) {
-  const NetworkJob<float>& job = *lane.job;
-  const Layer& layer = layer_of(job, l);
-  const bool normalised = job.point_norm && layer.modulated;
-  if (Across > 1 && normalised) {
-    share(lane, [&](int q) { return moments(lane, layer, RowNumbers(lane, layer, q)); });
-  }
+  const Layer& layer = layer_of(*lane.job, l);
   math::with_activation(math::Activation(layer.activation), [&](auto activation) {
-    constexpr math::Activation kActivation{decltype(activation)::value};
-    constexpr bool kSlope = Keep && kActivation > math::Activation::kRelu;
-#pragma unroll 1
-    for (int q = 0; q < 4; ++q) {
-      const RowNumbers row(lane, layer, q);
-      const RowModulation of_row(job, layer, l, lane.first + q * 8, lane.has(q));
-      float centre = 0, r = 1;
-      if (normalised) {
-        const float2 whole = Across > 1 ? combined_moments(lane, layer, q) : moments(lane, layer, row);
-        centre = whole.x, r = math::inverse_deviation(whole.y / float(layer.out), job.eps);
-        if (Keep && lane.writes_row()) lane.row(q)[layer.deviation] = r;
-      }
-#pragma unroll
-      for (int p = 0; p < kWarpTiles; ++p) {
-        if (!lane.has_group(layer, p)) break;
-        Four n, y, slope;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const int c = lane.column(p, j);
-          const bool there = c < layer.out;
-          n.v[j] = there ? (row.v[p][j] - centre) * r : 0.0f;
-          float rate = float(layer.omega);
-          if (kActivation == math::Activation::kResidualSine && there) rate = load_readonly(job.frequencies + c);
-          const float s = there ? of_row.of(c)(n.v[j]) : 0.0f;
-          const math::Jet<float> f = math::activate<int(kSlope)>(activation, s, rate);
-          y.v[j] = there ? f.value : 0.0f, slope.v[j] = there ? f.first : 0.0f;
-        }
-        store_four(lane.value(q, p), y);
-        if constexpr (Keep) {
-          store_four(lane.keep(q, p) + layer.n, n);
-          if (layer.y >= 0) store_four(lane.keep(q, p) + layer.y, y);
-          if (kSlope) store_four(lane.keep(q, p) + layer.dn, slope);
-        }
-      }
+    constexpr math::Activation kKind{decltype(activation)::value};
+    if (kKind <= math::Activation::kRelu && lane.is_plain(layer)) {  // others have more to do than ask
+      activate_rows<kKind <= math::Activation::kRelu, Across, Keep, kKind>(lane, layer, l);
+    } else {
+      activate_rows<false, Across, Keep, kKind>(lane, layer, l);
     }
   });
 }
@@ -193,48 +212,103 @@ CAMK_DEVICE void put_modulation(const NetworkJob<float>& job, int64_t point, int
   job.modulation_points[to.scale(c)] = scale, job.modulation_points[to.shift(c)] = shift;
 }
 
-// values, the gradient of what the layer gives -> that of W h + b, also into the point's row.
-template <int Across>
-CAMK_NOINLINE __device__ void back_rows(const LaneRows<Across> lane, int l) {
-  const NetworkJob<float>& job = *lane.job;
-  const Layer& layer = layer_of(job, l);
-  const auto kind = math::Activation(layer.activation);
-  const bool normalised = job.point_norm && layer.modulated;
-  // values -> gradient of n, but for a scale that all channels share; its sum over the columns, and that with n
-  const auto first_part = [&](int q) {
-    const RowModulation of_row(job, layer, l, lane.first + q * 8, lane.has(q));
-    float sum = 0, with_n = 0;
+// Four groups of a row: gradients, and n of the layer.
+struct RowGradients {
+  Four g[kWarpTiles], n[kWarpTiles];
+
+  template <int Across>
+  CAMK_DEVICE RowGradients(const LaneRows<Across>& lane, const Layer& layer, int q) {
 #pragma unroll
     for (int p = 0; p < kWarpTiles; ++p) {
-      if (!lane.has_group(layer, p)) break;
-      Four g = load_four(lane.value(q, p)), slope{{1, 1, 1, 1}};
-      const Four n = load_four(lane.keep(q, p) + layer.n);
-      if (kind > math::Activation::kRelu) slope = load_four(lane.keep(q, p) + layer.dn);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int c = lane.column(p, j);
-        if (c >= layer.out) {
-          g.v[j] = 0;
-          continue;
-        }
-        const math::ScaleShift<float> own = of_row.of(c);
-        const bool cut = kind == math::Activation::kRelu && !(own(n.v[j]) > 0.0f);
-        const auto found = math::modulate_gradients(own.scale, n.v[j], g.v[j], cut ? 0.0f : slope.v[j]);
-        g.v[j] = found.shift;
-        if (of_row.per_channel()) {
-          if (job.modulation_points) put_modulation(job, lane.first + q * 8, l, c, found.scale, found.shift);
-          g.v[j] = found.n;
-        }
-        sum += g.v[j], with_n += g.v[j] * n.v[j];
-      }
-      store_four(lane.value(q, p), g);
+      g[p] = load_four(lane.value(q, p)), n[p] = Four{};
+      if (lane.has_group(layer, p)) n[p] = load_four(lane.keep(q, p) + layer.n);
     }
-    quad_sum(sum, with_n);
-    return make_float2(sum, with_n);
-  };
-  if constexpr (Across > 1) share(lane, first_part);
+  }
+};
+
+// Gradients of what the layer gives -> of n, but for a scale that all channels share; their sum over the columns, and
+// that with n.
+template <bool Plain, int Across>
+CAMK_DEVICE float2 back_to_n(RowGradients& row, const LaneRows<Across>& lane, const Layer& layer, int l, int q) {
+  const NetworkJob<float>& job = *lane.job;
+  const auto kind = math::Activation(layer.activation);
+  const RowModulation of_row(job, layer, l, lane.first + q * 8, lane.has(q));
+  Four slope[kWarpTiles];
+#pragma unroll
+  for (int p = 0; p < kWarpTiles; ++p) {
+    slope[p] = {{1, 1, 1, 1}};
+    if (kind > math::Activation::kRelu && lane.has_group(layer, p)) slope[p] = load_four(lane.keep(q, p) + layer.dn);
+  }
+  float sum = 0, with_n = 0;
+#pragma unroll
+  for (int p = 0; p < kWarpTiles; ++p) {
+    float part = 0, part_with_n = 0;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int c = lane.column(p, j);
+      const bool there = Plain || c < layer.out;
+      const float n = row.n[p].v[j];
+      const math::ScaleShift<float> own = there ? of_row.of<Plain>(c) : math::ScaleShift<float>{1, 0};
+      const bool cut = !there || (kind == math::Activation::kRelu && !(own(n) > 0.0f));
+      const auto found =
+          math::modulate_gradients(own.scale, n, there ? row.g[p].v[j] : 0.0f, cut ? 0.0f : slope[p].v[j]);
+      row.g[p].v[j] = found.shift;
+      if (!Plain && of_row.per_channel()) {
+        if (there && job.modulation_points) {
+          put_modulation(job, lane.first + q * 8, l, c, found.scale, found.shift);
+        }
+        row.g[p].v[j] = found.n;
+      }
+      part += row.g[p].v[j], part_with_n += row.g[p].v[j] * n;
+    }
+    sum += part, with_n += part_with_n;
+  }
+  quad_sum(sum, with_n);
+  return make_float2(sum, with_n);
+}
+
+// And on to W h + b, into values and the point's row. whole: the two sums over all columns.
+template <bool Plain, int Across>
+CAMK_DEVICE void back_to_sums(const RowGradients& row, float2 whole, const LaneRows<Across>& lane, const Layer& layer,
+                              int l, int q) {
+  const NetworkJob<float>& job = *lane.job;
+  const bool normalised = job.point_norm && layer.modulated;
+  const RowModulation of_row(job, layer, l, lane.first + q * 8, lane.has(q));
+  if (of_row.at >= 0 && job.channels == 1 && job.modulation_points && lane.writes_row()) {
+    put_modulation(job, lane.first + q * 8, l, 0, whole.y, whole.x);
+  }
+  const float r = normalised ? lane.row(q)[layer.deviation] : 1.0f, scale = of_row.scale;
+  const float mean = whole.x * scale / float(layer.out), with_n = whole.y * scale / float(layer.out);
+#pragma unroll
+  for (int p = 0; p < kWarpTiles; ++p) {
+    Four dz;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float g = scale * row.g[p].v[j];
+      dz.v[j] = normalised ? math::norm_jacobian(g, row.n[p].v[j], r, mean, with_n) : g;
+      if (!Plain && lane.column(p, j) >= layer.out) dz.v[j] = 0;
+    }
+    store_four(lane.value(q, p), dz);
+    if (Plain || lane.has_group(layer, p)) store_four(lane.keep(q, p) + layer.n, dz);
+  }
+}
+
+// values, the gradient of what the layer gives -> that of W h + b, also into the point's row.
+template <bool Plain, int Across>
+CAMK_DEVICE void back_all_rows(const LaneRows<Across>& lane, const Layer& layer, int l) {
+  if constexpr (Across > 1) {
+#pragma unroll 1
+    for (int q = 0; q < 4; ++q) {
+      RowGradients row(lane, layer, q);
+      share(lane, q, back_to_n<Plain>(row, lane, layer, l, q));
+#pragma unroll
+      for (int p = 0; p < kWarpTiles; ++p) store_four(lane.value(q, p), row.g[p]);
+    }
+    __syncthreads();
+  }
 #pragma unroll 1
   for (int q = 0; q < 4; ++q) {
+    RowGradients row(lane, layer, q);
     float2 whole = make_float2(0, 0);
     if constexpr (Across > 1) {
 #pragma unroll
@@ -242,28 +316,18 @@ CAMK_NOINLINE __device__ void back_rows(const LaneRows<Across> lane, int l) {
         whole.x += lane.parts[w * lane.apart + q * 8].x, whole.y += lane.parts[w * lane.apart + q * 8].y;
       }
     } else {
-      whole = first_part(q);
+      whole = back_to_n<Plain>(row, lane, layer, l, q);
     }
-    const RowModulation of_row(job, layer, l, lane.first + q * 8, lane.has(q));
-    if (of_row.at >= 0 && job.channels == 1 && job.modulation_points && lane.writes_row()) {
-      put_modulation(job, lane.first + q * 8, l, 0, whole.y, whole.x);
-    }
-    const float r = normalised ? lane.row(q)[layer.deviation] : 1.0f, scale = of_row.scale;
-    const float mean = whole.x * scale / float(layer.out), with_n = whole.y * scale / float(layer.out);
-#pragma unroll
-    for (int p = 0; p < kWarpTiles; ++p) {
-      if (!lane.has_group(layer, p)) break;
-      const Four g = load_four(lane.value(q, p));
-      Four n{}, dz;
-      if (normalised) n = load_four(lane.keep(q, p) + layer.n);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        dz.v[j] = normalised ? math::norm_jacobian(scale * g.v[j], n.v[j], r, mean, with_n) : scale * g.v[j];
-        if (lane.column(p, j) >= layer.out) dz.v[j] = 0;
-      }
-      store_four(lane.value(q, p), dz);
-      store_four(lane.keep(q, p) + layer.n, dz);
-    }
+    back_to_sums<Plain>(row, whole, lane, layer, l, q);
+  }
+}
+template <int Across>
+CAMK_NOINLINE __device__ void back_rows(const LaneRows<Across> lane, int l) {
+  const Layer& layer = layer_of(*lane.job, l);
+  if (lane.is_plain(layer)) {
+    back_all_rows<true>(lane, layer, l);
+  } else {
+    back_all_rows<false>(lane, layer, l);
   }
 }
 

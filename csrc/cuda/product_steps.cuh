@@ -52,13 +52,14 @@ struct Parts {
   }
 };
 
-// Two numbers, one in each half of a register, as sums of three bfloat16 each, which hold all their bits; what is
+// Two numbers, one in each half of a register, as sums of kParts bfloat16 each, which hold all their bits; what is
 // infinite becomes NaN.
 struct PairParts {
-  uint32_t part[3];
+  static constexpr int kParts = 3;
+  uint32_t part[kParts];
   CAMK_DEVICE PairParts(float x, float y) {
 #pragma unroll
-    for (int i = 0; i < 3; ++i) {
+    for (int i = 0; i < kParts; ++i) {
       part[i] = pack_bf16(x, y);
       x -= to_float(part[i] << 16), y -= to_float(part[i] & 0xffff0000u);
     }
@@ -69,15 +70,6 @@ struct PairParts {
     float number;
     memcpy(&number, &bits, 4);
     return number;
-  }
-};
-
-// The rows of a lane in one step: g, g + 8, g + 16, g + 24, four places of each.
-struct StepRows {
-  Four row[4];
-  CAMK_DEVICE StepRows(const float* from, int stride) {
-#pragma unroll
-    for (int q = 0; q < 4; ++q) row[q] = load_four(from + q * 8 * stride);
   }
 };
 
@@ -99,19 +91,17 @@ CAMK_DEVICE void each_tile(int tiles, const Body& body) {
 // `Terms` products of tf32 make one of float32. 2: of the values' parts, for weights that are exact in tf32, as float16
 // is. 3: and of the values with the weights' small part.
 template <int Terms>
-CAMK_DEVICE void multiply_tf32(WarpSums& sums, const StepRows& rows, const float* weights, int tiles) {
+CAMK_DEVICE void multiply_tf32(WarpSums& sums, const float* from, int stride, const float* weights, int tiles) {
   const float* own = weights + int(threadIdx.x) % 32 * 4;
 #pragma unroll
-  for (int k = 0; k < 2; ++k) {
+  for (int k = 0; k < 2; ++k) {  // two of the lane's four places: registers for all would cost a block its place
     uint32_t high[2][4], low[2][4];
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const Parts parts(rows.row[q].v[2 * k + i]);
-        high[q / 2][2 * i + q % 2] = parts.high;
-        low[q / 2][2 * i + q % 2] = parts.low;
-      }
+      const float2 two = *reinterpret_cast<const float2*>(from + q * 8 * stride + 2 * k);
+      const Parts first(two.x), second(two.y);
+      high[q / 2][q % 2] = first.high, high[q / 2][2 + q % 2] = second.high;
+      low[q / 2][q % 2] = first.low, low[q / 2][2 + q % 2] = second.low;
     }
     each_tile(tiles, [&](int p) {
       const Four four = load_four(own + p * kTileNumbers + k * 128);
@@ -136,37 +126,36 @@ CAMK_DEVICE void multiply_tf32(WarpSums& sums, const StepRows& rows, const float
   }
 }
 
-// sums += 32 rows of values times one step of weights. Float weights: as many products of tf32 as `terms` says.
+// sums += 32 rows of values, of which a lane has g, g + 8, g + 16, g + 24, times one step of weights. Float weights: as
+// many products of tf32 as `terms` says.
 CAMK_DEVICE void multiply_step(WarpSums& sums, const float* from, int stride, const float* weights, int tiles,
                                int terms) {
   if (tiles <= 0) return;
-  const StepRows rows(from, stride);
   if (terms == 2) {
-    multiply_tf32<2>(sums, rows, weights, tiles);
+    multiply_tf32<2>(sums, from, stride, weights, tiles);
   } else {
-    multiply_tf32<3>(sums, rows, weights, tiles);
+    multiply_tf32<3>(sums, from, stride, weights, tiles);
   }
 }
-// bfloat16 weights are multiplied with all bits of the values.
 CAMK_DEVICE void multiply_step(WarpSums& sums, const float* from, int stride, const uint16_t* weights, int tiles, int) {
   if (tiles <= 0) return;
-  const StepRows rows(from, stride);
   const uint16_t* own = weights + int(threadIdx.x) % 32 * 8;
-  uint32_t left[3][2][4];
+  uint32_t left[PairParts::kParts][2][4];
 #pragma unroll
   for (int q = 0; q < 4; ++q) {
+    const Four four = load_four(from + q * 8 * stride);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const PairParts parts(rows.row[q].v[2 * i], rows.row[q].v[2 * i + 1]);
+      const PairParts parts(four.v[2 * i], four.v[2 * i + 1]);
 #pragma unroll
-      for (int part = 0; part < 3; ++part) left[part][q / 2][2 * i + q % 2] = parts.part[part];
+      for (int part = 0; part < PairParts::kParts; ++part) left[part][q / 2][2 * i + q % 2] = parts.part[part];
     }
   }
   each_tile(tiles, [&](int p) {
     const uint4 word = *reinterpret_cast<const uint4*>(own + p * kTileNumbers);
     const uint32_t right[2][2] = {{word.x, word.y}, {word.z, word.w}};
 #pragma unroll
-    for (int part = 2; part >= 0; --part) {  // the small ones first
+    for (int part = PairParts::kParts - 1; part >= 0; --part) {  // the small ones first
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
 #pragma unroll

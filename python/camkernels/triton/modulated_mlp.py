@@ -47,15 +47,17 @@ class Shape(NamedTuple):
 
 
 # By whether the GPU multiplies from shared memory (sm_90 and later; others hold a chunk of weights in registers, so
-# that chunks are narrower), and by the widest layer, padded. Chosen from machine code, not from measurements: nothing
-# spills up to 64 channels, nor up to 128 for the value on sm_90, which tests/test_triton_compiled.py checks.
+# that chunks are narrower), and by the widest layer, padded. Those of sm_90 for 64 and 256 channels are the fastest of
+# those tried on an H100 and an H200; the others are chosen from machine code. Nothing spills up to 64 channels, nor up
+# to 128 for the value on sm_90, which tests/test_triton_compiled.py checks. On sm_90 a warp has 16 points or more:
+# with fewer, warps share the columns, and what Triton 3.6 makes of that reads beyond its shared memory.
 FORWARD = {
     True: {
         16: Shape(128, 16, 4),
         32: Shape(128, 32, 4),
-        64: Shape(64, 64, 8),
-        128: Shape(64, 128, 8),
-        256: Shape(64, 128, 8),
+        64: Shape(64, 64, 4),
+        128: Shape(128, 128, 8),
+        256: Shape(128, 128, 8),
     },
     False: {
         16: Shape(128, 16, 4),
@@ -69,9 +71,9 @@ BACKWARD = {
     True: {
         16: Shape(128, 16, 4),
         32: Shape(64, 32, 4),
-        64: Shape(64, 32, 8),
-        128: Shape(64, 128, 8),
-        256: Shape(64, 64, 8),
+        64: Shape(64, 64, 4),
+        128: Shape(128, 64, 8),
+        256: Shape(128, 64, 8),
     },
     False: {
         16: Shape(128, 16, 4),
@@ -85,6 +87,7 @@ BACKWARD = {
 ROW_BYTES = 256 << 10  # per multiprocessor
 SUM_PROGRAMS = 4  # per multiprocessor
 SUM_STAGES = 2
+SUM_WARPS = 4
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -157,10 +160,6 @@ def plan_of(
 def shape_of(table: dict[bool, dict[int, Shape]], outs: Sequence[int], device: torch.device) -> Shape:
     modern = device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
     return table[modern][padded(max(outs))]
-
-
-def sum_warps(plan: Plan) -> int:
-    return 8 if plan.chunk > 64 else 4
 
 
 def on_device(x: Tensor) -> Any:
@@ -252,7 +251,7 @@ class Gradients:
                 if self.of_weights is not None:
                     sums_kernel[(self.plan.piece_at[-1], self.splits)](
                         inputs, self.rows, self.of_weights, len(self.x), self.span, before, tiles, self.plan,
-                        num_warps=sum_warps(self.plan), num_stages=SUM_STAGES,
+                        num_warps=SUM_WARPS, num_stages=SUM_STAGES,
                     )  # fmt: skip
 
     def _memory_of_modulation(self, points: int, per_row: int) -> Tensor:

@@ -27,7 +27,7 @@ def call_of(points, kernels, per_point):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("sizes", [(40000, 70, 4), (1500, 100, None), (50, 300000, 2)], ids=str)
+@pytest.mark.parametrize("sizes", [(40000, 70, 4), (1500, 100, None), (50, 300000, 2), (45000, 90000, 4)], ids=str)
 def test_more_pairs_than_are_kept_at_a_time_and_more_kernels_than_pairs(sizes, backend):
     call = call_of(*sizes)
     functions = (lambda **rest: camkernels.radial_basis(**rest, backend=backend), camkernels.reference.radial_basis)

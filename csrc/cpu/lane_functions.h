@@ -13,6 +13,11 @@ CAMK_HD Lanes<T> choose_below(Lanes<T> a, Lanes<T> b, Lanes<T> yes, Lanes<T> no)
   return Lanes<T>(a.v < b.v ? yes.v : no.v);
 }
 
+template <class T>
+CAMK_HD Lanes<T> choose_zero(Lanes<T> x, Lanes<T> yes, Lanes<T> no) {
+  return Lanes<T>(x.v == Lanes<T>(T(0)).v ? yes.v : no.v);
+}
+
 CAMK_HD Doubles multiply_add(Doubles x, Doubles y, Doubles z) { return x * y + z; }
 
 // f(lane) for every lane.
@@ -78,25 +83,55 @@ CAMK_HD Floats log_one_plus(Floats x) {
   return Floats(2.f) * s * polynomial(square, {1.f, 1.f / 3, 1.f / 5, 1.f / 7, 1.f / 9, 1.f / 11, 1.f / 13});
 }
 
-// Of r = x - k pi/2, pi/2 in two parts: x minus the first part is exact, the second loses no more than r's own
-// rounding.
-CAMK_HD Vec<Floats, 2> sine_and_cosine(Floats x) {
+// Where the functions of waves are polynomials.
+inline constexpr float kWaveBound = 1e6f;
+
+// The last bits of the first sum, multiples of x, and r = x - multiple period, |r| <= period / 2. A period in two
+// parts: x minus the first part is exact, the second loses no more than r's own rounding.
+struct Reduced {
+  Lanes<int32_t>::Raw multiple;
+  Floats r;
+};
+CAMK_HD Reduced reduce_phase(Floats x, float inverse, float period, float rest) {
+  const Floats magic(12582912.f);  // 1.5 * 2^23: adding it rounds to a whole number, in the last bits of the sum
+  const Floats shifted = multiply_add(x, Floats(inverse), magic), k = shifted - magic;
+  return {(Lanes<int32_t>::Raw)shifted.v, multiply_add(k, Floats(-rest), multiply_add(k, Floats(-period), x))};
+}
+
+// Of phases within the bound.
+CAMK_HD Vec<Floats, 2> sine_and_cosine_within(Floats x) {
 #if defined(__FMA__)
-  if (all_within(x, 1e6f)) {
-    const Floats magic(12582912.f);  // 1.5 * 2^23: adding it rounds to a whole number, in the last bits of the sum
-    const Floats shifted = multiply_add(x, Floats(0.636619772f), magic), k = shifted - magic;
-    const Floats r = multiply_add(k, Floats(4.37113883e-8f), multiply_add(k, Floats(-1.57079637f), x));
-    const Floats square = r * r;
-    const Floats sine = r * polynomial(square, {1.f, -1.f / 6, 1.f / 120, -1.f / 5040, 1.f / 362880});
-    const Floats cosine = polynomial(square, {1.f, -1.f / 2, 1.f / 24, -1.f / 720, 1.f / 40320, -1.f / 3628800});
-    const auto q = (Lanes<int32_t>::Raw)shifted.v;
-    const Lanes<int32_t>::Raw odd = (q & 1) != 0, negative = (q & 2) << 30, other = ((q + 1) & 2) << 30;
-    const Floats::Raw s = odd ? cosine.v : sine.v, c = odd ? sine.v : cosine.v;
-    return {{Floats((Floats::Raw)((Lanes<int32_t>::Raw)s ^ negative)),
-             Floats((Floats::Raw)((Lanes<int32_t>::Raw)c ^ other))}};
-  }
-#endif
+  const auto [q, r] = reduce_phase(x, 0.636619772f, 1.57079637f, -4.37113883e-8f);
+  const Floats square = r * r;
+  const Floats sine = r * polynomial(square, {1.f, -1.f / 6, 1.f / 120, -1.f / 5040, 1.f / 362880});
+  const Floats cosine = polynomial(square, {1.f, -1.f / 2, 1.f / 24, -1.f / 720, 1.f / 40320, -1.f / 3628800});
+  const Lanes<int32_t>::Raw odd = (q & 1) != 0, negative = (q & 2) << 30, other = ((q + 1) & 2) << 30;
+  const Floats::Raw s = odd ? cosine.v : sine.v, c = odd ? sine.v : cosine.v;
+  return {{Floats((Floats::Raw)((Lanes<int32_t>::Raw)s ^ negative)),
+           Floats((Floats::Raw)((Lanes<int32_t>::Raw)c ^ other))}};
+#else
   return {{lane_by_lane(x, [](float a) { return std::sin(a); }), lane_by_lane(x, [](float a) { return std::cos(a); })}};
+#endif
+}
+// By a polynomial within 1.2e-8 of sin(r) / r.
+CAMK_HD Floats sine_within(Floats x) {
+#if defined(__FMA__)
+  const auto [k, r] = reduce_phase(x, 0.318309886f, 3.14159274f, -8.74227801e-8f);
+  const Floats square = r * r;
+  const Floats rest = square * polynomial(square, {-0.166666597f, 0.00833306555f, -1.98095382e-4f, 2.60563093e-6f});
+  return Floats((Floats::Raw)((Lanes<int32_t>::Raw)multiply_add(r, rest, r).v ^ (k << 31)));
+#else
+  return lane_by_lane(x, [](float a) { return std::sin(a); });
+#endif
+}
+
+CAMK_HD Vec<Floats, 2> sine_and_cosine(Floats x) {
+  if (all_within(x, kWaveBound)) return sine_and_cosine_within(x);
+  return {{lane_by_lane(x, [](float a) { return std::sin(a); }), lane_by_lane(x, [](float a) { return std::cos(a); })}};
+}
+CAMK_HD Floats sine_of(Floats x) {
+  if (all_within(x, kWaveBound)) return sine_within(x);
+  return lane_by_lane(x, [](float a) { return std::sin(a); });
 }
 
 CAMK_HD Doubles exp_of(Doubles x) {
@@ -111,9 +146,19 @@ CAMK_HD Doubles erf_of(Doubles x) {
 CAMK_HD Doubles log_one_plus(Doubles x) {
   return lane_by_lane(x, [](double a) { return std::log1p(a); });
 }
+CAMK_HD Doubles sine_of(Doubles x) {
+  return lane_by_lane(x, [](double a) { return std::sin(a); });
+}
 CAMK_HD Vec<Doubles, 2> sine_and_cosine(Doubles x) {
   return {
       {lane_by_lane(x, [](double a) { return std::sin(a); }), lane_by_lane(x, [](double a) { return std::cos(a); })}};
+}
+CAMK_HD Doubles sine_within(Doubles x) { return sine_of(x); }
+CAMK_HD Vec<Doubles, 2> sine_and_cosine_within(Doubles x) { return sine_and_cosine(x); }
+CAMK_HD bool all_within(Doubles x, double bound) {
+  bool all = true;
+  for (int k = 0; k < kLanes / 2; ++k) all &= std::fabs(x.v[k]) < bound;
+  return all;
 }
 
 }  // namespace camk

@@ -138,6 +138,50 @@ CAMK_HD Words remainder_of(Words i, uint32_t size) {
   return Words(r);
 }
 
+#if defined(__AVX2__)
+// N numbers, and zeros behind them.
+template <int N>
+CAMK_HD __m128 load_some(const float* p) {
+  if constexpr (N == 4) return _mm_loadu_ps(p);
+  if constexpr (N == 1) return _mm_load_ss(p);
+  const __m128 two = _mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  return N == 2 ? two : _mm_movelh_ps(two, _mm_load_ss(p + 2));
+}
+#endif
+
+// N columns, up to four, of kLanes rows, a pack for each; row(k): where row k is.
+template <int N, class Row>
+CAMK_HD Vec<Floats, N> load_columns(const Row& row) {
+  Vec<Floats, N> columns;
+#if defined(__AVX2__)
+  Floats::Raw r[4];  // rows i, i + 4, ...: side by side
+  unroll<4>([&](int i) CAMK_INLINED {
+    const auto some = [&](int k) CAMK_INLINED { return load_some<N>(row(i + 4 * k)); };
+#if defined(__AVX512F__)
+    const __m512 half = _mm512_insertf32x4(_mm512_castps128_ps512(some(0)), some(1), 1);
+    r[i] = _mm512_insertf32x4(_mm512_insertf32x4(half, some(2), 2), some(3), 3);
+#else
+    r[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(some(0)), some(1), 1);
+#endif
+  });
+#if defined(__AVX512F__)
+  const __m512i lows = _mm512_setr_epi32(0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+  const __m512i highs = _mm512_add_epi32(lows, _mm512_set1_epi32(2));
+  const auto low = [&](__m512 a, __m512 b) CAMK_INLINED { return _mm512_permutex2var_ps(a, lows, b); };
+  const auto high = [&](__m512 a, __m512 b) CAMK_INLINED { return _mm512_permutex2var_ps(a, highs, b); };
+#else
+  const auto low = [](__m256 a, __m256 b) CAMK_INLINED { return _mm256_unpacklo_ps(a, b); };
+  const auto high = [](__m256 a, __m256 b) CAMK_INLINED { return _mm256_unpackhi_ps(a, b); };
+#endif
+  const Floats::Raw a = low(r[0], r[2]), b = low(r[1], r[3]), c = high(r[0], r[2]), d = high(r[1], r[3]);
+  const Floats four[] = {low(a, b), high(a, b), low(c, d), high(c, d)};
+  unroll<N>([&](int i) CAMK_INLINED { columns[i] = four[i]; });
+#else
+  for (int k = 0; k < kLanes; ++k) unroll<N>([&](int c) CAMK_INLINED { columns[c].v[k] = row(k)[c]; });
+#endif
+  return columns;
+}
+
 // Number of points that a value of type C stands for.
 template <class C>
 inline constexpr int lanes_of = sizeof(C) / sizeof(typename scalar_of<C>::type);

@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "cpu/dispatch.h"
+#include "cpu/lanes.h"
 #include "cpu/neighbor_cells.h"
 #include "cpu/parallel.h"
 
@@ -70,19 +71,46 @@ class Candidates {
   explicit Candidates(int64_t k) : k_(k) {}
   void clear() { count_ = 0; }
 
-  // Adds those of a block that are not beyond a limit.
-  void add(const double* squares, const int32_t* rows, int64_t size, double limit) {
+  // Adds those of a run of centres that are not beyond a limit: points, axis by axis, `stride` apart.
+  template <int D, class S>
+  void add(const S* points, int64_t stride, const int32_t* rows, int64_t size, const double* at, double limit) {
     const int64_t room = count_ + size + kLanes;
     if (int64_t(squares_.size()) < room) squares_.resize(2 * room), rows_.resize(2 * room);
+#if defined(__AVX512F__)
+    const __m512d zero = _mm512_setzero_pd(), most = _mm512_set1_pd(limit);
+    for (int64_t p = 0; p < size; p += kLanes) {
+      const auto there = __mmask8(size - p >= kLanes ? 0xff : (1 << (size - p)) - 1);
+      __m512d d = zero;
+      unroll<D>([&](int i) CAMK_INLINED {
+        const __m512d offset = load_some(points + i * stride + p, there) - _mm512_set1_pd(at[i]);
+        d = d + _mm512_fmadd_pd(offset, offset, zero);  // as square()
+      });
+      const __mmask8 near = _mm512_mask_cmp_pd_mask(there, d, most, _CMP_LE_OQ);
+      _mm512_storeu_pd(squares_.data() + count_, _mm512_maskz_compress_pd(near, d));
+      const __m256i row = _mm256_maskz_loadu_epi32(there, rows + p);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(rows_.data() + count_), _mm256_maskz_compress_epi32(near, row));
+      count_ += __builtin_popcount(near);
+    }
+#else
     double* to = squares_.data();
     int32_t* row = rows_.data();
     int64_t count = count_;
-    for (int64_t p = 0; p < size; ++p) {  // without branches, which would be mispredicted
-      to[count] = squares[p];
-      row[count] = rows[p];
-      count += squares[p] <= limit;
+    for (int64_t first = 0; first < size; first += kBlock) {
+      const int64_t block = std::min(kBlock, size - first);
+      double squares[kBlock];
+      for (int64_t p = 0; p < block; ++p) {
+        double d = 0;
+        for (int i = 0; i < D; ++i) d += square(double(points[i * stride + first + p]) - at[i]);
+        squares[p] = d;
+      }
+      for (int64_t p = 0; p < block; ++p) {  // without branches, which would be mispredicted
+        to[count] = squares[p];
+        row[count] = rows[first + p];
+        count += squares[p] <= limit;
+      }
     }
     count_ = count;
+#endif
   }
 
   // The k nearest, in order; there are at least k.
@@ -91,9 +119,13 @@ class Candidates {
   }
 
  private:
-  typedef double Four __attribute__((vector_size(32)));
-  typedef int64_t FourCounts __attribute__((vector_size(32)));
-  static constexpr int64_t kLanes = 4;
+  static constexpr int64_t kLanes = camk::kLanes / 2;
+  typedef int64_t Counts __attribute__((vector_size(8 * kLanes)));
+  static constexpr int64_t kBlock = 32;
+#if defined(__AVX512F__)
+  static __m512d load_some(const double* p, __mmask8 there) { return _mm512_maskz_loadu_pd(there, p); }
+  static __m512d load_some(const float* p, __mmask8 there) { return _mm512_cvtps_pd(_mm256_maskz_loadu_ps(there, p)); }
+#endif
   // Comparing all pairs is faster than sorting up to about here.
   static constexpr int64_t kMostRanked = 64;
 
@@ -103,9 +135,8 @@ class Candidates {
     int32_t sorted_rows[kMostRanked + kLanes];
     int64_t ranks = 0;
     for (int64_t i = 0; i < count_; i += kLanes) {
-      Four d;
-      memcpy(&d, squares_.data() + i, sizeof d);
-      FourCounts nearer = {};
+      const Doubles::Raw d = Doubles::load(squares_.data() + i).v;
+      Counts nearer = {};
       for (int64_t j = 0; j < count_; ++j) nearer -= squares_[j] < d;  // true is -1
       for (int64_t l = 0; l < std::min(kLanes, count_ - i); ++l) {
         sorted[nearer[l]] = d[l];
@@ -210,26 +241,18 @@ class Search {
   void scan(double limit) {
     candidates_.clear();
     each_run([&](int32_t begin, int32_t end) {
-      for (int32_t p = begin; p < end; p += kBlock) scan_block(p, std::min(kBlock, end - p), limit);
+      candidates_.template add<D>(cells_.points + begin, cells_.count, cells_.rows + begin, end - begin, at_, limit);
     });
   }
 
-  void scan_block(int32_t begin, int32_t size, double limit) {
-    double squares[kBlock];
-    for (int32_t p = 0; p < size; ++p) {
-      double d = 0;
-      for (int i = 0; i < D; ++i) d += square(double(cells_.points[i * cells_.count + begin + p]) - at_[i]);
-      squares[p] = d;
-    }
-    candidates_.add(squares, cells_.rows + begin, size, limit);
-  }
-
-  static constexpr int32_t kBlock = 32;
   const Cells<S>& cells_;
   Candidates& candidates_;
   double at_[D];
   int64_t low_[D], high_[D];
 };
+
+// Points in the order of their cells lie anywhere: what they have is fetched this many in advance.
+constexpr int64_t kPointsAhead = 8;
 
 template <class S, int D>
 void search(const Cells<S>& cells, const S* x, int64_t n, int64_t k, int32_t* rows, double* squares) {
@@ -237,6 +260,11 @@ void search(const Cells<S>& cells, const S* x, int64_t n, int64_t k, int32_t* ro
   parallel_points(n, [&](int64_t begin, int64_t end) {
     Candidates candidates(k);
     for (int64_t i = begin; i < end; ++i) {
+      if (i + kPointsAhead < end) {
+        const int64_t next = sorted.rows[i + kPointsAhead];
+        __builtin_prefetch(x + next * D), __builtin_prefetch(sorted.cells.data() + next);
+        __builtin_prefetch(rows + next * k, 1), __builtin_prefetch(squares + next * k, 1);
+      }
       const int64_t point = sorted.rows[i];
       Search<S, D> search(cells, x + point * D, sorted.cells[point], candidates);
       search.run(k, rows + point * k, squares + point * k);

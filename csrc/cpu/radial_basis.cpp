@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // The operators of radial_basis on the CPU; schemas and shapes: python/camkernels/radial_basis.py.
-// A gradient in a kernel is a sum over the points around it, each kernel's by one thread and in the order of the
-// points: the same bits for any number of threads.
+// A gradient in a kernel is a sum over the pairs it is part of, each kernel's by one thread and in the order of the
+// pairs: the same bits for any number of threads.
 #include "cpu/memory.h"
 #include "cpu/parallel.h"
 #include "cpu/radial_basis_loops.h"
@@ -12,11 +12,13 @@ namespace {
 using OptionalTensor = std::optional<Tensor>;
 constexpr const char* kOp = "radial_basis";
 
-// Pairs of points and kernels whose weights are kept at a time; more where there are more kernels, so that going over
-// all kernels is no more work than going over the pairs.
-constexpr int64_t kPairs = 1 << 17;
-// Kernels are shared out in at most this many pieces.
+// Pairs of points and kernels whose weights are kept at a time, for each thread; more where there are more kernels, so
+// that going over all kernels is no more work than going over the pairs.
+constexpr int64_t kPairs = 1 << 14;
+// Kernels are shared out among threads in at most this many pieces.
 constexpr int64_t kPieces = 64;
+// Rows of results that are fetched in advance where points are not in their own order.
+constexpr int64_t kRowsAhead = 8;
 
 struct RadialOptions {
   int64_t kind, shape;
@@ -79,21 +81,23 @@ void check_call(const RadialCall& call) {
   check_number(call.neighbors, "neighbors", ScalarType::Int, {x.size(0), call.neighbors->size(1)});
 }
 
+template <class S>
+constexpr auto kArithmetic = std::is_same_v<S, double> ? ScalarType::Double : ScalarType::Float;
+
 // Rows of a tensor in the arithmetic type S, padded to `pitch` numbers: its own where they are that already.
 template <class S>
 class PaddedRows {
  public:
-  PaddedRows(const OptionalTensor& from, int64_t first, int64_t count, int64_t width, int64_t pitch) {
+  PaddedRows(const OptionalTensor& from, int64_t count, int64_t width, int64_t pitch) {
     if (!from) return;
-    constexpr auto kOwn = std::is_same_v<S, double> ? ScalarType::Double : ScalarType::Float;
-    if (from->scalar_type() == kOwn && width == pitch) {
-      data_ = read<S>(*from) + first * width;
+    if (from->scalar_type() == kArithmetic<S> && width == pitch) {
+      data_ = read<S>(*from);
       return;
     }
     const Rows<S> rows{scratch_.take(count * pitch), pitch};
     const Source source(*from);
     torch::stable::parallel_for(0, count, 1024, [&](int64_t begin, int64_t end) {
-      read_rows(source, first + begin, end - begin, width, Rows<S>{rows[begin], pitch});
+      read_rows(source, begin, end - begin, width, Rows<S>{rows[begin], pitch});
     });
     data_ = rows.data;
   }
@@ -103,6 +107,37 @@ class PaddedRows {
   Scratch<S> scratch_;
   const S* data_ = nullptr;
 };
+
+// Points are taken cell by cell where the features of their kernels do not stay in a cache otherwise: from this many
+// bytes of them on, and where most are read by several points.
+constexpr int64_t kLargeTable = 4 << 20;
+// Points of a cell, on average.
+constexpr int64_t kCellPoints = 16;
+
+// The order of points [points, dims] by the cells of a grid over them.
+template <class S>
+Binned order_of_cells(const S* x, int64_t points, int dims) {
+  const int64_t side = int64_t(std::pow(double(points) / kCellPoints, 1.0 / dims)) + 1;
+  std::vector<S> low(dims, std::numeric_limits<S>::max()), high(dims, std::numeric_limits<S>::lowest()), scale(dims);
+  for (int64_t i = 0; i < points; ++i) {
+    for (int a = 0; a < dims; ++a) {
+      const S at = x[i * dims + a];
+      low[a] = at < low[a] ? at : low[a], high[a] = at > high[a] ? at : high[a];  // NaN: neither
+    }
+  }
+  int64_t cells = 1;
+  for (int a = 0; a < dims; ++a) scale[a] = S(side) / (high[a] - low[a]), cells *= side;
+  Binned order;
+  order.sort(points, cells, [&](int64_t i) {
+    int64_t cell = 0;
+    for (int a = 0; a < dims; ++a) {
+      const S at = (x[i * dims + a] - low[a]) * scale[a];
+      cell = cell * side + (at > 0 ? int64_t(std::min(at, S(side - 1))) : 0);
+    }
+    return cell;
+  });
+  return order;
+}
 
 // The call as the loops see it, with what they read padded.
 template <class S>
@@ -115,7 +150,13 @@ class PreparedCall {
         rates_(padded_waves(call, call.frequencies)),
         phase_(padded_waves(call, call.at.phase)),
         phase_along_(padded_waves(call, call.along.phase)) {
-    if (call.neighbors) return;
+    if (call.neighbors) {
+      const Tensor& x = call.x();
+      const int64_t count = call.features().size(0), pairs = x.size(0) * call.neighbors->size(1);
+      const bool large = count * pitch_ * int64_t(sizeof(S)) >= kLargeTable && pairs >= 2 * count;
+      if (large && x.size(0) < int64_t(1) << 31) order_ = order_of_cells(read<S>(x), x.size(0), int(x.size(1)));
+      return;
+    }
     all_.resize(call.features().size(0));
     for (size_t k = 0; k < all_.size(); ++k) all_[k] = int32_t(k);
   }
@@ -131,6 +172,7 @@ class PreparedCall {
             .normalize = options.normalize,
             .detach = options.detach,
             .eps = S(options.eps),
+            .fast_below = (S(kWaveBound) - largest(phase_)) / largest(rates_),
             .points = x.size(0),
             .count = count,
             .per_point = call.neighbors ? call.neighbors->size(1) : count,
@@ -146,7 +188,8 @@ class PreparedCall {
             .phase = {phase_.data(), phase_along_.data()},
             .rates = rates_.data(),
             .neighbors = call.neighbors ? read<int32_t>(*call.neighbors) : nullptr,
-            .all = all_};
+            .all = all_,
+            .order = order_.sorted.empty() ? nullptr : order_.sorted.data()};
   }
 
  private:
@@ -154,7 +197,12 @@ class PreparedCall {
     return {read<S>(*at), along ? read<S>(*along) : nullptr};
   }
   PaddedRows<S> padded_features(const RadialCall& call, const OptionalTensor& t) const {
-    return {t, 0, call.features().size(0), call.features().size(1), pitch_};
+    return {t, call.features().size(0), call.features().size(1), pitch_};
+  }
+  static S largest(const std::vector<S>& numbers) {
+    S most(0);
+    for (S number : numbers) most = std::max(most, std::abs(number));
+    return most;
   }
   // [pitch], a wave where its feature is.
   std::vector<S> padded_waves(const RadialCall& call, const OptionalTensor& t) const {
@@ -167,6 +215,7 @@ class PreparedCall {
   PaddedRows<S> features_, features_along_;
   std::vector<S> rates_, phase_, phase_along_;
   std::vector<int32_t> all_;
+  Binned order_;
 };
 
 // body(Tag<S>) for the arithmetic type of a call.
@@ -179,6 +228,33 @@ void with_arithmetic(const RadialCall& call, const Body& body) {
   }
 }
 
+// Rows of a result, each written once: in place where the tensor has the form of the loops, else by way of scratch.
+template <class S>
+class ResultRows {
+ public:
+  ResultRows(const Tensor& to, int64_t width, int64_t pitch) : to_(to), width_(width), scratch_(pitch) {
+    if (width == pitch && to.scalar_type() == kArithmetic<S>) own_ = write<S>(to);
+  }
+  void prefetch_row(int64_t i) const {
+    for (int64_t c = 0; own_ && c < width_; c += int64_t(64 / sizeof(S))) {
+      __builtin_prefetch(own_ + i * width_ + c, 1);
+    }
+  }
+  // fill(row of `pitch` numbers)
+  template <class Fill>
+  void write_row(int64_t i, const Fill& fill) {
+    if (own_) return fill(own_ + i * width_);
+    fill(scratch_.data());
+    write_rows(Rows<S>{scratch_.data(), int64_t(scratch_.size())}, i, 1, width_, to_);
+  }
+
+ private:
+  const Target to_;
+  int64_t width_;
+  std::vector<S> scratch_;
+  S* own_ = nullptr;
+};
+
 Tensor forward(Tensor x, Tensor centers, Tensor shapes, Tensor features, OptionalTensor phase, OptionalTensor neighbors,
                OptionalTensor frequencies, int64_t kind, int64_t shape, bool normalize, bool detach, double eps,
                int64_t keep) {
@@ -186,22 +262,21 @@ Tensor forward(Tensor x, Tensor centers, Tensor shapes, Tensor features, Optiona
       {x, centers, shapes, features, phase}, {}, neighbors, frequencies, {kind, shape, normalize, detach, eps, keep}};
   check_call(call);
   const Tensor y = in_large_pages(empty(features, {x.size(0), features.size(1)}));
-  const Target to(y);
   with_arithmetic(call, [&]<class S>(Tag<S>) {
     const PreparedCall<S> prepared(call);
     const RadialProblem<S> problem = prepared.problem(call);
     with_radial_dims(problem.dims, [&](auto dims) {
       const RadialLoops<decltype(dims)::value, S> loops{problem};
       parallel_points(problem.points, [&](int64_t begin, int64_t end) {
-        std::vector<S> u(problem.per_point), row(problem.pitch);
-        for (int64_t i = begin; i < end; ++i) {
-          if (problem.has_value(i)) {
-            loops.weigh(i, u.data());
-            loops.value(i, u.data(), row.data());
-          } else {
-            std::fill(row.begin(), row.end(), std::numeric_limits<S>::quiet_NaN());
+        RadialPairs<S> pairs(kPointBlock, problem.per_point);
+        ResultRows<S> rows(y, problem.width, problem.pitch);
+        for (int64_t i = begin; i < end; i = pairs.end) {
+          pairs.begin = i, pairs.end = std::min(end, i + kPointBlock);
+          loops.weigh(pairs, pairs.begin, pairs.end);
+          for (int64_t k = pairs.begin; k < pairs.end; ++k) {
+            if (problem.order && k + kRowsAhead < end) rows.prefetch_row(problem.point_at(k + kRowsAhead));
+            rows.write_row(problem.point_at(k), [&](S* row) CAMK_INLINED { loops.value(pairs, k, row); });
           }
-          write_rows(Rows<S>{row.data(), problem.pitch}, i, 1, problem.width, to);
         }
       });
     });
@@ -227,19 +302,33 @@ class RadialDerivative {
 
   RadialDerivative(const RadialCall& call, const RadialProblem<S>& problem, const Tensor& grad,
                    const RadialWishes& wishes, const RadialResults& results)
-      : problem_(problem), grad_(grad), wishes_(wishes), results_(results), loops_{problem} {
+      : problem_(problem),
+        grad_(grad),
+        wishes_(wishes),
+        results_(results),
+        loops_{problem},
+        kernels_(wishes.centers || wishes.shapes),
+        weights_(kernels_ || wishes.x),
+        points_(points_at_once(problem)),
+        pairs_(points_, problem.per_point),
+        keep_(call.options.keep) {
     sums_.centers = wishes.centers ? write<S>(results.centers) : nullptr;
     sums_.shapes = wishes.shapes ? write<S>(results.shapes) : nullptr;
     sums_.phase = wishes.phase;
-    if (wishes.features) sums_.features = scratch_.take(problem.count * problem.pitch);
-    of_phase_ = scratch_.rows(problem.pitch, kPieces);
-    keep_ = call.options.keep;
-    each_ = (problem.count + kPieces - 1) / kPieces;
-    const int64_t most = std::max<int64_t>(std::max(kPairs, problem.count) / problem.per_point, 1);
-    points_ = std::clamp<int64_t>(problem.points, 1, most);
-    pairs_.has_value.resize(points_), pairs_.scale.resize(points_);
-    for (auto* pairs : {&pairs_.u, &pairs_.gradient}) pairs->resize(points_ * problem.per_point);
-    pairs_.sorted.resize(points_ * problem.per_point);
+    if (wishes.features) {
+      own_ = problem.width == problem.pitch && results.features.scalar_type() == kArithmetic<S>;
+      sums_.features = own_ ? write<S>(results.features) : scratch_.take(problem.count * problem.pitch);
+    }
+    if (problem.width != problem.pitch || grad.scalar_type() != kArithmetic<S>) {
+      grad_rows_ = {scratch_.take(points_ * problem.pitch), problem.pitch};
+    }
+    // the sum over the pieces of the gradient in the phase depends on how many they are
+    const bool split = torch::stable::get_num_threads() > 1 || wishes.phase;
+    while (split && (problem.count >> shift_) >= kPieces) ++shift_;
+    pieces_ = split ? ((problem.count - 1) >> shift_) + 1 : 1;
+    of_phase_ = scratch_.rows(problem.pitch, pieces_);
+    if (weights_) pairs_.gradient.resize(pairs_.u.size());
+    if (kernels_) pairs_.parts.resize(pairs_.u.size() * loops_.kernel_width());
   }
 
   void run() {
@@ -249,55 +338,71 @@ class RadialDerivative {
       if (wishes_.grad) write_grad();
       sum();
     }
-    if (wishes_.features) write_features();
+    if (wishes_.features && !own_) write_features();
     if (wishes_.phase) write_phase();
   }
 
  private:
+  static int64_t points_at_once(const RadialProblem<S>& problem) {
+    const int64_t most = std::max(kPairs * torch::stable::get_num_threads(), problem.count) / problem.per_point;
+    return std::min(round_up(std::max<int64_t>(most, 1), kPointBlock), round_up(problem.points, kPointBlock));
+  }
   template <class Body>
   void each_point(const Body& body) {
     parallel_points(pairs_.end - pairs_.begin,
                     [&](int64_t begin, int64_t end) { body(pairs_.begin + begin, pairs_.begin + end); });
   }
-  // body(first kernel, last kernel, piece)
+  // body(piece, begin, end, pair) of all kernels: pair(begin), ..., pair(end - 1) are the pairs of a piece.
   template <class Body>
   void each_piece(const Body& body) {
-    parallel_tasks(kPieces, [&](int64_t piece) {
-      body(std::min(problem_.count, piece * each_), std::min(problem_.count, (piece + 1) * each_), piece);
+    if (pieces_ == 1) {
+      return body(0, 0, blocks() * problem_.per_point * kWidth, [](int64_t at) CAMK_INLINED { return uint32_t(at); });
+    }
+    const int32_t *sorted = pairs_.pieces.sorted.data(), *first = pairs_.pieces.first.data();
+    parallel_tasks(pieces_, [&](int64_t piece) {
+      body(piece, first[piece], first[piece + 1], [=](int64_t at) CAMK_INLINED { return uint32_t(sorted[at]); });
     });
   }
+  int64_t blocks() const { return round_up(pairs_.end - pairs_.begin, kWidth) / kWidth; }
 
   void write_grad() {
-    const Target to(results_.grad);
     each_point([&](int64_t begin, int64_t end) {
-      std::vector<S> row(problem_.pitch);
+      ResultRows<S> rows(results_.grad, problem_.width, problem_.pitch);
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t at = i - pairs_.begin;
-        if (pairs_.has_value[at]) {
-          loops_.value(i, pairs_.u.data() + at * problem_.per_point, row.data());
-        } else {
-          std::fill(row.begin(), row.end(), std::numeric_limits<S>::quiet_NaN());
-        }
-        write_rows(Rows<S>{row.data(), problem_.pitch}, i, 1, problem_.width, to);
+        rows.write_row(problem_.point_at(i), [&](S* row) CAMK_INLINED { loops_.value(pairs_, i, row); });
       }
     });
   }
 
   void sum() {
-    const bool kernels = wishes_.centers || wishes_.shapes, weights = kernels || wishes_.x;
-    if (!weights && !wishes_.features && !wishes_.phase) return;
-    const PaddedRows<S> grad(grad_, pairs_.begin, pairs_.end - pairs_.begin, problem_.width, problem_.pitch);
-    const Rows<const S> g{grad.data(), problem_.pitch};
-    loops_.sort(pairs_);
-    each_piece([&](int64_t begin, int64_t end, int64_t piece) {
-      loops_.sum_features(pairs_, g, begin, end, sums_, weights, of_phase_[piece]);
+    if (!weights_ && !wishes_.features && !wishes_.phase) return;
+    if (grad_rows_.data) {
+      each_point([&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const Rows<S> row{grad_rows_[i - pairs_.begin], problem_.pitch};
+          read_rows(grad_, problem_.point_at(i), 1, problem_.width, row);
+        }
+      });
+    }
+    const S* own = static_cast<const S*>(grad_.data);  // where it needs no conversion
+    const auto g = [&](int64_t i) CAMK_INLINED -> const S* {
+      return grad_rows_.data ? grad_rows_[i - pairs_.begin] : own + problem_.point_at(i) * problem_.pitch;
+    };
+    if (pieces_ > 1) {
+      const auto piece = [&](int64_t p) CAMK_INLINED { return int64_t(pairs_.kernels[p] >> shift_); };
+      pairs_.pieces.sort(blocks() * problem_.per_point * kWidth, pieces_, piece);
+    }
+    each_piece([&](int64_t piece, int64_t begin, int64_t end, const auto& pair) {
+      loops_.sum_features(pairs_, begin, end, pair, g, sums_, weights_, of_phase_[piece]);
     });
-    if (!weights) return;
+    if (!weights_) return;
     each_point([&](int64_t begin, int64_t end) {
-      loops_.back_to_points(pairs_, begin, end, wishes_.x ? write<S>(results_.x) : nullptr);
+      loops_.back_to_points(pairs_, begin, end, wishes_.x ? write<S>(results_.x) : nullptr, kernels_);
     });
-    if (!kernels) return;
-    each_piece([&](int64_t begin, int64_t end, int64_t) { loops_.sum_kernels(pairs_, begin, end, sums_); });
+    if (!kernels_) return;
+    each_piece([&](int64_t, int64_t begin, int64_t end, const auto& pair) {
+      loops_.sum_kernels(pairs_, begin, end, pair, sums_);
+    });
   }
 
   void write_features() {
@@ -309,22 +414,27 @@ class RadialDerivative {
   }
 
   void write_phase() {
-    for (int64_t piece = 1; piece < kPieces; ++piece) {
+    for (int64_t piece = 1; piece < pieces_; ++piece) {
       for (int64_t c = 0; c < problem_.width; ++c) of_phase_[0][c] += of_phase_[piece][c];
     }
     std::copy(of_phase_[0] + keep_, of_phase_[0] + problem_.width, write<S>(results_.phase));
   }
 
+  static constexpr int64_t kWidth = lanes_of<Lanes<S>>;
   const RadialProblem<S>& problem_;
-  const Tensor& grad_;
+  const Source grad_;
   const RadialWishes wishes_;
   const RadialResults& results_;
   RadialLoops<D, N> loops_;
-  RadialSums<S> sums_;
-  Scratch<S> scratch_;
-  Rows<S> of_phase_;  // of each piece of the kernels
-  int64_t keep_, each_, points_;
+  bool kernels_, weights_;  // whether gradients in parameters of kernels are wanted, and in weights
+  int64_t points_;          // at a time
   RadialPairs<N> pairs_;
+  int64_t keep_, pieces_, shift_ = 0;  // a kernel k belongs to piece k >> shift
+  RadialSums<S> sums_;
+  bool own_ = false;  // whether the gradient in features is summed in its tensor
+  Scratch<S> scratch_;
+  Rows<S> of_phase_;   // of each piece
+  Rows<S> grad_rows_;  // of the points at a time, where the tensor's own do not serve
 };
 
 // A tensor for sums, zeros; empty(0) where it is not wanted.
@@ -344,7 +454,7 @@ RadialResults derivative(const RadialCall& call, const Tensor& grad, const Radia
                               fresh(call.x(), wishes.x),
                               zeros_like(*call.at.centers, wishes.centers),
                               zeros_like(*call.at.shapes, wishes.shapes),
-                              fresh(call.features(), wishes.features),
+                              zeros_like(call.features(), wishes.features),
                               fresh(call.at.phase ? *call.at.phase : call.x(), wishes.phase)};
   with_arithmetic(call, [&]<class S>(Tag<S>) {
     const PreparedCall<S> prepared(call);

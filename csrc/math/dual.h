@@ -24,15 +24,7 @@ struct Dual {
 template <class C>
 struct scalar_of<Dual<C>> : scalar_of<C> {};
 
-// The number without its derivative, and as a constant.
-template <class C>
-CAMK_HD C value_of(C x) {
-  return x;
-}
-template <class C>
-CAMK_HD C value_of(Dual<C> x) {
-  return x.value;
-}
+// The number as a constant, without its derivative.
 template <class C>
 CAMK_HD C constant_of(C x) {
   return x;
@@ -40,6 +32,15 @@ CAMK_HD C constant_of(C x) {
 template <class C>
 CAMK_HD Dual<C> constant_of(Dual<C> x) {
   return {x.value, C(0)};
+}
+
+template <class C>
+CAMK_HD Dual<C> choose_below(Dual<C> a, Dual<C> b, Dual<C> yes, Dual<C> no) {
+  return {choose_below(a.value, b.value, yes.value, no.value), choose_below(a.value, b.value, yes.along, no.along)};
+}
+template <class C>
+CAMK_HD Dual<C> choose_zero(Dual<C> x, Dual<C> yes, Dual<C> no) {
+  return {choose_zero(x.value, yes.value, no.value), choose_zero(x.value, yes.along, no.along)};
 }
 
 template <class C>

@@ -111,6 +111,11 @@ template <class C>
 CAMK_HD C choose_below(C a, C b, C yes, C no) {
   return a < b ? yes : no;
 }
+// x == 0 ? yes : no
+template <class C>
+CAMK_HD C choose_zero(C x, C yes, C no) {
+  return x == C(0) ? yes : no;
+}
 
 CAMK_HD float sqrt_of(float x) { return sqrtf(x); }
 CAMK_HD double sqrt_of(double x) { return sqrt(x); }

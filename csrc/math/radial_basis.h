@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // One kernel of a radial basis at one point, phi(x, centre, shape), the waves of its weight, and their derivatives;
-// their meaning: camkernels.reference.radial_basis. C is a scalar or the dual number of one, of waves also a pack.
+// their meaning: camkernels.reference.radial_basis. C is a scalar, a pack of lanes, or the dual number of one.
 #pragma once
 #include "math/dual.h"
 
@@ -42,15 +42,18 @@ CAMK_HD bool radial_ignores_shape(RadialKind kind, RadialShape shape) {
 // there.
 template <int D, class Body>
 CAMK_HD void each_shape_entry(RadialShape shape, const Body& body) {
-  if (shape == RadialShape::kIsotropic || shape == RadialShape::kDiagonal) {
-    for (int i = 0; i < D; ++i) body(i, i, shape == RadialShape::kDiagonal ? i : 0);
-    return;
-  }
-  for (int i = 0; i < D; ++i) {
-    for (int j = 0; j < D; ++j) {
-      const int low = i < j ? i : j, high = i < j ? j : i;
-      body(i, j, shape == RadialShape::kSymmetric ? low * (2 * D - low - 1) / 2 + high : i * D + j);
-    }
+  switch (shape) {
+    case RadialShape::kIsotropic:
+      return unroll<D>([&](int i) CAMK_INLINED { body(i, i, 0); });
+    case RadialShape::kDiagonal:
+      return unroll<D>([&](int i) CAMK_INLINED { body(i, i, i); });
+    case RadialShape::kSymmetric:
+      return unroll<D * D>([&](int k) CAMK_INLINED {
+        const int i = k / D, j = k % D, low = i < j ? i : j, high = i < j ? j : i;
+        body(i, j, low * (2 * D - low - 1) / 2 + high);
+      });
+    default:
+      return unroll<D * D>([&](int k) CAMK_INLINED { body(k / D, k % D, k); });
   }
 }
 
@@ -64,8 +67,7 @@ struct RadialProfile {
 template <class C>
 CAMK_HD RadialProfile<C> rooted_profile(RadialKind kind, C q) {
   using enum RadialKind;
-  const bool centre = value_of(q) == 0;
-  const C zero(0), one(1), root = centre ? zero : sqrt_of(q), root_slope = centre ? zero : C(0.5) / root;
+  const C zero(0), one(1), root = choose_zero(q, zero, sqrt_of(q)), root_slope = choose_zero(q, zero, C(0.5) / root);
   RadialProfile<C> f;
   if (kind == kIvd) {
     f.value = one / (root + C(1e-10));
@@ -85,7 +87,7 @@ CAMK_HD RadialProfile<C> rooted_profile(RadialKind kind, C q) {
   } else {
     f = {q * root, C(1.5) * root};
   }
-  if (centre) f.slope = zero;
+  f.slope = choose_zero(q, zero, f.slope);
   return f;
 }
 
@@ -130,12 +132,9 @@ CAMK_HD RadialProfile<C> radial_profile(RadialKind kind, C q) {
 // max(0, 1 - |t|) and its derivative, 0 where the hat peaks and ends.
 template <class C>
 CAMK_HD RadialProfile<C> hat_profile(C t) {
-  const C zero(0), one(1);
-  if (value_of(t) == 0) return {one, zero};
-  const bool negative = value_of(t) < 0;
-  const C height = negative ? one + t : one - t;
-  if (value_of(height) <= 0) return {zero, zero};
-  return {height, negative ? one : C(-1)};
+  const C zero(0), one(1), side = choose_zero(t, zero, choose_below(t, zero, C(-1), one)), height = one - side * t;
+  return {choose_zero(height, zero, choose_below(height, zero, zero, height)),
+          choose_below(zero, height, zero - side, zero)};
 }
 
 template <int D, class C>
@@ -206,11 +205,8 @@ struct RadialKernel {
  private:
   // max(|v|, 1e-8) and, as slope, what the derivative of its logarithm is per v.
   CAMK_HD static RadialProfile<C> length(const Vec<C, D>& v) {
-    const C square = inner(v, v);
-    if (value_of(square) == 0) return {C(1e-8), C(0)};
-    const C root = sqrt_of(square);
-    if (value_of(root) < value_of(C(1e-8))) return {C(1e-8), C(0)};
-    return {root, C(1) / square};
+    const C least(1e-8), square = inner(v, v), root = choose_zero(square, C(0), sqrt_of(square));
+    return {choose_below(root, least, least, root), choose_below(root, least, C(0), C(1) / square)};
   }
 
   CAMK_HD RadialGradient<D, C> pull_back_cosine(C g) const {
@@ -231,9 +227,12 @@ struct RadialWave {
   C value, slope, phase_slope;
 };
 template <class C>
+CAMK_HD RadialWave<C> radial_wave(C rate, const Vec<C, 2>& sine_and_cosine) {
+  return {sine_and_cosine[0], rate * sine_and_cosine[1], sine_and_cosine[1]};
+}
+template <class C>
 CAMK_HD RadialWave<C> radial_wave(C u, C rate, C phase) {
-  const Vec<C, 2> wave = sine_and_cosine(u * rate + phase);
-  return {wave[0], rate * wave[1], wave[1]};
+  return radial_wave(rate, sine_and_cosine(u * rate + phase));
 }
 
 }  // namespace camk::math

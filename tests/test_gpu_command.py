@@ -269,12 +269,13 @@ def test_triton_s_calls_are_shared_out_and_errors_left_to_the_tests():
     seen = []
 
     def function(**arguments):
-        found = next(t for name in ("table", "grids", "weights", "gamma") if (t := arguments.get(name)) is not None)
+        names = ("table", "grids", "weights", "gamma", "features")
+        found = next(t for name in names if (t := arguments.get(name)) is not None)
         seen.append(found[0].dtype)
         raise RuntimeError("not here")
 
     shares = [triton_cache.run_share(share, 3, function, "cpu") for share in range(3)]
-    assert triton_cache.ops() == ["hash_grid", "modulated_mlp", "modulate", "coordinate_modulation"]
+    assert triton_cache.ops() == ["hash_grid", "modulated_mlp", "modulate", "coordinate_modulation", "radial_basis"]
     every = len(triton_cache.DTYPES) * sum(len(testing.cases(op)) for op in triton_cache.ops())
     assert sum(shares) == every and max(shares) - min(shares) <= 1
     assert len(seen) == every * len(triton_cache.PASSES)

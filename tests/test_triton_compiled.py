@@ -7,7 +7,19 @@ import pytest
 
 pytest.importorskip("triton")
 
-from triton_ahead_of_time import KERNELS, SIZES, Variant, compile_all, cover, cover_lookups, cover_mlp
+from triton_ahead_of_time import (
+    KERNELS,
+    SIZES,
+    Basis,
+    Variant,
+    compile_all,
+    compile_basis,
+    cover,
+    cover_bases,
+    cover_lookups,
+    cover_mlp,
+    published_bases,
+)
 
 pytestmark = pytest.mark.skipif(
     "TRITON_INTERPRET" in os.environ, reason="the interpreter, which TRITON_INTERPRET chooses, does not compile"
@@ -20,11 +32,13 @@ OTHERS = [  # more dims, features that are no power of two, no upper corner
     Variant("jacobian", 3, 5, "fp16", 90, interpolation=2, ceil_corner=True),
 ]
 LOOKUPS = cover_lookups()
+PUBLISHED = published_bases()
+ALL = GATED + OTHERS + LOOKUPS + MLPS + PUBLISHED + cover_bases()
 
 
 @pytest.fixture(scope="module")
 def facts():
-    return compile_all(GATED + OTHERS + LOOKUPS + MLPS)
+    return compile_all(ALL)
 
 
 def test_the_cover_has_every_size_on_both_architectures_and_every_dtype():
@@ -32,7 +46,7 @@ def test_the_cover_has_every_size_on_both_architectures_and_every_dtype():
     assert len({(v.kernel, v.features, v.dtype) for v in GATED}) == len(KERNELS) * 4 * 4
 
 
-@pytest.mark.parametrize("variant", GATED + OTHERS + LOOKUPS + MLPS, ids=str)
+@pytest.mark.parametrize("variant", ALL, ids=str)
 def test_nothing_spills(facts, variant):
     found = facts[variant]
     assert found.stack == 0 and found.count("LDL") == 0 and found.count("STL") == 0
@@ -96,3 +110,24 @@ def test_products_are_those_of_tensor_cores(facts, variant):
     if variant.arch >= 90 and variant.kernel != "sums":
         assert found.count("HGMMA") > 0 and found.count("HMMA") == 0
     assert found.shared <= {80: 163 << 10, 90: 227 << 10}[variant.arch]
+
+
+@pytest.mark.parametrize("variant", PUBLISHED, ids=str)
+def test_radial_features_are_read_and_added_to_in_words(facts, variant):
+    found = facts[variant]
+    if variant.kernel != "features":
+        assert found.opcodes["LDG.E.128"] >= 1
+    if variant.kernel != "value" and variant.arch >= 90:
+        assert found.count("REDG.E.ADD.F32x4") >= 1
+    assert found.count("ATOM") == 0
+
+
+@pytest.mark.parametrize("variant", [v for v in PUBLISHED if v.kernel != "gradients"], ids=str)
+def test_a_weight_is_computed_by_one_thread_for_all_features(facts, variant):
+    """A pair of point and kernel per thread: one division by the normaliser, of the inverse quadratic one more."""
+    assert facts[variant].count("MUFU") == {"ivq": 2, "nlin": 1}[variant.kind]
+
+
+def test_waves_of_float64_have_the_stack_of_the_library():
+    found = compile_basis(Basis("gradients", "gauss", "full", 3, 4, 16, "fp64", 90))
+    assert 0 < found.stack <= 48

@@ -22,6 +22,7 @@ PROCESSES = {
     "other half": ("triton_interpreted.py", "-k", "not half0"),
     "lookup": ("triton_interpreted_lookup.py",),
     "mlp": ("triton_interpreted_mlp.py",),
+    "radial basis": ("triton_interpreted_radial.py",),
 }
 needs_triton = pytest.mark.skipif(triton.MISSING is not None, reason=str(triton.MISSING))
 

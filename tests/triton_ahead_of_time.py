@@ -87,7 +87,11 @@ def cover_mlp() -> list[MLPVariant]:
         variants.append(MLPVariant(kernel, width, MLP_DTYPES[(k + w + a) % 3], arch))
     variants += [MLPVariant(kernel, 64, "fp32", arch) for kernel in ("value", "gradients") for arch in ARCHITECTURES]
     variants += [MLPVariant(kernel, 64, "fp16", 90, fused=True) for kernel in ("value", "gradients")]
-    variants += [MLPVariant("value", 128, dtype, 90) for dtype in ("fp32", "bf16")]
+    variants += [
+        MLPVariant(*kernel, dtype, arch)
+        for *kernel, arch in (("value", 128, 90), ("gradients", 128, 80))
+        for dtype in ("fp32", "bf16")
+    ]
     variants += [MLPVariant("value", 64, "fp32", 90, precision="tf32")]
     return list(dict.fromkeys(variants))
 
@@ -213,11 +217,83 @@ def compile_lookup(variant: Lookup) -> Facts:
     return compile_kernel(kernel, types, lookup.constants(settings, shape, dtype), variant.arch, lookup.OPTIONS[dtype])
 
 
-AnyVariant = Variant | Lookup | MLPVariant
+class Basis(NamedTuple):
+    """A kernel of radial_basis: per_point 0 stands for all kernels; dtype: of the features."""
+
+    kernel: str  # "value", "features" (their gradient alone) or "gradients"
+    kind: str
+    shape: str
+    dims: int
+    per_point: int
+    features: int
+    dtype: str
+    arch: int
+    waves: bool = True
+    true_normalizer: bool = False
+
+    def __str__(self) -> str:
+        sizes = f"d{self.dims}k{self.per_point}f{self.features}"
+        return f"{self.kernel}-{self.kind}_{self.shape}-{sizes}-{self.dtype}-sm_{self.arch}"
+
+
+def published_bases() -> list[Basis]:
+    """NeuRBF's image and shape, features in float32."""
+    fields = (("ivq", "full", 2, 4, 32), ("nlin", "isotropic", 3, 8, 16))
+    return [
+        Basis(kernel, *field, "fp32", arch)
+        for kernel, field, arch in product(("value", "features", "gradients"), fields, ARCHITECTURES)
+    ]
+
+
+def cover_bases() -> list[Basis]:
+    """The gradients of every kind; all else takes turns. Waves of float64 are left out: they are the device library's,
+    which has a stack."""
+    from camkernels._radial_basis import KINDS, SHAPES
+
+    variants = []
+    for i, kind in enumerate(KINDS):
+        dtype = DTYPES[(i + i // 4) % 4]
+        sizes = SHAPES[i % 5], 1 + i % 4, (0, 10, 64)[i % 3], (5, 64, 16)[(i + i // 3) % 3]
+        options = {"waves": dtype != "fp64", "true_normalizer": i % 2 == 1}
+        variants.append(Basis("gradients", kind, *sizes, dtype, ARCHITECTURES[i // 2 % 2], **options))
+    return variants
+
+
+def compile_basis(variant: Basis) -> Facts:
+    from dataclasses import replace
+
+    import torch
+
+    from camkernels._radial_basis import KINDS, SHAPES
+    from camkernels.triton import radial_basis
+
+    place = KINDS.index(variant.kind), SHAPES.index(variant.shape)
+    settings = radial_basis.Settings(*place, True, not variant.true_normalizer, 1e-8, 0, False)
+    number, dtype = ("fp64", torch.float64) if variant.dtype == "fp64" else ("fp32", torch.float32)
+    plan = radial_basis.plan_of(settings, variant.dims, variant.features, variant.per_point, dtype)
+    all_gradients = variant.kernel == "gradients"
+    constants = {"PLAN": replace(plan, along=all_gradients)}
+    absent = {
+        "neighbors_ptr": variant.per_point == 0,
+        "frequencies_ptr": not variant.waves,
+        "phase_ptr": not variant.waves,
+        "gx_ptr": not all_gradients,
+        "of_centers_ptr": not all_gradients,
+        "of_shapes_ptr": not all_gradients or plan.width == 0,
+        "of_phase_ptr": not (all_gradients and variant.waves),
+    }
+    constants |= {name: None for name, is_absent in absent.items() if is_absent}
+    kernel = radial_basis.value_kernel if variant.kernel == "value" else radial_basis.gradients_kernel
+    types = dict.fromkeys((name for name in kernel.arg_names if name.endswith("_ptr")), f"*{number}")
+    types |= dict.fromkeys(("features_ptr", "g_ptr", "y_ptr"), f"*{variant.dtype}") | {"neighbors_ptr": "*i32"}
+    return compile_kernel(kernel, types, constants, variant.arch, radial_basis.OPTIONS)
+
+
+AnyVariant = Variant | Lookup | MLPVariant | Basis
 
 
 def compile_any(variant: AnyVariant) -> Facts:
-    compilers = {Variant: compile_grid, Lookup: compile_lookup, MLPVariant: compile_mlp}
+    compilers = {Variant: compile_grid, Lookup: compile_lookup, MLPVariant: compile_mlp, Basis: compile_basis}
     return compilers[type(variant)](variant)
 
 
@@ -236,4 +312,4 @@ def table(facts: dict[AnyVariant, Facts]) -> str:
 
 
 if __name__ == "__main__":
-    print(table(compile_all([*cover(), *cover_lookups(), *cover_mlp()])))
+    print(table(compile_all([*cover(), *cover_lookups(), *cover_mlp(), *published_bases(), *cover_bases()])))

@@ -18,7 +18,7 @@ from test_operators import Recorder
 assert os.environ.get("TRITON_INTERPRET") == "1", "run with TRITON_INTERPRET=1"
 triton_interpreter.repair()
 
-CASES = [case for op in ("hash_grid", "modulated_mlp") for case in testing.cases(op)]
+CASES = [case for op in ("hash_grid", "modulated_mlp", "radial_basis") for case in testing.cases(op)]
 GRIDS = testing.cases("hash_grid")
 TRITON, REFERENCE = function_of("hash_grid", "triton"), definition_of("hash_grid")
 

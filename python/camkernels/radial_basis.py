@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import reference
+from . import reference, triton
 from ._autograd import Argument, Operator
 from ._backends import BACKENDS, Call, choose, define, round_to_autocast
 from ._checks import check_choice, check_dtype, check_floating, check_size
@@ -23,7 +23,7 @@ __all__ = ["RadialBasis", "radial_basis"]
 # ---- operators -------------------------------------------------------------------------------------------------------
 # C: float64 where a tensor is, else float32. x [N, d], centers [n, d], shapes [n, s] in C; features [n, F]; phase and
 # frequencies [F - keep] in C; neighbors int32 [N, K], of which those that name no kernel make their point NaN. kind and
-# shape: as in csrc/math/radial_basis.h.
+# shape: as in csrc/math/radial_basis.h. deterministic, of the Triton operator: sums over points in a fixed order.
 
 _TENSORS = (
     Argument("x", points=True),
@@ -41,14 +41,27 @@ def _meta(x: Tensor, centers: Tensor, shapes: Tensor, features: Tensor, *rest: A
     return features.new_empty(x.shape[0], features.shape[1])
 
 
-_COMPILED = Operator("radial_basis", _TENSORS, _SETTINGS, [Argument("y", points=True)], _meta)
-_COMPILED.differentiate().differentiate()
+def _declare(name: str, settings: str) -> Operator:
+    op = Operator(name, _TENSORS, settings, [Argument("y", points=True)], _meta)
+    op.differentiate().differentiate()
+    return op
+
+
+_COMPILED = _declare("radial_basis", _SETTINGS)
+_TRITON = _declare("triton_radial_basis", f"{_SETTINGS}, bool deterministic")
+for _name, _module, _function in (
+    ("", "radial_basis", "value"),
+    ("_backward", "radial_basis", "backward"),
+    ("_backward_backward", "second_order", "radial_basis_backward_backward"),
+):
+    triton.implement(f"triton_radial_basis{_name}", _module, _function)
 
 
 def _kernels(
-    x: Tensor, centers: Tensor, shapes: Tensor, features: Tensor, neighbors: Tensor | None, basis: Basis
-) -> Tensor:
-    """radial_basis by the operator."""
+    operator: Operator, x: Tensor, centers: Tensor, shapes: Tensor, features: Tensor, neighbors: Tensor | None,
+    basis: Basis,
+) -> Tensor:  # fmt: skip
+    """radial_basis by one of the operators."""
     dtype = compute_dtype(x, centers, shapes, features)
     points, phase, frequencies = x.to(dtype).reshape(-1, x.shape[-1]), basis.phase, basis.frequencies
     phase, frequencies = (t if t is None else t.to(dtype) for t in (phase, frequencies))
@@ -60,8 +73,10 @@ def _kernels(
         KINDS.index(basis.kind), SHAPES.index(basis.shape), basis.normalize, basis.detach_normalizer, float(basis.eps),
         basis.keep,
     )  # fmt: skip
+    if operator is _TRITON:
+        settings += (torch.are_deterministic_algorithms_enabled(),)
     tensors = (points, centers.to(dtype), shapes.to(dtype), features, phase, neighbors, frequencies)
-    return _COMPILED(*tensors, settings=settings).reshape(*x.shape[:-1], features.shape[1])
+    return operator(*tensors, settings=settings).reshape(*x.shape[:-1], features.shape[1])
 
 
 # ---- function --------------------------------------------------------------------------------------------------------
@@ -117,7 +132,8 @@ def radial_basis(
         y = define(reference.radial_basis, x, centers, shapes, features, neighbors, **vars(basis))
     else:
         basis.check(op, x, centers, shapes, features, neighbors)
-        y = _kernels(x, centers, shapes, features, neighbors, basis)
+        operator = _TRITON if chosen == "triton" else _COMPILED
+        y = _kernels(operator, x, centers, shapes, features, neighbors, basis)
     return round_to_autocast(y)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from .. import _ops
 
 # those with kernels here
-OPS = ("hash_grid", "modulated_mlp", "modulate", "coordinate_modulation", "hash_grid_mlp")
+OPS = ("hash_grid", "modulated_mlp", "modulate", "coordinate_modulation", "hash_grid_mlp", "radial_basis")
 WIDEST = 256  # channels of a layer that is computed within a program
 # Derivatives of a derivative, and of a Jacobian, have none: second_order.py computes them by the definition's formula.
 SECOND_ORDER = "reference formula"

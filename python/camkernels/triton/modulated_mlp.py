@@ -49,8 +49,8 @@ class Shape(NamedTuple):
 # By whether the GPU multiplies from shared memory (sm_90 and later; others hold a chunk of weights in registers, so
 # that chunks are narrower), and by the widest layer, padded. Those of sm_90 for 64 and 256 channels are the fastest of
 # those tried on an H100 and an H200; the others are chosen from machine code. Nothing spills up to 64 channels, nor up
-# to 128 for the value on sm_90, which tests/test_triton_compiled.py checks. On sm_90 a warp has 16 points or more:
-# with fewer, warps share the columns, and what Triton 3.6 makes of that reads beyond its shared memory.
+# to 128 for the value on sm_90 and for gradients before it, which tests/test_triton_compiled.py checks. On sm_90 a warp
+# has 16 points or more: with fewer, warps share columns, and what Triton 3.6 makes of that reads beyond shared memory.
 FORWARD = {
     True: {
         16: Shape(128, 16, 4),
@@ -79,8 +79,8 @@ BACKWARD = {
         16: Shape(128, 16, 4),
         32: Shape(64, 32, 4),
         64: Shape(32, 32, 8),
-        128: Shape(32, 32, 8),
-        256: Shape(32, 32, 8),
+        128: Shape(16, 64, 8),
+        256: Shape(16, 64, 8),
     },
 }
 # Estimated, not measured: what a launch leaves in memory stays in the L2 cache until the sums read it.

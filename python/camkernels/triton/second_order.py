@@ -18,6 +18,7 @@ from torch._C import DispatchKey, DispatchKeySet
 from .. import reference
 from .._geometry import GridGeometry
 from .._modulation import ACTIVATIONS
+from .._radial_basis import KINDS, SHAPES
 from ..hash_grid import INTERPOLATIONS, OUTSIDE
 
 GRID_SETTINGS = 8  # of hash_grid's operators: the first of hash_grid_mlp's
@@ -215,3 +216,30 @@ def coordinate_modulation_backward_backward(
         return torch.autograd.grad(y, (coords, grids), grad, create_graph=True, materialize_grads=True)
 
     return gradients(backward, (grad, coords, grids), (ggcoords, gggrids), mask)
+
+
+def radial_basis_backward_backward(
+    ggx: Tensor | None, ggcenters: Tensor | None, ggshapes: Tensor | None, ggfeatures: Tensor | None,
+    ggphase: Tensor | None, grad: Tensor, x: Tensor, centers: Tensor, shapes: Tensor, features: Tensor,
+    phase: Tensor | None, neighbors: Tensor | None, frequencies: Tensor | None, *settings_and_mask: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The operator triton_radial_basis_backward_backward: gradients of <ggx, gx> + <ggcenters, gcenters> + ... in grad,
+    x, centers, shapes, features, phase."""
+    (kind, shape, normalize, detach_normalizer, eps, keep, _), mask = settings_and_mask[:-1], settings_and_mask[-1]
+    options = {
+        "kind": KINDS[kind], "shape": SHAPES[shape], "normalize": normalize, "detach_normalizer": detach_normalizer,
+        "eps": eps, "keep": keep, "frequencies": frequencies,
+    }  # fmt: skip
+    phases = [] if phase is None else [phase]
+
+    def backward(grad: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        x, centers, shapes, features, *phases = tensors
+        y = reference.radial_basis(
+            x, centers, shapes, features, neighbors, **options, phase=phases[0] if phases else None
+        )
+        return torch.autograd.grad(y, tensors, grad, create_graph=True, materialize_grads=True)
+
+    inputs = (grad, x, centers, shapes, features, *phases)
+    along = (ggx, ggcenters, ggshapes, ggfeatures, ggphase)[: len(inputs) - 1]
+    found = gradients(backward, inputs, along, mask[: len(inputs)])
+    return found if phases else (*found, x.new_empty(0))

@@ -21,9 +21,13 @@ FORMS = ("blend",)
 def make(options: dict[str, Any], device: str, form: str = "blend") -> Callable[..., Tensor]:
     """function(x [n, in], weights, biases or None, modulation [n, hidden, 2 (, width)] or None) -> [n, out]."""
     norm, activation, omega, skips = (options[name] for name in ("norm", "activation", "omega", "skips"))
+    frequencies = options.get("frequencies")
 
-    def activate(h: Tensor) -> Tensor:
-        return torch.sin(omega * h) if activation == "sine" else h.relu_()
+    def activate(h: Tensor, layer: int) -> Tensor:
+        name = activation if isinstance(activation, str) else activation[layer]
+        if name == "residual_sine":
+            return h + torch.sin(h * frequencies)
+        return torch.sin(omega * h) if name == "sine" else h.relu_()
 
     def function(
         x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None, modulation: Tensor | None = None
@@ -38,7 +42,7 @@ def make(options: dict[str, Any], device: str, form: str = "blend") -> Callable[
                 h = F.layer_norm(h, h.shape[-1:])
             if modulation is not None:
                 h = modulation[:, i, 0] * h + modulation[:, i, 1]
-            h = activate(h)
+            h = activate(h, i)
             if i in skips:
                 h = torch.cat([h, x], -1)
         return F.linear(h, weight, bias)

@@ -7,10 +7,10 @@ import copy
 
 from torch import Tensor, nn
 
-from camkernels import CoordinateModulation, HashGrid, ModulatedMLP
-from camkernels.fields import HashCAMField
+from camkernels import CoordinateModulation, HashGrid, ModulatedMLP, RadialBasis
+from camkernels.fields import HashCAMField, NeuRBFImageField
 
-from . import hash_grid_eager, modulated_mlp_eager
+from . import hash_grid_eager, modulated_mlp_eager, radial_basis_eager
 
 
 class PlainGrid(nn.Module):
@@ -45,12 +45,38 @@ class PlainMLP(nn.Module):
     def __init__(self, mlp: ModulatedMLP):
         super().__init__()
         self.layers = mlp.layers
-        self.function = modulated_mlp_eager.make(mlp.options, str(mlp.layers[0].weight.device))
+        options = mlp.options | {"frequencies": mlp.frequencies}
+        self.function = modulated_mlp_eager.make(options, str(mlp.layers[0].weight.device))
         self.last = {None: nn.Identity(), "sigmoid": nn.Sigmoid()}[mlp.options["output_activation"]]
 
     def forward(self, x: Tensor, modulation: Tensor | None = None) -> Tensor:
         weights, biases = zip(*((layer.weight, layer.bias) for layer in self.layers), strict=True)
         return self.last(self.function(x, weights, biases, modulation))
+
+
+class PlainBasis(nn.Module):
+    """RadialBasis by embeddings, products and sines: x [n, d], neighbors [n, K] -> [n, features]."""
+
+    def __init__(self, layer: RadialBasis):
+        super().__init__()
+        self.centers, self.shapes, self.features = layer.centers, layer.shapes, layer.features
+        options = layer.options | {"frequencies": layer.frequencies}
+        self.function = radial_basis_eager.make(options, str(layer.centers.device))
+
+    def forward(self, x: Tensor, neighbors: Tensor) -> Tensor:
+        return self.function(x, self.centers, self.shapes, self.features, neighbors)
+
+
+class PlainNeuRBF(NeuRBFImageField):
+    """NeuRBFImageField of such layers, one after the other."""
+
+    def __init__(self, field: NeuRBFImageField):
+        nn.Module.__init__(self)
+        self.grid, self.basis, self.decoder, self.bias = field.grid, field.basis, field.decoder, field.bias
+        self.register_buffer("half_extent", field.half_extent, persistent=False)
+
+    def forward(self, x: Tensor, neighbors: Tensor) -> Tensor:
+        return self.decoder(self.encode(x, neighbors) + self.bias)
 
 
 class PlainHashCAM(HashCAMField):
@@ -64,7 +90,8 @@ class PlainHashCAM(HashCAMField):
         return self.mlp(self.grid(x), None if self.modulation is None else self.modulation(2 * x - 1))
 
 
-LAYERS = {HashGrid: PlainGrid, CoordinateModulation: PlainModulation, ModulatedMLP: PlainMLP}
+LAYERS = {HashGrid: PlainGrid, CoordinateModulation: PlainModulation, ModulatedMLP: PlainMLP, RadialBasis: PlainBasis}
+FIELDS = {HashCAMField: PlainHashCAM, NeuRBFImageField: PlainNeuRBF}
 
 
 def plain(field: nn.Module) -> nn.Module:
@@ -73,4 +100,4 @@ def plain(field: nn.Module) -> nn.Module:
     for name, layer in list(found.named_children()):
         if type(layer) in LAYERS:
             setattr(found, name, LAYERS[type(layer)](layer))
-    return PlainHashCAM(found) if isinstance(found, HashCAMField) else found
+    return FIELDS.get(type(field), lambda same: same)(found)

@@ -22,8 +22,9 @@ import torch
 
 from camkernels import _gpu
 from camkernels.fields import MODELS
-from camkernels.fit.image import DEFAULT_BATCH, Pixels, default_config
+from camkernels.fit.image import Pixels, adapt, default_config
 from camkernels.fit.picture import Picture, read_picture
+from camkernels.fit.start import DEFAULT_BATCH
 from camkernels.fit.trainer import Settings, Stop, Trainer
 
 from . import ROOT, machine, plain_fields, timing
@@ -39,12 +40,11 @@ SIDES = ("camkernels", "plain")
 def trainers(name: str, picture: Picture, batch: int, device: str) -> dict[str, Trainer]:
     """Two runs from the same parameters, ours and plain PyTorch's."""
     torch.manual_seed(0)
-    config = {"channels": picture.channels}
-    if name.startswith("hash"):
-        config |= default_config(picture)
-    own = MODELS[name](**config).to(device)
+    own = MODELS[name](**default_config(name, picture)).to(device)
+    adapt(own, picture, seed=0)
     settings = Settings(Stop(STEPS), batch, own.learning_rate)
     pixels = Pixels(picture, batch, torch.device(device))
+    pixels.prepare(own)
     fields = zip(SIDES, (own, plain_fields.plain(own)), strict=True)
     return {side: Trainer(field, pixels.loss, settings) for side, field in fields}
 

@@ -29,6 +29,7 @@ SMALL = {
     "hash-cam": [*HASH, "--nodes", "6"],
     "cam": ["--width", "16", "--frequencies", "8", "--nodes", "6"],
     "fourier": ["--width", "16", "--frequencies", "8"],
+    "neurbf": ["--kernels", "40", "--width", "16"],
 }
 FILES = {"reconstruction.png", "error.png", "loss.png", "checkpoint.pt", "report.json"}
 MODULATED = {"hash-cam", "cam"}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Fast, dependable kernels for neural fields in PyTorch: drop-in layers that run on any machine."""
 
-from . import neighbors, reference
+from . import neighbors, optim, reference
 from ._version import __version__
 from .coordinate_modulation import CoordinateModulation, coordinate_modulation
 from .hash_grid import GridGeometry, HashGrid, hash_grid
@@ -27,6 +27,7 @@ __all__ = [
     "modulated_mlp",
     "nearest",
     "neighbors",
+    "optim",
     "radial_basis",
     "reference",
 ]

@@ -22,7 +22,7 @@ from . import _ops, reference
 from ._backends import BACKENDS, Call, choose
 from ._geometry import GridGeometry
 from .fit.errors import UserError
-from .fit.image import check_backend, check_device
+from .fit.start import check_backend, check_device
 from .hash_grid import hash_grid
 
 __all__ = ["Row", "add_arguments", "measure", "run"]

@@ -260,7 +260,7 @@ class ModulatedMLP(nn.Module):
         self.in_features, self.out_features, self.width = in_features, out_features, width
         self.backend = backend
         place = {"dtype": dtype, "device": torch.get_default_device() if device is None else device}
-        self._frequencies = None if frequencies is None else torch.as_tensor(frequencies).tolist()
+        self._frequencies = None if frequencies is None else [float(f) for f in frequencies]
         constants = None if frequencies is None else torch.tensor(self._frequencies, **place)
         self.register_buffer("frequencies", constants, persistent=False)
         outs = [width] * hidden_layers + [out_features]

@@ -252,8 +252,9 @@ def weighted_kmeans(
             f"{op}: count must be at most the number of points with weight, {int(used.sum())}, got {count}"
         )
     if start is None:  # exponential clocks of these rates: the first to ring are such a draw
-        clocks = torch.empty_like(weights, dtype=torch.float64).exponential_(generator=generator)
-        start = (weights.double() / clocks).topk(count).indices
+        device = weights.device if generator is None else generator.device
+        clocks = torch.empty(len(weights), dtype=torch.float64, device=device).exponential_(generator=generator)
+        start = (weights.double() / clocks.to(weights.device)).topk(count).indices
     check_shape(op, "start", start, [count] if start.ndim == 1 else [count, points.shape[1]], "or rows [count]")
     centers = (points[start.long()] if start.ndim == 1 else start).double()
     points, masses = points[used], weights[used].double().unsqueeze(-1)

@@ -6,12 +6,21 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..hash_grid import HashGrid
 
 BASE_RESOLUTION = 16
 GRID_RATE = 2  # times the rate of the perceptron: +0.3 to +1 dB after 500 to 1000 steps on two photographs
+
+
+def pixel_centres(index: Tensor, width: int, height: int) -> Tensor:
+    """Pixel numbers [N], row by row from the top left -> coordinates (x, y) [N, 2] in (0, 1)."""
+    row = torch.div(index, width, rounding_mode="floor")
+    x = (index - row * width).double().add_(0.5).div_(width)
+    y = row.double().add_(0.5).div_(height)
+    return torch.stack([x, y], -1).float()
 
 
 class HashImageField(nn.Module):

@@ -2,11 +2,12 @@
 """Checkpoints: one dict of tensors, numbers and strings, written whole or not at all, loaded without running code.
 
 format     "camkernels.fit"            version    1
-model      name in `fields.MODELS`     config     its arguments
+model      name in `fields.MODELS`, for a shape in `fields.SHAPE_MODELS`
+config     its arguments
 state      its state_dict              optimizer  the optimizer's state_dict
 step       steps done                  rng        state of the generator that draws batches
 training   settings, elapsed seconds, points seen, losses
-task       what was fitted: kind, and for an image its size, channels and bits
+task       what was fitted: kind, for an image its size, channels and bits, for a shape its mesh's size and place
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..fields import MODELS
+from ..fields import MODELS, SHAPE_MODELS
 from .errors import UserError
 
 FORMAT, VERSION = "camkernels.fit", 1
@@ -74,13 +75,13 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def build_model(path: str | Path, content: dict[str, Any], backend: str | None) -> nn.Module:
     """The model of a checkpoint with its parameters. UserError if this version has no such model or they do not fit."""
-    name = content["model"]
-    if name not in MODELS:
+    name, models = content["model"], SHAPE_MODELS if content["task"].get("kind") == "shape" else MODELS
+    if name not in models:
         raise UserError(
-            f"{path} is of model {name!r}, this camkernels has {', '.join(MODELS)}; use the one that wrote it"
+            f"{path} is of model {name!r}, this camkernels has {', '.join(models)}; use the one that wrote it"
         )
     try:
-        model = MODELS[name](**content["config"], backend=backend)
+        model = models[name](**content["config"], backend=backend)
         model.load_state_dict(content["state"])
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]

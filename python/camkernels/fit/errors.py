@@ -8,7 +8,7 @@ from types import ModuleType
 
 import torch
 
-PACKAGES = {"PIL": "Pillow"}
+PACKAGES = {"PIL": "Pillow", "skimage": "scikit-image"}
 
 
 class UserError(Exception):
@@ -21,7 +21,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def require(module: str) -> ModuleType:
-    """Imports a module of the extra `fit`; UserError with the install command if it is missing."""
+    """Imports a module of the extras `fit` and `shape`; UserError with the install command if it is missing."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

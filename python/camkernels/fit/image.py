@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,42 +17,45 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import __version__, _ops
-from .._backends import Call, choose
 from ..fields import MODELS
+from ..fields.image import pixel_centres
 from .checkpoint import build_model, load_checkpoint, save_checkpoint
 from .compare import Comparison, compare_steps
-from .errors import UserError, require
+from .errors import require
 from .metrics import psnr, psnr_of_mse, ssim
 from .picture import Picture, quantize, read_picture, write_picture
 from .plots import write_error_picture, write_loss_curve, write_modulation_maps
-from .trainer import Interruption, ProgressBar, Settings, Stop, Trainer
+from .start import Options as CommonOptions
+from .start import (
+    check_backend,
+    check_device,
+    check_folder,
+    check_same_task,
+    load_training,
+    new_model,
+    run_report,
+    settings_of,
+    write_report,
+)
+from .trainer import Interruption, ProgressBar, Stop, Trainer
 
 CHUNK = 1 << 17  # points per call where the whole picture is evaluated
 MAP_SIDE = 256  # points along the longer side of a map of scale or shift
 
 
 @dataclass
-class Options:
-    """What the command line asks for; None where it leaves the choice to the fit or to the checkpoint."""
+class Options(CommonOptions):
+    """What the command line asks for a picture."""
 
-    out: Path
-    model: str | None = None
-    architecture: dict[str, int] = field(default_factory=dict)  # arguments of the model that were given
-    steps: int | None = None
-    seconds: float | None = None
     target_psnr: float | None = None
-    batch: int | None = None
-    lr: float | None = None
-    seed: int | None = None
-    device: str = "cpu"
-    backend: str | None = None
-    resume: Path | None = None
     compare: bool = False
-    quiet: bool = False
+
+    @property
+    def stop(self) -> Stop | None:
+        return super().stop if self.target_psnr is None else Stop(MOST_STEPS, target_psnr=self.target_psnr)
 
 
-DEFAULT_MODEL, DEFAULT_STEPS, DEFAULT_BATCH = "hash", 2000, 1 << 14
+DEFAULT_MODEL = "hash"
 MOST_STEPS = 100_000  # where only a target is given
 SMALLEST_LOG2_SIZE, LARGEST_LOG2_SIZE = 14, 24
 
@@ -62,21 +67,21 @@ class Pixels:
         self.values = picture.to_tensor().to(device)
         self.width, self.height = picture.size
         self.batch = batch
+        self.neighbors: Tensor | None = None
+
+    def prepare(self, model: nn.Module) -> None:
+        """Finds the kernels of every pixel, once, for a model that has some."""
+        if hasattr(model, "nearest"):
+            index = torch.arange(len(self.values), device=self.values.device)
+            self.neighbors = model.nearest(pixel_centres(index, self.width, self.height))
 
     def loss(self, model: nn.Module, generator: torch.Generator) -> Tensor:
         """Mean squared error on a batch of pixels drawn by the generator."""
         # drawn on the CPU: the same batches on every device
         index = torch.randint(len(self.values), (self.batch,), generator=generator).to(self.values.device)
         target = self.values.index_select(0, index)
-        return nn.functional.mse_loss(model(pixel_centres(index, self.width, self.height)), target)
-
-
-def pixel_centres(index: Tensor, width: int, height: int) -> Tensor:
-    """Pixel numbers [N], row by row from the top left -> coordinates (x, y) [N, 2] in (0, 1)."""
-    row = torch.div(index, width, rounding_mode="floor")
-    x = (index - row * width).double().add_(0.5).div_(width)
-    y = row.double().add_(0.5).div_(height)
-    return torch.stack([x, y], -1).float()
+        known = () if self.neighbors is None else (self.neighbors.index_select(0, index),)
+        return nn.functional.mse_loss(model(pixel_centres(index, self.width, self.height), *known), target)
 
 
 @torch.no_grad()
@@ -107,28 +112,32 @@ def fit_image(path: Path, options: Options, say: Callable[[str], None] = print) 
         require(module)  # now rather than after the training
     picture = read_picture(path)
     device = check_device(options.device)
-    _check_folder(options.out)
+    check_folder(options.out)
     saved = load_checkpoint(options.resume) if options.resume else None
-    if saved is not None:
-        _check_same_task(options, saved, picture)
-    settings = _settings(options, saved)
-    name, model = _model(options, saved, picture, settings)
+    if saved is None:
+        name = options.model or DEFAULT_MODEL
+        settings = settings_of(options, None, MODELS[name].learning_rate)
+        model = new_model(MODELS, name, default_config(name, picture), options, settings.seed)
+    else:
+        check_same_task(options, saved, _task(picture), "picture")
+        settings, name = settings_of(options, saved), saved["model"]
+        model = build_model(options.resume, saved, options.backend)
     backend = check_backend(model.ops, options.backend, device)
     model.to(device)
-    trainer = Trainer(model, Pixels(picture, settings.batch, device).loss, settings)
-    if saved is not None:
-        try:
-            trainer.load_state(saved)
-        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{options.resume} is damaged: training cannot go on from it ({error}); fit again"
-            ) from error
+    pixels = Pixels(picture, settings.batch, device)
+    start = time.monotonic()
+    if saved is None:
+        adapt(model, picture, settings.seed, options.quiet)
+    pixels.prepare(model)
+    preparation = time.monotonic() - start
+    trainer = Trainer(model, pixels.loss, settings)
+    load_training(trainer, options, saved)
     count = sum(p.numel() for p in model.parameters())
     say(f"{path}: {picture.describe()}")
     for note in picture.notes:
         say(f"note: {note}")
     say(f"model {name}: {count:,} parameters, {settings.stop.describe()}, on {device} with backend {backend}")
-    job = _Job(path, picture, name, trainer, device, backend, options, say)
+    job = _Job(path, picture, name, trainer, device, backend, options, say, preparation)
     with Interruption() as interruption:
         return job.run(interruption)
 
@@ -145,6 +154,7 @@ class _Job:
     backend: str
     options: Options
     say: Callable[[str], None]
+    preparation: float  # seconds before the first step, where the model is adapted to the picture
     failed_loss: float = math.inf  # at which the target was last found to be missed
 
     @property
@@ -207,17 +217,10 @@ class _Job:
         return report
 
     def _checkpoint(self) -> dict[str, Any]:
-        task = {
-            "kind": "image",
-            "size": list(self.picture.size),
-            "channels": self.picture.channels,
-            "bits": self.picture.bits,
-        }
+        task = _task(self.picture)
         return {"model": self.name, "config": self.model.config, "task": task} | self.trainer.state()
 
     def _report(self, ended: str, fitted: np.ndarray) -> dict[str, Any]:
-        trainer, settings = self.trainer, self.trainer.settings
-        parameters = list(self.model.parameters())
         value = psnr(fitted, self.picture.values, self.peak)
         return {
             "task": "image",
@@ -230,30 +233,12 @@ class _Job:
             "config": self.model.config,
             "psnr": value if math.isfinite(value) else None,  # a perfect fit has none
             "ssim": ssim(fitted, self.picture.values, self.peak),
-            "parameters": sum(p.numel() for p in parameters),
-            "bytes": sum(p.numel() * p.element_size() for p in parameters),
-            "seconds": trainer.seconds,
-            "steps": trainer.step,
-            "batch": settings.batch,
-            "points_per_second": trainer.points_per_second,
-            "lr": settings.lr,
-            "seed": settings.seed,
-            "stop": settings.to_dict()["stop"],
+            "preparation_seconds": self.preparation,
             "ended": ended,
-            "device": str(self.device),
-            "backend": self.backend,
-            "cpu_isa": _ops.cpu_isa,
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "camkernels": __version__,
-        }
+        } | run_report(self.trainer, self.device, self.backend)
 
     def _write_report(self, report: dict[str, Any]) -> None:
-        path = self.options.out / "report.json"
-        try:
-            path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
-        except OSError as error:
-            raise UserError(f"{path} cannot be written: {error}; free some space or choose another folder") from error
+        write_report(report, self.options.out / "report.json")
 
     def _summary(self, report: dict[str, Any], comparison: Comparison | None) -> None:
         quality = "identical" if report["psnr"] is None else f"PSNR {report['psnr']:.2f} dB, SSIM {report['ssim']:.4f}"
@@ -270,120 +255,34 @@ def _psnr_or_nan(loss: float) -> float:
     return psnr_of_mse(loss) if math.isfinite(loss) else math.nan
 
 
-# ---- what a run starts from ------------------------------------------------------------------------------------------
+def _task(picture: Picture) -> dict[str, Any]:
+    return {"kind": "image", "size": list(picture.size), "channels": picture.channels, "bits": picture.bits}
 
 
-def check_device(name: str) -> torch.device:
-    """The device; UserError if this machine or this PyTorch has none such."""
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--device {name} is unknown; use cpu or cuda") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name} is not supported; use cpu or cuda")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"--device {name}: PyTorch finds {torch.cuda.device_count()} CUDA devices here; use --device cpu"
-        )
-    return device
-
-
-def check_backend(ops: Sequence[str], name: str | None, device: torch.device) -> str:
-    """The backend that computes these ops, or each with its ops; UserError with the reason if one asked for cannot."""
-    try:
-        found = {op: choose(Call(op, device.type), name) for op in ops}
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{error}; leave --backend out to take the best") from error
-    shares = {backend: [op for op in ops if found[op] == backend] for backend in found.values()}
-    return next(iter(shares)) if len(shares) == 1 else " and ".join(f"{b} ({', '.join(o)})" for b, o in shares.items())
-
-
-def _check_folder(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".camkernels-write-test"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"the output folder {out} cannot be written: {error}; choose another with --out") from error
-
-
-def _check_same_task(options: Options, saved: dict[str, Any], picture: Picture) -> None:
-    """A run goes on with the picture and the architecture that it started with."""
-    task, now = saved["task"], {"size": list(picture.size), "channels": picture.channels, "bits": picture.bits}
-    if task.get("kind") != "image":
-        raise UserError(f"{options.resume} is a fit of kind {task.get('kind')!r}, not of an image")
-    for name, value in now.items():
-        if task.get(name) != value:
-            raise UserError(
-                f"{options.resume} was fitted to a picture of {name} {task.get(name)}, this one has {value}; "
-                "give the same picture, or leave --resume out"
-            )
-    given = options.architecture | ({"model": options.model} if options.model else {})
-    for name, value in given.items():
-        kept = saved["model"] if name == "model" else saved["config"].get(name)
-        if kept != value:
-            raise UserError(
-                f"{options.resume} is of another architecture: {name} is {kept!r} there, {value!r} was asked for; "
-                "leave that option out, or leave --resume out to start anew"
-            )
-
-
-def _settings(options: Options, saved: dict[str, Any] | None) -> Settings:
-    """What was given, else what the checkpoint continues with, else the defaults."""
-    given = {name: getattr(options, name) for name in ("batch", "lr", "seed") if getattr(options, name) is not None}
-    limits = (options.steps, options.seconds, options.target_psnr)
-    if options.target_psnr is not None:
-        given["stop"] = Stop(steps=MOST_STEPS, target_psnr=options.target_psnr)
-    elif any(limit is not None for limit in limits):
-        given["stop"] = Stop(*limits)
-    if saved is None:
-        rate = MODELS[options.model or DEFAULT_MODEL].learning_rate
-        return Settings(**{"stop": Stop(DEFAULT_STEPS), "batch": DEFAULT_BATCH, "lr": rate, "seed": 0} | given)
-    if options.seed is not None and options.seed != saved["training"].get("seed"):
-        raise UserError(f"{options.resume} goes on with the random numbers it was saved with; leave --seed out")
-    try:
-        kept = {name: saved["training"][name] for name in ("stop", "batch", "lr", "seed")}
-        return Settings.from_dict(
-            kept | {name: value for name, value in given.items() if name != "stop"} | _stop(given)
-        )
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"{options.resume} is damaged: its training settings are incomplete ({error}); fit again"
-        ) from error
-
-
-def _stop(given: dict[str, Any]) -> dict[str, Any]:
-    return {"stop": vars(given["stop"])} if "stop" in given else {}
-
-
-def _model(
-    options: Options, saved: dict[str, Any] | None, picture: Picture, settings: Settings
-) -> tuple[str, nn.Module]:
-    if saved is not None:
-        return saved["model"], build_model(options.resume, saved, options.backend)
-    name = options.model or DEFAULT_MODEL
-    arguments = [argument for argument in inspect.signature(MODELS[name]).parameters if argument != "backend"]
-    for argument in options.architecture:
-        if argument not in arguments:
-            raise UserError(f"model {name} has no {argument}; leave that option out (it has {', '.join(arguments)})")
-    defaults = {argument: value for argument, value in default_config(picture).items() if argument in arguments}
-    config = {"channels": picture.channels} | defaults | options.architecture
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        try:
-            return name, MODELS[name](**config, backend=options.backend)
-        except (ValueError, TypeError) as error:
-            raise UserError(f"the model cannot be built: {error}") from error
-
-
-def default_config(picture: Picture) -> dict[str, int]:
-    """Of a hash grid: finest cells as wide as a pixel of the longer side, in each level an entry per 4 to 8 pixels.
-
-    With 16 levels of 2 features this is about 0.7 parameters per number in the picture.
-    """
+def adapt(model: nn.Module, picture: Picture, seed: int, quiet: bool = True) -> None:
+    """Puts the kernels of a model that has some where the picture changes; the same under the same seed."""
+    if not hasattr(model, "adapt"):
+        return
+    bar = functools.partial(require("tqdm").tqdm, desc="placing kernels", disable=quiet, file=sys.stderr)
     width, height = picture.size
-    return {
+    values = picture.to_tensor().to(next(model.parameters()).device).reshape(height, width, -1)
+    model.adapt(values, generator=torch.Generator().manual_seed(seed), progress=bar)
+
+
+def default_config(name: str, picture: Picture) -> dict[str, Any]:
+    """The arguments of a model for a picture; a model that takes its size knows the others.
+
+    Of a hash grid: finest cells as wide as a pixel of the longer side, in each level an entry per 4 to 8 pixels. With
+    16 levels of 2 features this is about 0.7 parameters per number in the picture.
+    """
+    arguments = inspect.signature(MODELS[name]).parameters
+    width, height = picture.size
+    config: dict[str, Any] = {"channels": picture.channels}
+    if "size" in arguments:
+        return config | {"size": [width, height]}
+    if "finest_resolution" not in arguments:
+        return config
+    return config | {
         "finest_resolution": max(2, width, height),
         "log2_hashmap_size": min(max((width * height).bit_length() - 3, SMALLEST_LOG2_SIZE), LARGEST_LOG2_SIZE),
     }

@@ -35,8 +35,8 @@ def write_error_picture(original: np.ndarray, fitted: np.ndarray, peak: float, p
     _save(figure, path)
 
 
-def write_loss_curve(losses: list[float], path: Path) -> None:
-    """The loss of every step, its running mean, and the PSNR that it stands for."""
+def write_loss_curve(losses: list[float], path: Path, name: str = "mean squared error") -> None:
+    """The loss of every step, its running mean, and the PSNR that a mean squared error stands for."""
     figure = require("matplotlib.figure").Figure(figsize=(8, 4.5), dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
     values = np.maximum(np.asarray(losses, dtype=np.float64), 1e-12)
@@ -46,12 +46,13 @@ def write_loss_curve(losses: list[float], path: Path) -> None:
     if window > 1:
         smooth = np.convolve(values, np.full(window, 1 / window), mode="valid")
         axes.plot(steps[window - 1 :], smooth, color="tab:blue", label=f"mean of {window} steps")
-    axes.set(xlabel="step", ylabel="mean squared error", yscale="log", title="loss on random pixels")
+    axes.set(xlabel="step", ylabel=name, yscale="log", title="loss on random points")
     axes.grid(alpha=0.3)
     axes.legend()
-    decibels = axes.twinx()
-    decibels.set_ylim(*(-10 * np.log10(limit) for limit in axes.get_ylim()))  # linear where the loss is logarithmic
-    decibels.set_ylabel("PSNR in dB")
+    if name == "mean squared error":
+        decibels = axes.twinx()
+        decibels.set_ylim(*(-10 * np.log10(limit) for limit in axes.get_ylim()))  # linear where the loss is logarithmic
+        decibels.set_ylabel("PSNR in dB")
     _save(figure, path)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Draw a fitted field at any size."""
+"""Draw a fitted picture or shape at any size."""
 
 from __future__ import annotations
 
@@ -7,24 +7,31 @@ from pathlib import Path
 
 from .checkpoint import build_model, load_checkpoint
 from .errors import UserError, require
-from .image import check_backend, check_device, draw
+from .image import draw
 from .picture import write_picture
+from .shape import draw_shape
+from .start import check_backend, check_device
 
 
 def render(
     checkpoint: Path, size: tuple[int, int], out: Path | None, device: str, backend: str | None, say=print
 ) -> int:
-    """Draws the picture of a checkpoint with `size` (width, height) pixels; the exit status."""
+    """Draws a checkpoint's picture, or a view of its shape, with `size` (width, height) pixels; the exit status."""
     require("PIL.Image")
     saved = load_checkpoint(checkpoint)
-    if saved["task"].get("kind") != "image":
-        raise UserError(f"{checkpoint} is a fit of kind {saved['task'].get('kind')!r}; render draws images")
+    kind = saved["task"].get("kind")
+    if kind not in ("image", "shape"):
+        raise UserError(f"{checkpoint} is a fit of kind {kind!r}; render draws images and shapes")
     place = check_device(device)
     out = out or checkpoint.with_name(f"render_{size[0]}x{size[1]}.png")
     if not out.parent.is_dir():
         raise UserError(f"{out} cannot be written: there is no folder {out.parent}; create it or choose another --out")
     model = build_model(checkpoint, saved, backend).to(place)
     check_backend(model.ops, backend, place)
-    write_picture(draw(model, *size, saved["task"].get("bits", 8), place), out)
+    if kind == "image":
+        values = draw(model, *size, saved["task"].get("bits", 8), place)
+    else:
+        values = draw_shape(model, *size, place)
+    write_picture(values, out)
     say(f"written {out}: {size[0]} x {size[1]} pixels")
     return 0

@@ -84,10 +84,16 @@ class Interruption:
             signal.signal(signal.SIGINT, self._before)
 
 
+def hold_then_fall(done: float) -> float:
+    """Factor of the learning rates when a share of the run is done."""
+    return FINAL ** max(0.0, (done - HOLD) / (1 - HOLD))
+
+
 class Trainer:
     """Minimises draw_loss(model, generator) with Adam under a stop rule; `state` and `load_state` make it resumable.
 
-    The model names its parameters and their rates in `parameter_groups(lr)`.
+    The model names its parameters and their rates in `parameter_groups(lr)`; the rates are multiplied by its
+    `decay(done)`, or `hold_then_fall(done)` where it has none, done being the share of the run.
 
     Two runs with equal settings and steps see the same numbers, also if one was saved and loaded in between.
     """
@@ -98,6 +104,7 @@ class Trainer:
         self.settings = settings
         groups = model.parameter_groups(settings.lr)
         self.optimizer = torch.optim.Adam(groups, betas=BETAS, eps=EPS, fused=True)
+        self._decay = getattr(model, "decay", hold_then_fall)
         self._rates = [group["lr"] for group in groups]
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.step = self.points = 0
@@ -116,7 +123,7 @@ class Trainer:
     def advance(self) -> Tensor:
         """One training step; the loss, detached."""
         done = self.settings.stop.progress(self.step, self.seconds)
-        decay = FINAL ** max(0.0, (done - HOLD) / (1 - HOLD))
+        decay = self._decay(done)
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * decay
         self.optimizer.zero_grad(set_to_none=True)

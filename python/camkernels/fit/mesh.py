@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: MIT
+"""Surfaces of triangles: read from a file and checked, put into the unit cube, sampled, written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import UserError, require
+
+RADIUS = 0.495  # of the sphere about the middle of the unit cube that a mesh is scaled into
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """vertices float64 [V, 3], triangles int64 [T, 3], counter-clockwise from outside."""
+
+    vertices: Tensor
+    triangles: Tensor
+    notes: tuple[str, ...] = ()  # what reading changed, for the user
+
+    def describe(self) -> str:
+        return f"{len(self.vertices):,} vertices, {len(self.triangles):,} triangles"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Of a mesh in the unit cube: unit = (place - center) scale + 1/2."""
+
+    center: tuple[float, float, float]
+    scale: float
+
+    def to_unit(self, places: Tensor) -> Tensor:
+        """[..., 3] of the mesh's own coordinates -> of the unit cube."""
+        return (places - places.new_tensor(self.center)) * self.scale + 0.5
+
+    def from_unit(self, places: Tensor) -> Tensor:
+        """[..., 3] of the unit cube -> of the mesh's own coordinates."""
+        return (places - 0.5) / self.scale + places.new_tensor(self.center)
+
+
+def read_mesh(path: str | Path) -> Mesh:
+    """Reads a mesh file of any type that trimesh knows. UserError unless it is a closed surface that has an inside.
+
+    Vertices at one place become one. Triangles that all face inwards are turned round, which `notes` then says.
+    """
+    trimesh = require("trimesh")
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give the path of a mesh file")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give the path of a mesh file in it")
+    try:
+        loaded = trimesh.load_mesh(path, process=False)
+        finite = bool(np.isfinite(loaded.vertices).all())
+        if finite:
+            loaded.merge_vertices(merge_tex=True, merge_norm=True)
+    except Exception as error:  # each of trimesh's readers fails in its own way
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{path} cannot be read as a mesh: {reason}; convert it to PLY, OBJ or STL") from error
+    if not finite:
+        raise UserError(f"{path} has vertices that are not finite; repair it first")
+    if not len(getattr(loaded, "faces", ())):
+        raise UserError(f"{path} has no triangles; give a file with a surface in it")
+    vertices = torch.tensor(loaded.vertices, dtype=torch.float64)
+    return _checked(path, Mesh(vertices, torch.tensor(loaded.faces, dtype=torch.int64)))
+
+
+def _checked(path: Path, mesh: Mesh) -> Mesh:
+    ends = torch.stack([mesh.triangles, mesh.triangles.roll(-1, 1)], -1).flatten(0, 1)
+    counts = ends.sort(-1).values.unique(dim=0, return_counts=True)[1]
+    odd = int((counts != 2).sum())
+    if odd:
+        raise UserError(
+            f"{path} is not watertight: {odd:,} of its {len(counts):,} edges do not join two triangles, so that it has "
+            "no inside; close it first, for example with MeshLab or trimesh.repair"
+        )
+    against = len(ends) - len(ends.unique(dim=0))
+    if against:
+        raise UserError(
+            f"{path} has {against:,} edges between triangles that face opposite ways; orient them alike first, for "
+            "example with MeshLab"
+        )
+    inside = volume(mesh)
+    if abs(inside) < 1e-9 * float(mesh.vertices.amax(0).sub(mesh.vertices.amin(0)).norm()) ** 3:
+        raise UserError(f"{path} encloses no volume; give the mesh of a solid")
+    if inside < 0:
+        return replace(mesh, triangles=mesh.triangles.flip(1), notes=("all triangles face inwards: they are turned",))
+    return mesh
+
+
+def volume(mesh: Mesh) -> float:
+    """What the surface encloses, negative if its triangles face inwards."""
+    a, b, c = (mesh.vertices - mesh.vertices.mean(0))[mesh.triangles].unbind(1)
+    return float((a * torch.linalg.cross(b, c)).sum()) / 6
+
+
+def place(mesh: Mesh) -> tuple[Mesh, Placement]:
+    """The mesh in the unit cube: the middle of its bounding box in the middle, its farthest vertex at RADIUS from it.
+
+    Source: NeuRBF, which does so in the cube from -1 to 1, with 0.99.
+    """
+    low, high = mesh.vertices.aminmax(dim=0)
+    center = (low + high) / 2
+    placement = Placement(tuple(center.tolist()), RADIUS / float((mesh.vertices - center).norm(dim=-1).max()))
+    return replace(mesh, vertices=placement.to_unit(mesh.vertices)), placement
+
+
+def sample_surface(mesh: Mesh, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(points [count, 3], unit normals [count, 3]), uniform on the surface."""
+    corners = mesh.vertices[mesh.triangles]
+    normals = torch.linalg.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    areas = normals.norm(dim=-1).cumsum(0)
+    drawn = torch.rand(count, 3, generator=generator, dtype=torch.float64)
+    chosen = torch.searchsorted(areas, drawn[:, 0] * areas[-1]).clamp(max=len(areas) - 1)
+    root = drawn[:, 1].sqrt()
+    shares = torch.stack([1 - root, root * (1 - drawn[:, 2]), root * drawn[:, 2]], -1)
+    points = (shares.unsqueeze(-1) * corners[chosen]).sum(1)
+    return points, torch.nn.functional.normalize(normals[chosen], dim=-1)
+
+
+def write_mesh(mesh: Mesh, path: Path) -> None:
+    """Writes a PLY file."""
+    made = require("trimesh").Trimesh(mesh.vertices.numpy(), mesh.triangles.numpy(), process=False)
+    try:
+        made.export(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error}; free some space or choose another folder") from error

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: MIT
+"""The benchmark of the optimizer step."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+if not (ROOT / "bench" / "optim_step.py").exists():
+    pytest.skip("the bench folder is not here", allow_module_level=True)
+sys.path.insert(0, str(ROOT))
+
+from bench import optim_step  # noqa: E402
+
+
+def test_both_optimizers_are_told_for_every_share(capsys):
+    assert optim_step.main(["--rows", "256", "--rounds", "3", "--seconds", "0"]) == 0
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[3:]]
+    assert [row[1] for row in rows] == ["Adam", "SparseRowAdam", "SparseRowAdam, sparse"] * len(optim_step.SHARES)
+    assert all(float(row[2]) > 0 for row in rows) and rows[0][3] == "1.0 |"
+
+
+def test_a_batch_touches_its_share():
+    for task in optim_step.tasks(1000, 0.01)[1:]:
+        task.run()
+        (state,) = task.run.__self__.state.values()
+        assert int(state["step"].sum()) == 10

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: MIT
+"""The radial kernels of TensoRF and K-planes against the same arithmetic written out, and where they are placed."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from camkernels.fields import KPlanesKernels, TensoRFKernels
+from camkernels.fields.neurbf_radiance import volume_weights
+
+
+def made(kind: str) -> nn.Module:
+    """A piece in float64 with parameters that are nowhere 0."""
+    piece = TensoRFKernels(40, 6, width=10, features=7) if kind == "tensorf" else KPlanesKernels(40, 6, features=7)
+    piece = piece.double()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in piece.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+        spread = torch.randn(40, 3, 3, generator=generator, dtype=torch.float64)
+        piece.basis.shapes.copy_((spread @ spread.mT + torch.eye(3)).flatten(1))
+    return piece.requires_grad_()
+
+
+def kernels_written_out(x: Tensor, piece: nn.Module, count: int, normalize: bool) -> Tensor:
+    """Inverse quadratics of the nearest `count` centers, weighted features summed; the normaliser is a constant."""
+    centers, shapes, features = piece.basis.centers, piece.basis.shapes.unflatten(1, (3, 3)), piece.basis.features
+    near = torch.cdist(x, centers).argsort(-1)[:, :count]
+    offset = x[:, None] - centers[near]
+    weights = 1 / (1 + torch.einsum("pki,pkij,pkj->pk", offset, shapes[near], offset))
+    if normalize:
+        weights = weights / (weights.detach().sum(-1, keepdim=True) + 1e-8)
+    return (weights[..., None] * features[near]).sum(1)
+
+
+def written_out(kind: str, x: Tensor, grid: Tensor, piece: nn.Module) -> Tensor:
+    if kind == "kplanes":
+        return torch.sin(torch.cat([grid, kernels_written_out(x, piece, 8, True)], -1) + piece.bias)
+    h = torch.cat([grid, kernels_written_out(x, piece, 5, False)], -1) + piece.bias
+    z = h @ piece.mix.weight.mT
+    lowest, highest = math.log2(0.3), math.log2(10)
+    frequencies = torch.exp2(torch.linspace(lowest, highest, 10)).double()
+    return z + torch.sin(z * frequencies)
+
+
+@pytest.mark.parametrize("backend", ["best", "reference"])
+@pytest.mark.parametrize("kind", ["tensorf", "kplanes"])
+def test_values_and_gradients_are_those_of_the_arithmetic_written_out(kind, backend, monkeypatch):
+    monkeypatch.setenv("CAMKERNELS_BACKEND", "" if backend == "best" else backend)
+    piece = made(kind)
+    generator = torch.Generator().manual_seed(1)
+    x = (2 * torch.rand(30, 3, generator=generator, dtype=torch.float64) - 1).requires_grad_()
+    grid = torch.randn(30, 6, generator=generator, dtype=torch.float64).requires_grad_()
+    y, expected = piece(x, grid), written_out(kind, x, grid, piece)
+    assert torch.allclose(y, expected, rtol=1e-11, atol=1e-11)
+    cotangent = torch.randn(y.shape, generator=generator, dtype=torch.float64)
+    wanted = [x, grid, *piece.parameters()]
+    for own, theirs in zip(
+        torch.autograd.grad(y, wanted, cotangent), torch.autograd.grad(expected, wanted, cotangent), strict=True
+    ):
+        assert torch.allclose(own, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind, bias, others", [("tensorf", "lcb0", ["basis_mat.weight"]), ("kplanes", "kpb", [])])
+def test_parameters_of_the_public_code_are_taken_over(kind, bias, others):
+    piece, other = made(kind), made(kind)
+    state = {name: view.detach() + 1 for name, view in piece.official_views(piece.state_dict()).items()}
+    assert set(state) == {"kc0.weight", "ks0.weight", "lc0.weight", bias, *others}
+    other.load_official(state)
+    x, grid = torch.rand(5, 3, dtype=torch.float64), torch.rand(5, 6, dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in piece.parameters():
+            parameter += 1
+    assert torch.equal(piece(x, grid), other(x, grid))
+
+
+def test_kernels_are_placed_where_the_volume_changes():
+    side = 24
+    z, y, x = torch.meshgrid(*[torch.linspace(-2, 2, side)] * 3, indexing="ij")
+    inside = ((x - 0.5) ** 2 + y**2 + z**2 < 1).float()
+    weights = volume_weights(10 * inside, torch.stack([inside, 2 * inside])).flatten()
+    points = torch.stack([x, y, z], -1).flatten(0, 2)
+    piece = KPlanesKernels(60, 4)
+    for _ in range(2):  # the same again
+        piece.place(points, weights, [-2] * 3, [2] * 3, [side] * 3, generator=torch.Generator().manual_seed(0))
+        before = piece.basis.centers.clone()
+    assert torch.equal(before, piece.basis.centers)
+    away = (piece.basis.centers - torch.tensor([0.5, 0, 0])).norm(dim=-1)
+    assert (away > 0.6).all() and (away < 1).all()
+    widths = torch.linalg.eigvalsh(piece.basis.shapes.unflatten(1, (3, 3))).rsqrt()
+    assert (widths < 0.4001 * 3**0.5).all() and (widths > 0.999e-3).all()
+
+
+def test_weights_of_a_volume():
+    features = torch.zeros(1, 3, 3, 5)
+    features[..., 2:] = 2.0  # scaled to 1; along the last axis a step between 1 and 2
+    weights = volume_weights(torch.full((3, 3, 5), 1.0), features)
+    expected = (1 - math.exp(-1)) * torch.tensor([0, 0.5, 0.5, 0, 0])
+    assert torch.allclose(weights, expected.expand(3, 3, 5))

@@ -11,12 +11,13 @@ import fnmatch
 import functools
 from collections.abc import Callable, Iterator
 
-from . import hash_grid_cases, modulated_mlp_cases
+from . import hash_grid_cases, modulated_mlp_cases, radial_basis_cases
 from .case import Case
 
 OPS: dict[str, Callable[[], Iterator[Case]]] = {
     "hash_grid": hash_grid_cases.make,
     "modulated_mlp": modulated_mlp_cases.make,
+    "radial_basis": radial_basis_cases.make,
 }
 
 

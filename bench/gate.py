@@ -33,6 +33,9 @@ REGIME = "tuned"
 NOISE = 0.1  # what is missed by less may have been missed by noise, and the verdict says so
 GRID_3D, GRID_2D = (f"hash_grid/{dims}d/nerfstudio/uniform/float32/n17" for dims in (3, 2))
 WIDE, NARROW = (f"modulated_mlp/{network}/float32/n17" for network in ("wide", "narrow"))
+RBF_SMALL, RBF_3D, RBF_WIDE = (
+    f"radial_basis/{name}/float32/n17" for name in ("2d-k4-f32-20k", "3d-k8-f32-100k", "2d-k10-f64-100k")
+)
 SPEED = (
     Line(GRID_3D, "forward", "eager", 50),
     Line(GRID_3D, "fb-table", "eager", 53),
@@ -48,12 +51,26 @@ SPEED = (
     Line(NARROW, "fb-parameters", "eager", 2.3),
     Line(WIDE, "fb-parameters", "compile", 1.6),
     Line(NARROW, "fb-parameters", "compile", 4),
+    Line(RBF_SMALL, "forward", "eager", 10),
+    Line(RBF_SMALL, "fb-features", "eager", 11),
+    Line(RBF_SMALL, "fb-all", "eager", 8.7),
+    Line(RBF_3D, "forward", "eager", 7),
+    Line(RBF_3D, "fb-features", "eager", 10),
+    Line(RBF_WIDE, "forward", "eager", 9),
+    Line(RBF_WIDE, "fb-features", "eager", 11),
+    Line(RBF_SMALL, "forward", "compile", 2.8),
+    Line(RBF_SMALL, "fb-features", "compile", 3),
+    Line(RBF_3D, "forward", "compile", 8.9),
+    Line(RBF_3D, "fb-features", "compile", 3.4),
+    Line(RBF_WIDE, "forward", "compile", 11.9),
+    Line(RBF_WIDE, "fb-features", "compile", 4.1),
 )
 MEMORY = (
     MemoryLine(GRID_3D, "fb-table", "eager", 6),
     MemoryLine(GRID_2D, "fb-table", "eager", 6),
     *(MemoryLine(case, "fb-parameters", "eager", 4) for case in (WIDE, NARROW)),
     *(MemoryLine(case, "fb-parameters", "eager", 7, "recompute") for case in (WIDE, NARROW)),
+    *(MemoryLine(case, "fb-features", "eager", 6) for case in (RBF_SMALL, RBF_3D, RBF_WIDE)),
 )
 GOAL_NS = {(GRID_3D, "forward"): 150.0, (GRID_3D, "fb-table"): 350.0}
 SHARE = {  # of the rate of multiply-adds
@@ -67,7 +84,8 @@ MEMORY_PASSES = tuple(dict.fromkeys(line.task for line in MEMORY))
 MEMORY_PROVIDERS = ("cpu", "eager", "compile")
 # compiling the reference, whose levels are unrolled, takes minutes, and no line needs it: name it to have it as well
 PROVIDERS = "cpu,reference,eager,eager_fair,compile,tinycudann,drjit"
-SECONDS = {GRID_3D: 125.0, GRID_2D: 50.0, WIDE: 120.0, NARROW: 40.0}  # per regime: about 15 rounds of the baselines
+SECONDS = {GRID_3D: 125.0, GRID_2D: 50.0, WIDE: 120.0, NARROW: 40.0}
+SECONDS |= {RBF_SMALL: 40.0, RBF_3D: 80.0, RBF_WIDE: 120.0}  # per regime: about 15 rounds of the baselines
 
 
 def select(op: str = "all") -> list[Case]:

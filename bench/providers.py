@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 import camkernels
 from camkernels import _backends
 
-from . import hash_grid_eager, modulated_mlp_eager, other_libraries
+from . import hash_grid_eager, modulated_mlp_eager, other_libraries, radial_basis_eager
 from .case import Case, Inputs, Pass, arguments
 
 Outputs = dict[str, Tensor]  # "value", "jacobian", and the gradients by the name of their input
@@ -118,7 +118,11 @@ def _compile_reference(case: Case, task: Pass, device: str) -> Task:
 
 # Op -> module with FORMS and make(options, device, form) -> function of the inputs. Forms: "blend", the baseline, which
 # every op has; "sum", another way to write it; "fair", the baseline with the fastest operations PyTorch has.
-EAGER: dict[str, Any] = {"hash_grid": hash_grid_eager, "modulated_mlp": modulated_mlp_eager}
+EAGER: dict[str, Any] = {
+    "hash_grid": hash_grid_eager,
+    "modulated_mlp": modulated_mlp_eager,
+    "radial_basis": radial_basis_eager,
+}
 
 
 def with_jacobian(function: Callable[..., Tensor], points: str = "x") -> Callable[..., tuple[Tensor, Tensor]]:

@@ -289,8 +289,8 @@ def test_headline_is_the_smaller_ratio_and_changes_compare(records):
 def test_presets_of_the_command_line():
     options = run.parse(["--gate"])
     assert options.memory and options.passes == gate.PASSES and options.regimes == ("default", "tuned")
-    assert [case.name for case in options.cases] == [gate.GRID_3D, gate.GRID_2D, gate.WIDE, gate.NARROW]
-    assert options.rounds == 15 and run.parse(["--gate", "modulated_mlp"]).cases == options.cases[2:]
+    assert [case.name for case in options.cases] == list(gate.SECONDS)
+    assert options.rounds == 15 and run.parse(["--gate", "modulated_mlp"]).cases == options.cases[2:4]
     quick = run.parse(["--quick", "--providers", "cpu"])
     assert quick.providers == ("cpu",) and quick.regimes == ("tuned",) and not quick.memory
     with pytest.raises(SystemExit):

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: MIT
+"""The benchmark of the nearest centres: what it prints, and that other answers are not timed."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+if not (ROOT / "bench" / "nearest.py").exists():
+    pytest.skip("the bench folder is not here", allow_module_level=True)
+pytest.importorskip("scipy")
+sys.path.insert(0, str(ROOT))
+
+from bench import nearest  # noqa: E402
+
+
+@pytest.mark.parametrize("gate, status, verdict", [(0.0, 0, "PASS"), (1e9, 1, "short of it")])
+def test_a_line_for_each_search_and_the_verdict(gate, status, verdict, monkeypatch, capsys):
+    monkeypatch.setattr(nearest, "GATE", gate)
+    monkeypatch.setattr(nearest, "SEARCHES", (nearest.Search(2, 1, 30), nearest.Search(3, 4, 50)))
+    assert nearest.main(["--points", "40", "90", "--rounds", "3", "--seconds", "0", "--threads", "1"]) == status
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[3:]]
+    assert [row[:2] for row in rows] == [
+        ["2-D K1 of 30", "40"], ["2-D K1 of 30", "90"], ["3-D K4 of 50", "40"], ["3-D K4 of 50", "90"]
+    ]  # fmt: skip
+    assert {row[-1] for row in rows} == {verdict}
+
+
+def test_other_answers_are_not_timed(monkeypatch):
+    class Wrong(nearest.NeighborIndex):
+        def search(self, x, k):
+            rows, squares = super().search(x, k)
+            return rows, 1.01 * squares
+
+    monkeypatch.setattr(nearest, "NeighborIndex", Wrong)
+    with pytest.raises(ValueError, match="find other distances"):
+        nearest.measure(nearest.Search(2, 3, 30), 40, 1, 3, 0.0)

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FORMS = ("blend",)
-KERNELS = ("ivq", "nlin")
 
 
 def _weights(kind: str, shape: str, offsets: Tensor, shapes: Tensor) -> Tensor:
@@ -32,7 +31,7 @@ def _weights(kind: str, shape: str, offsets: Tensor, shapes: Tensor) -> Tensor:
 
 
 def make(options: dict[str, Any], device: str, form: str = "blend") -> Callable[..., Tensor]:
-    """function(x [n, d], centers, shapes, features, neighbors [n, K]) -> [n, F], for the kinds of `KERNELS`."""
+    """function(x [n, d], centers, shapes, features, neighbors [n, K]) -> [n, F], of kind ivq or nlin."""
     kind, shape, frequencies = options["kind"], options["shape"], options["frequencies"].to(device)
 
     def function(x: Tensor, centers: Tensor, shapes: Tensor, features: Tensor, neighbors: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ def test_a_norm_in_the_last_layer_and_a_way_back_at_once(sim: Simulated, width: 
 
 
 @pytest.mark.parametrize("channels", [False, True])
-@pytest.mark.parametrize(("width", "points"), [(20, 1100), (72, 600), (150, 300)])
+@pytest.mark.parametrize(("width", "points"), [(20, 3200), (72, 1100), (150, 600)])
 def test_more_points_than_a_launch(sim: Simulated, width: int, points: int, channels: bool) -> None:
     """Sums over points and the gradient of modulation that crosses launches are those of all of them."""
     call = network(points, [3, width, 5], groups=2, channels=channels)

@@ -53,7 +53,7 @@ def but_for_gradients_behind_a_grid(variant):
     return pytest.param(variant, marks=marks)
 
 
-@pytest.mark.parametrize("variant", map(but_for_gradients_behind_a_grid, ALL), ids=str)
+@pytest.mark.parametrize("variant", [but_for_gradients_behind_a_grid(v) for v in ALL], ids=str)
 def test_nothing_spills(facts, variant):
     found = facts[variant]
     assert found.stack == 0 and found.count("LDL") == 0 and found.count("STL") == 0

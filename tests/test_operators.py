@@ -213,7 +213,8 @@ def test_unwanted_gradients_are_empty_and_change_nothing(case, dtype):
         for arguments in wishes(operator, most):
             for wish, some, every in zip(arguments[-1], results_of(operator, arguments), full, strict=True):
                 if wish:
-                    torch.testing.assert_close(some, every, rtol=0, atol=0)
+                    # but for rounding: without slopes a radial basis takes another polynomial for the sine
+                    torch.testing.assert_close(some, every, rtol=1e-5, atol=1e-6)
                 else:
                     assert some == [] if isinstance(every, list) else some.shape == (0,)
 

@@ -1,0 +1,221 @@
+// SPDX-License-Identifier: MIT
+// The tensors and settings of a call of radial_basis: checked, and as the loops read them.
+#pragma once
+#include "cpu/memory.h"
+#include "cpu/parallel.h"
+#include "cpu/radial_basis_loops.h"
+
+namespace camk::cpu {
+
+using OptionalTensor = std::optional<Tensor>;
+inline constexpr const char* kOp = "radial_basis";
+
+struct RadialOptions {
+  int64_t kind, shape;
+  bool normalize, detach;
+  double eps;
+  int64_t keep;
+};
+
+// The differentiable tensors of a call, or cotangents of their gradients.
+struct RadialTensors {
+  OptionalTensor x, centers, shapes, features, phase;
+};
+
+struct RadialCall {
+  RadialTensors at, along;
+  OptionalTensor neighbors, frequencies;
+  RadialOptions options;
+  const Tensor& x() const { return *at.x; }
+  const Tensor& features() const { return *at.features; }
+};
+
+inline void check_number(const OptionalTensor& t, const char* name, ScalarType type, std::vector<int64_t> sizes) {
+  if (!t) return;
+  check_contiguous(*t, kOp, name);
+  bool fits = t->scalar_type() == type && t->dim() == int64_t(sizes.size());
+  for (size_t i = 0; fits && i < sizes.size(); ++i) fits = t->size(int64_t(i)) == sizes[i];
+  require(fits, kOp, ": dtype or shape of ", name);
+}
+
+inline void check_tensors(const RadialTensors& t, const RadialCall& like) {
+  const Tensor &x = like.x(), &features = like.features();
+  const auto number = x.scalar_type();
+  const int64_t dims = x.size(1), count = features.size(0), waves = features.size(1) - like.options.keep;
+  const int64_t width = math::radial_shape_width(math::RadialShape(like.options.shape), int(dims));
+  check_number(t.x, "x", number, {x.size(0), dims});
+  check_number(t.centers, "centers", number, {count, dims});
+  check_number(t.shapes, "shapes", number, {count, width});
+  check_number(t.features, "features", features.scalar_type(), {count, features.size(1)});
+  check_number(t.phase, "phase", number, {waves});
+}
+
+inline void check_call(const RadialCall& call) {
+  const Tensor &x = call.x(), &features = call.features();
+  const RadialOptions& options = call.options;
+  require(x.dim() == 2 && x.size(1) >= 1 && x.size(1) <= math::kMaxRadialDims && features.dim() == 2, kOp,
+          ": x must have shape [points, d] with d from 1 to 4, features [kernels, F]");
+  const auto number = x.scalar_type();
+  require(number == ScalarType::Double || number == ScalarType::Float, kOp, ": x must be float32 or float64");
+  require(number == ScalarType::Double || features.scalar_type() != ScalarType::Double, kOp,
+          ": x must be float64 beside float64 features");
+  require(options.kind >= 0 && options.kind < math::kRadialKinds && options.shape >= 0 &&
+              options.shape < math::kRadialShapes && options.keep >= 0 && options.keep <= features.size(1),
+          kOp, ": kind, shape or keep");
+  require(features.size(0) > 0 && features.size(0) < int64_t(1) << 31, kOp, ": kernels must be from 1 to 2^31 - 1");
+  check_tensors(call.at, call);
+  check_tensors(call.along, call);
+  check_number(call.frequencies, "frequencies", number, {features.size(1) - options.keep});
+  if (!call.neighbors) return;
+  require(call.neighbors->dim() == 2, kOp, ": neighbors must have 2 dimensions");
+  check_number(call.neighbors, "neighbors", ScalarType::Int, {x.size(0), call.neighbors->size(1)});
+}
+
+template <class S>
+inline constexpr auto kArithmetic = std::is_same_v<S, double> ? ScalarType::Double : ScalarType::Float;
+
+// Rows of a tensor in the arithmetic type S, padded to `pitch` numbers: its own where they are that already.
+template <class S>
+class PaddedRows {
+ public:
+  PaddedRows(const OptionalTensor& from, int64_t count, int64_t width, int64_t pitch) {
+    if (!from) return;
+    if (from->scalar_type() == kArithmetic<S> && width == pitch) {
+      data_ = read<S>(*from);
+      return;
+    }
+    const Rows<S> rows{scratch_.take(count * pitch), pitch};
+    const Source source(*from);
+    torch::stable::parallel_for(0, count, 1024, [&](int64_t begin, int64_t end) {
+      read_rows(source, begin, end - begin, width, Rows<S>{rows[begin], pitch});
+    });
+    data_ = rows.data;
+  }
+  const S* data() const { return data_; }
+
+ private:
+  Scratch<S> scratch_;
+  const S* data_ = nullptr;
+};
+
+// Points are taken cell by cell where the features of their kernels do not stay in a cache otherwise: from this many
+// bytes of them on, and where most are read by several points.
+inline constexpr int64_t kLargeTable = 4 << 20;
+// Points of a cell, on average.
+inline constexpr int64_t kCellPoints = 16;
+
+// The order of points [points, dims] by the cells of a grid over them.
+template <class S>
+Binned order_of_cells(const S* x, int64_t points, int dims) {
+  const int64_t side = int64_t(std::pow(double(points) / kCellPoints, 1.0 / dims)) + 1;
+  std::vector<S> low(dims, std::numeric_limits<S>::max()), high(dims, std::numeric_limits<S>::lowest()), scale(dims);
+  for (int64_t i = 0; i < points; ++i) {
+    for (int a = 0; a < dims; ++a) {
+      const S at = x[i * dims + a];
+      low[a] = at < low[a] ? at : low[a], high[a] = at > high[a] ? at : high[a];  // NaN: neither
+    }
+  }
+  int64_t cells = 1;
+  for (int a = 0; a < dims; ++a) scale[a] = S(side) / (high[a] - low[a]), cells *= side;
+  Binned order;
+  order.sort(points, cells, [&](int64_t i) {
+    int64_t cell = 0;
+    for (int a = 0; a < dims; ++a) {
+      const S at = (x[i * dims + a] - low[a]) * scale[a];
+      cell = cell * side + (at > 0 ? int64_t(std::min(at, S(side - 1))) : 0);
+    }
+    return cell;
+  });
+  return order;
+}
+
+// The call as the loops see it, with what they read padded.
+template <class S>
+class PreparedCall {
+ public:
+  explicit PreparedCall(const RadialCall& call)
+      : pitch_(round_up(call.features().size(1), lanes_of<Lanes<S>>)),
+        features_(padded_features(call, call.at.features)),
+        features_along_(padded_features(call, call.along.features)),
+        rates_(padded_waves(call, call.frequencies)),
+        phase_(padded_waves(call, call.at.phase)),
+        phase_along_(padded_waves(call, call.along.phase)) {
+    if (call.neighbors) {
+      const Tensor& x = call.x();
+      const int64_t count = call.features().size(0), pairs = x.size(0) * call.neighbors->size(1);
+      const bool large = count * pitch_ * int64_t(sizeof(S)) >= kLargeTable && pairs >= 2 * count;
+      if (large && x.size(0) < int64_t(1) << 31) order_ = order_of_cells(read<S>(x), x.size(0), int(x.size(1)));
+      return;
+    }
+    all_.resize(call.features().size(0));
+    for (size_t k = 0; k < all_.size(); ++k) all_[k] = int32_t(k);
+  }
+
+  RadialProblem<S> problem(const RadialCall& call) const {
+    const Tensor &x = call.x(), &features = call.features();
+    const RadialOptions& options = call.options;
+    const auto shape = math::RadialShape(options.shape);
+    const int dims = int(x.size(1));
+    const int64_t count = features.size(0), width = features.size(1);
+    return {.kind = math::RadialKind(options.kind),
+            .shape = shape,
+            .normalize = options.normalize,
+            .detach = options.detach,
+            .eps = S(options.eps),
+            .fast_below = (S(kWaveBound) - largest(phase_)) / largest(rates_),
+            .points = x.size(0),
+            .count = count,
+            .per_point = call.neighbors ? call.neighbors->size(1) : count,
+            .width = width,
+            .pitch = pitch_,
+            .keep = call.frequencies ? options.keep : pitch_,
+            .dims = dims,
+            .shape_width = math::radial_shape_width(shape, dims),
+            .x = operand(call.at.x, call.along.x),
+            .centers = operand(call.at.centers, call.along.centers),
+            .shapes = operand(call.at.shapes, call.along.shapes),
+            .features = {features_.data(), features_along_.data()},
+            .phase = {phase_.data(), phase_along_.data()},
+            .rates = rates_.data(),
+            .neighbors = call.neighbors ? read<int32_t>(*call.neighbors) : nullptr,
+            .all = all_,
+            .order = order_.sorted.empty() ? nullptr : order_.sorted.data()};
+  }
+
+ private:
+  static Operand<S> operand(const OptionalTensor& at, const OptionalTensor& along) {
+    return {read<S>(*at), along ? read<S>(*along) : nullptr};
+  }
+  PaddedRows<S> padded_features(const RadialCall& call, const OptionalTensor& t) const {
+    return {t, call.features().size(0), call.features().size(1), pitch_};
+  }
+  static S largest(const std::vector<S>& numbers) {
+    S most(0);
+    for (S number : numbers) most = std::max(most, std::abs(number));
+    return most;
+  }
+  // [pitch], a wave where its feature is.
+  std::vector<S> padded_waves(const RadialCall& call, const OptionalTensor& t) const {
+    std::vector<S> found(pitch_, S(0));
+    if (t) std::copy(read<S>(*t), read<S>(*t) + t->numel(), found.begin() + call.options.keep);
+    return found;
+  }
+
+  int64_t pitch_;
+  PaddedRows<S> features_, features_along_;
+  std::vector<S> rates_, phase_, phase_along_;
+  std::vector<int32_t> all_;
+  Binned order_;
+};
+
+// body(Tag<S>) for the arithmetic type of a call.
+template <class Body>
+void with_arithmetic(const RadialCall& call, const Body& body) {
+  if (call.x().scalar_type() == ScalarType::Double) {
+    body(Tag<double>{});
+  } else {
+    body(Tag<float>{});
+  }
+}
+
+}  // namespace camk::cpu

@@ -53,10 +53,11 @@ struct Block {
   static constexpr int kThreads = 32 * Across * kDown, kPoints = kWarpRows * kDown, kColumns = kWarpColumns * Across;
   // Blocks at once on a multiprocessor for which the compiler leaves registers, of the value's kernel and the
   // gradients': as many as cost no local memory.
+  static constexpr int kForward = Across == 4 ? 1 : 3;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-  static constexpr int kForward = Across == 4 ? 1 : 3, kGradients = Across == 1 ? 2 : 1;
+  static constexpr int kGradients = Across == 1 ? 2 : 1;
 #else
-  static constexpr int kForward = Across == 4 ? 1 : 3, kGradients = Across == 4 ? 1 : 4 - Across;
+  static constexpr int kGradients = Across == 4 ? 1 : 4 - Across;
 #endif
   // Steps whose weights are in shared memory at once; another so many are on their way.
   static constexpr int kSteps = 1;
@@ -177,7 +178,7 @@ class FusedTile {
 
   // The gradient of the last layer's values, as given -> values.
   CAMK_DEVICE void load_gradient() const {
-    __syncthreads();  // others may still read the parts of means, and have kept the deviation that this one needs
+    __syncthreads();  // others have kept the deviation that this one needs
     const Layer& layer = layer_of(job, job.layers - 1);
     const LaneRows<Across> own = own_rows();
 #pragma unroll 1

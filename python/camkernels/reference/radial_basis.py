@@ -84,16 +84,8 @@ def radial_basis(
     basis = Basis(kind, shape, normalize, detach_normalizer, eps, frequencies, keep, phase)
     basis.check("radial_basis", x, centers, shapes, features, neighbors)
     dtype = compute_dtype(x, centers, shapes, features)
-    broken = ~x.isfinite().all(-1)
-    if neighbors is not None:
-        neighbors = neighbors.long()
-        outside = (neighbors < 0) | (neighbors >= len(centers))
-        broken = broken | outside.any(-1)
-        neighbors = torch.where(outside, 0, neighbors)
-    c, s, weights = (
-        t.to(dtype) if neighbors is None else t.to(dtype)[neighbors] for t in (centers, shapes, features)
-    )  # [..., K, *]
-    lost = broken.unsqueeze(-1)
+    c, s, weights, outside = _of_neighbors([t.to(dtype) for t in (centers, shapes, features)], neighbors)
+    lost = (~x.isfinite().all(-1) | outside).unsqueeze(-1)
     point = torch.where(lost, 0.0, x.to(dtype)).unsqueeze(-2)
     o = torch.where(lost.unsqueeze(-1), 0.0, point - c)  # the centre of a kernel: finite for every kind
     phi = _kernel(kind, shape, point, c, s, o) + s[..., :0].sum(-1)  # + 0: shapes not read have a gradient, of zeros
@@ -103,6 +95,16 @@ def radial_basis(
     y = (_waves(phi.unsqueeze(-1), basis) * weights).sum(-2)
     nothing = torch.where(lost, torch.nan, 0.0) * x.to(dtype).sum(-1, keepdim=True)  # its derivative in x is NaN too
     return torch.where(lost, nothing, y).to(features.dtype)
+
+
+def _of_neighbors(tables: list[Tensor], neighbors: Tensor | None) -> tuple[Tensor | bool, ...]:
+    """Rows [..., K, *] of each table, all without neighbours, and which points [...] have some that do not exist."""
+    if neighbors is None:
+        return *tables, False
+    neighbors = neighbors.long()
+    outside = (neighbors < 0) | (neighbors >= len(tables[0]))
+    rows = torch.where(outside, 0, neighbors)
+    return *(table[rows] for table in tables), outside.any(-1)
 
 
 def _kernel(kind: str, shape: str, x: Tensor, c: Tensor, s: Tensor, o: Tensor) -> Tensor:

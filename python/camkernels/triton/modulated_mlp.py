@@ -47,11 +47,11 @@ class Shape(NamedTuple):
 
 
 # By whether the GPU multiplies from shared memory (sm_90 and later; others hold a chunk of weights in registers, so
-# that chunks are narrower), and by the widest layer, padded. Those of sm_90 for 64 and 256 channels are the fastest of
-# those tried on an H100 and an H200; the others are chosen from machine code. Nothing spills up to 64 channels (but
-# for gradients behind a grid on sm_90), nor up to 128 for the value on sm_90 and for gradients before it, which
-# tests/test_triton_compiled.py checks. On sm_90 a warp
-# has 16 points or more: with fewer, warps share columns, and what Triton 3.6 makes of that reads beyond shared memory.
+# that chunks are narrower), and by the widest layer, padded. The value's of sm_90 for 64 and 256 channels are the
+# fastest of those tried on an H100 and an H200; the others are chosen from machine code. Nothing spills up to 64
+# channels (but for gradients behind a grid on sm_90), nor up to 128 for the value on sm_90 and for gradients before it,
+# which tests/test_triton_compiled.py checks. On sm_90 a warp has 16 points or more: with fewer, warps share columns,
+# and what Triton 3.6 makes of that reads beyond shared memory.
 FORWARD = {
     True: {
         16: Shape(128, 16, 4),

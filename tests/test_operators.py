@@ -28,7 +28,8 @@ GROUPS = (
 )
 BASIS = (
     "Tensor x, Tensor centers, Tensor shapes, Tensor features, Tensor? phase, Tensor? neighbors, Tensor? frequencies, "
-    "int kind, int shape, bool normalize, bool detach_normalizer, float eps, int keep"
+    "int kind, int shape, bool normalize, bool detach_normalizer, float eps, int keep, "
+    "bool deterministic"
 )
 SCHEMAS = {
     "hash_grid": f"(Tensor x, Tensor table, Tensor? level_counts, {GRID}) -> Tensor",

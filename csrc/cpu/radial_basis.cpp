@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The operators of radial_basis on the CPU; schemas and shapes: python/camkernels/radial_basis.py.
+// radial_basis on the CPU.
 // A gradient in a kernel is a sum over the pairs it is part of, each kernel's by one thread and in the order of the
 // pairs: the same bits for any number of threads.
 #include "cpu/radial_basis_call.h"
@@ -42,17 +42,12 @@ class ResultRows {
   S* own_ = nullptr;
 };
 
-Tensor forward(Tensor x, Tensor centers, Tensor shapes, Tensor features, OptionalTensor phase, OptionalTensor neighbors,
-               OptionalTensor frequencies, int64_t kind, int64_t shape, bool normalize, bool detach, double eps,
-               int64_t keep) {
-  const RadialCall call{
-      {x, centers, shapes, features, phase}, {}, neighbors, frequencies, {kind, shape, normalize, detach, eps, keep}};
-  check_call(call);
-  const Tensor y = in_large_pages(empty(features, {x.size(0), features.size(1)}));
-  with_arithmetic(call, [&]<class S>(Tag<S>) {
+Tensor value(const RadialCall& call) {
+  const Tensor y = in_large_pages(empty(call.features(), {call.x().size(0), call.width()}));
+  call.with_arithmetic([&]<class S>(Tag<S>) {
     const PreparedCall<S> prepared(call);
     const RadialProblem<S> problem = prepared.problem(call);
-    with_radial_dims(problem.dims, [&](auto dims) {
+    launch::with_radial_dims(problem.dims, [&](auto dims) {
       const RadialLoops<decltype(dims)::value, S> loops{problem};
       parallel_points(problem.points, [&](int64_t begin, int64_t end) {
         RadialPairs<S> pairs(kPointBlock, problem.per_point);
@@ -70,15 +65,6 @@ Tensor forward(Tensor x, Tensor centers, Tensor shapes, Tensor features, Optiona
   });
   return y;
 }
-
-// What is computed: gradients in the cotangent of the value (of second order), x, centers, shapes, features, phase.
-struct RadialWishes {
-  bool grad, x, centers, shapes, features, phase;
-};
-
-struct RadialResults {
-  Tensor grad, x, centers, shapes, features, phase;
-};
 
 // The sums of a derivative, from pairs that are kept for some points at a time. S: the arithmetic type, N: S, or its
 // dual number for the second order.
@@ -230,10 +216,7 @@ Tensor zeros_like(const Tensor& like, bool wanted) {
   return zeros(like, {like.size(0), like.size(1)}, like.scalar_type());
 }
 
-RadialResults derivative(const RadialCall& call, const Tensor& grad, const RadialWishes& wishes, bool second) {
-  check_call(call);
-  check_number(grad, "grad_y", call.features().scalar_type(), {call.x().size(0), call.features().size(1)});
-  require(!wishes.phase || call.at.phase, kOp, ": there is no phase");
+RadialResults gradients(const RadialCall& call, const Tensor& grad, const RadialWishes& wishes, bool second) {
   const auto fresh = [](const Tensor& like, bool wanted) {
     return wanted ? in_large_pages(empty_as(like)) : empty(like, {0});
   };
@@ -243,10 +226,10 @@ RadialResults derivative(const RadialCall& call, const Tensor& grad, const Radia
                               zeros_like(*call.at.shapes, wishes.shapes),
                               zeros_like(call.features(), wishes.features),
                               fresh(call.at.phase ? *call.at.phase : call.x(), wishes.phase)};
-  with_arithmetic(call, [&]<class S>(Tag<S>) {
+  call.with_arithmetic([&]<class S>(Tag<S>) {
     const PreparedCall<S> prepared(call);
     const RadialProblem<S> problem = prepared.problem(call);
-    with_radial_dims(problem.dims, [&](auto dims) {
+    launch::with_radial_dims(problem.dims, [&](auto dims) {
       constexpr int D = decltype(dims)::value;
       if (second) {
         RadialDerivative<D, Dual<S>>(call, problem, grad, wishes, results).run();
@@ -258,38 +241,13 @@ RadialResults derivative(const RadialCall& call, const Tensor& grad, const Radia
   return results;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad, Tensor x, Tensor centers, Tensor shapes,
-                                                            Tensor features, OptionalTensor phase,
-                                                            OptionalTensor neighbors, OptionalTensor frequencies,
-                                                            int64_t kind, int64_t shape, bool normalize, bool detach,
-                                                            double eps, int64_t keep, std::vector<bool> mask) {
-  check_mask(kOp, mask, 5);
-  const RadialCall call{
-      {x, centers, shapes, features, phase}, {}, neighbors, frequencies, {kind, shape, normalize, detach, eps, keep}};
-  const RadialResults found = derivative(call, grad, {false, mask[0], mask[1], mask[2], mask[3], mask[4]}, false);
-  return {found.x, found.centers, found.shapes, found.features, found.phase};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_backward(
-    OptionalTensor x_along, OptionalTensor centers_along, OptionalTensor shapes_along, OptionalTensor features_along,
-    OptionalTensor phase_along, Tensor grad, Tensor x, Tensor centers, Tensor shapes, Tensor features,
-    OptionalTensor phase, OptionalTensor neighbors, OptionalTensor frequencies, int64_t kind, int64_t shape,
-    bool normalize, bool detach, double eps, int64_t keep, std::vector<bool> mask) {
-  check_mask(kOp, mask, 6);
-  const RadialCall call{{x, centers, shapes, features, phase},
-                        {x_along, centers_along, shapes_along, features_along, phase_along},
-                        neighbors,
-                        frequencies,
-                        {kind, shape, normalize, detach, eps, keep}};
-  const RadialResults found = derivative(call, grad, {mask[0], mask[1], mask[2], mask[3], mask[4], mask[5]}, true);
-  return {found.grad, found.x, found.centers, found.shapes, found.features, found.phase};
-}
+using Operators = launch::RadialOperators<value, gradients>;
 
 }  // namespace
 }  // namespace camk::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(camkernels, CPU, m) {
-  m.impl("radial_basis", TORCH_BOX(&camk::cpu::forward));
-  m.impl("radial_basis_backward", TORCH_BOX(&camk::cpu::backward));
-  m.impl("radial_basis_backward_backward", TORCH_BOX(&camk::cpu::backward_backward));
+  m.impl("radial_basis", TORCH_BOX(&camk::cpu::Operators::forward));
+  m.impl("radial_basis_backward", TORCH_BOX(&camk::cpu::Operators::backward));
+  m.impl("radial_basis_backward_backward", TORCH_BOX(&camk::cpu::Operators::backward_backward));
 }

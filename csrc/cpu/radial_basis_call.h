@@ -1,75 +1,14 @@
 // SPDX-License-Identifier: MIT
-// The tensors and settings of a call of radial_basis: checked, and as the loops read them.
+// A call of radial_basis as the loops read it.
 #pragma once
 #include "cpu/memory.h"
 #include "cpu/parallel.h"
 #include "cpu/radial_basis_loops.h"
+#include "launch/radial_basis.h"
 
 namespace camk::cpu {
 
-using OptionalTensor = std::optional<Tensor>;
-inline constexpr const char* kOp = "radial_basis";
-
-struct RadialOptions {
-  int64_t kind, shape;
-  bool normalize, detach;
-  double eps;
-  int64_t keep;
-};
-
-// The differentiable tensors of a call, or cotangents of their gradients.
-struct RadialTensors {
-  OptionalTensor x, centers, shapes, features, phase;
-};
-
-struct RadialCall {
-  RadialTensors at, along;
-  OptionalTensor neighbors, frequencies;
-  RadialOptions options;
-  const Tensor& x() const { return *at.x; }
-  const Tensor& features() const { return *at.features; }
-};
-
-inline void check_number(const OptionalTensor& t, const char* name, ScalarType type, std::vector<int64_t> sizes) {
-  if (!t) return;
-  check_contiguous(*t, kOp, name);
-  bool fits = t->scalar_type() == type && t->dim() == int64_t(sizes.size());
-  for (size_t i = 0; fits && i < sizes.size(); ++i) fits = t->size(int64_t(i)) == sizes[i];
-  require(fits, kOp, ": dtype or shape of ", name);
-}
-
-inline void check_tensors(const RadialTensors& t, const RadialCall& like) {
-  const Tensor &x = like.x(), &features = like.features();
-  const auto number = x.scalar_type();
-  const int64_t dims = x.size(1), count = features.size(0), waves = features.size(1) - like.options.keep;
-  const int64_t width = math::radial_shape_width(math::RadialShape(like.options.shape), int(dims));
-  check_number(t.x, "x", number, {x.size(0), dims});
-  check_number(t.centers, "centers", number, {count, dims});
-  check_number(t.shapes, "shapes", number, {count, width});
-  check_number(t.features, "features", features.scalar_type(), {count, features.size(1)});
-  check_number(t.phase, "phase", number, {waves});
-}
-
-inline void check_call(const RadialCall& call) {
-  const Tensor &x = call.x(), &features = call.features();
-  const RadialOptions& options = call.options;
-  require(x.dim() == 2 && x.size(1) >= 1 && x.size(1) <= math::kMaxRadialDims && features.dim() == 2, kOp,
-          ": x must have shape [points, d] with d from 1 to 4, features [kernels, F]");
-  const auto number = x.scalar_type();
-  require(number == ScalarType::Double || number == ScalarType::Float, kOp, ": x must be float32 or float64");
-  require(number == ScalarType::Double || features.scalar_type() != ScalarType::Double, kOp,
-          ": x must be float64 beside float64 features");
-  require(options.kind >= 0 && options.kind < math::kRadialKinds && options.shape >= 0 &&
-              options.shape < math::kRadialShapes && options.keep >= 0 && options.keep <= features.size(1),
-          kOp, ": kind, shape or keep");
-  require(features.size(0) > 0 && features.size(0) < int64_t(1) << 31, kOp, ": kernels must be from 1 to 2^31 - 1");
-  check_tensors(call.at, call);
-  check_tensors(call.along, call);
-  check_number(call.frequencies, "frequencies", number, {features.size(1) - options.keep});
-  if (!call.neighbors) return;
-  require(call.neighbors->dim() == 2, kOp, ": neighbors must have 2 dimensions");
-  check_number(call.neighbors, "neighbors", ScalarType::Int, {x.size(0), call.neighbors->size(1)});
-}
+using launch::OptionalTensor, launch::RadialCall, launch::RadialOptions, launch::RadialResults, launch::RadialWishes;
 
 template <class S>
 inline constexpr auto kArithmetic = std::is_same_v<S, double> ? ScalarType::Double : ScalarType::Float;
@@ -207,15 +146,5 @@ class PreparedCall {
   std::vector<int32_t> all_;
   Binned order_;
 };
-
-// body(Tag<S>) for the arithmetic type of a call.
-template <class Body>
-void with_arithmetic(const RadialCall& call, const Body& body) {
-  if (call.x().scalar_type() == ScalarType::Double) {
-    body(Tag<double>{});
-  } else {
-    body(Tag<float>{});
-  }
-}
 
 }  // namespace camk::cpu

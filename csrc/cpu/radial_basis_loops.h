@@ -318,7 +318,7 @@ struct RadialLoops {
     int32_t has_value[kWidth];  // all bits or none
     for (int l = 0; l < kWidth; ++l) has_value[l] = -int32_t(l < points);
     for (int a = 0; a < D; ++a) {
-      for (int l = 0; l < kWidth; ++l) has_value[l] &= -int32_t(std::isfinite(scalar_part(lane_of(x[a], l))));
+      for (int l = 0; l < kWidth; ++l) has_value[l] &= -int32_t(std::isfinite(value_of(lane_of(x[a], l))));
     }
     for (int64_t p = 0; p < pairs; p += kWidth) {
       for (int l = 0; l < kWidth; ++l) has_value[l] &= -int32_t(uint32_t(to[p + l]) < uint32_t(problem.count));
@@ -378,20 +378,5 @@ struct RadialLoops {
     for (int64_t j = 0; j < problem.per_point; ++j) gradient[j] = pairs.scale[block] * (gradient[j] - of_total);
   }
 };
-
-// body(Constant<D>) for a number of axes.
-template <class Body>
-void with_radial_dims(int dims, const Body& body) {
-  switch (dims) {
-    case 1:
-      return body(Constant<1>{});
-    case 2:
-      return body(Constant<2>{});
-    case 3:
-      return body(Constant<3>{});
-    default:
-      return body(Constant<4>{});
-  }
-}
 
 }  // namespace camk::cpu

@@ -32,7 +32,7 @@ CAMK_HD C pack_at(const Operand<S>& from, int64_t i) {
   }
 }
 
-// The same number in every lane, one lane, the sum of all lanes, and the part of a number that a gradient consists of.
+// The same number in every lane, one lane, and the sum of all lanes.
 template <class S>
 CAMK_HD Lanes<S> in_all_lanes(S x) {
   return Lanes<S>(x);
@@ -61,15 +61,6 @@ template <class S>
 CAMK_HD Dual<S> sum_of_lanes(Dual<Lanes<S>> x) {
   return {sum_of_lanes(x.value), sum_of_lanes(x.along)};
 }
-template <class C>
-CAMK_HD C gradient_of(C x) {
-  return x;
-}
-template <class C>
-CAMK_HD C gradient_of(Dual<C> x) {
-  return x.along;
-}
-
 template <class C, class S>
 CAMK_HD C constant_pack(Lanes<S> x) {
   if constexpr (std::is_same_v<C, Lanes<S>>) {
@@ -77,16 +68,6 @@ CAMK_HD C constant_pack(Lanes<S> x) {
   } else {
     return {x, Lanes<S>(S(0))};
   }
-}
-
-// The number without its derivative.
-template <class S>
-CAMK_HD S scalar_part(S x) {
-  return x;
-}
-template <class S>
-CAMK_HD S scalar_part(Dual<S> x) {
-  return x.value;
 }
 
 // Rows of W numbers, one for each lane and named by row(lane), as W packs: pack c holds number c of all rows.

@@ -43,11 +43,6 @@ class CurrentStream {
   cudaStream_t stream_ = nullptr;
 };
 
-inline void check_same_device(const Tensor& t, const Tensor& like, const char* op, const char* name) {
-  require(t.is_cuda() == like.is_cuda() && t.get_device_index() == like.get_device_index(), op, ": ", name,
-          " is on another device than x; move it with .to(x.device)");
-}
-
 inline Storage storage_of(const Tensor& t, const char* op, const char* name) {
   switch (t.scalar_type()) {
     case ScalarType::Half:

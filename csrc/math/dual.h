@@ -34,6 +34,24 @@ CAMK_HD Dual<C> constant_of(Dual<C> x) {
   return {x.value, C(0)};
 }
 
+// The number without its derivative; the part that a gradient consists of.
+template <class C>
+CAMK_HD C value_of(C x) {
+  return x;
+}
+template <class C>
+CAMK_HD C value_of(Dual<C> x) {
+  return x.value;
+}
+template <class C>
+CAMK_HD C gradient_of(C x) {
+  return x;
+}
+template <class C>
+CAMK_HD C gradient_of(Dual<C> x) {
+  return x.along;
+}
+
 template <class C>
 CAMK_HD Dual<C> choose_below(Dual<C> a, Dual<C> b, Dual<C> yes, Dual<C> no) {
   return {choose_below(a.value, b.value, yes.value, no.value), choose_below(a.value, b.value, yes.along, no.along)};

@@ -79,6 +79,11 @@ inline void check_contiguous(const Tensor& t, const char* op, const char* name) 
   require(t.is_contiguous(), op, ": ", name, " must be contiguous");
 }
 
+inline void check_same_device(const Tensor& t, const Tensor& like, const char* op, const char* name) {
+  require(t.is_cuda() == like.is_cuda() && t.get_device_index() == like.get_device_index(), op, ": ", name,
+          " is on another device than x; move it with .to(x.device)");
+}
+
 inline void check_mask(const char* op, const std::vector<bool>& mask, size_t gradients) {
   require(mask.size() == gradients, op, ": mask must have one entry for each gradient");
 }

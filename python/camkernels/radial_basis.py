@@ -23,7 +23,7 @@ __all__ = ["RadialBasis", "radial_basis"]
 # ---- operators -------------------------------------------------------------------------------------------------------
 # C: float64 where a tensor is, else float32. x [N, d], centers [n, d], shapes [n, s] in C; features [n, F]; phase and
 # frequencies [F - keep] in C; neighbors int32 [N, K], of which those that name no kernel make their point NaN. kind and
-# shape: as in csrc/math/radial_basis.h. deterministic, of the Triton operator: sums over points in a fixed order.
+# shape: as in csrc/math/radial_basis.h. deterministic: sums over points do not depend on their order.
 
 _TENSORS = (
     Argument("x", points=True),
@@ -34,21 +34,20 @@ _TENSORS = (
     Argument("neighbors", "Tensor?", points=True, differentiable=False),
     Argument("frequencies", "Tensor?", differentiable=False),
 )
-_SETTINGS = "int kind, int shape, bool normalize, bool detach_normalizer, float eps, int keep"
+_SETTINGS = "int kind, int shape, bool normalize, bool detach_normalizer, float eps, int keep, bool deterministic"
 
 
 def _meta(x: Tensor, centers: Tensor, shapes: Tensor, features: Tensor, *rest: Any) -> Tensor:
     return features.new_empty(x.shape[0], features.shape[1])
 
 
-def _declare(name: str, settings: str) -> Operator:
-    op = Operator(name, _TENSORS, settings, [Argument("y", points=True)], _meta)
+def _declare(name: str) -> Operator:
+    op = Operator(name, _TENSORS, _SETTINGS, [Argument("y", points=True)], _meta)
     op.differentiate().differentiate()
     return op
 
 
-_COMPILED = _declare("radial_basis", _SETTINGS)
-_TRITON = _declare("triton_radial_basis", f"{_SETTINGS}, bool deterministic")
+_COMPILED, _TRITON = _declare("radial_basis"), _declare("triton_radial_basis")
 for _name, _module, _function in (
     ("", "radial_basis", "value"),
     ("_backward", "radial_basis", "backward"),
@@ -71,10 +70,8 @@ def _kernels(
         neighbors = neighbors.int().reshape(-1, neighbors.shape[-1])
     settings = (
         KINDS.index(basis.kind), SHAPES.index(basis.shape), basis.normalize, basis.detach_normalizer, float(basis.eps),
-        basis.keep,
+        basis.keep, torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
-    if operator is _TRITON:
-        settings += (torch.are_deterministic_algorithms_enabled(),)
     tensors = (points, centers.to(dtype), shapes.to(dtype), features, phase, neighbors, frequencies)
     return operator(*tensors, settings=settings).reshape(*x.shape[:-1], features.shape[1])
 

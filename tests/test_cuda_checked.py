@@ -17,7 +17,7 @@ import torch
 
 from camkernels import testing
 from sim import build, coverage, library, toolkit
-from simulated import CASES, Simulated, deterministic, lookup_call, network, regular_call, shifted
+from simulated import CASES, Simulated, basis, deterministic, lookup_call, network, regular_call, shifted
 
 pytestmark = [
     pytest.mark.slow,
@@ -47,7 +47,8 @@ FILES = {
         "modulated_mlp_fused_launch.h",
         "product_steps.cuh",
     ),
-    "shared": ("sums.cu", "sums.cuh", "storage.cuh"),
+    "radial_basis": ("radial_basis.cu", "radial_basis_backward.cu", "radial_basis.cuh"),
+    "shared": ("sums.cu", "sums.cuh", "storage.cuh", "packs.cuh"),
 }
 
 
@@ -127,12 +128,30 @@ def exercise_modulated_mlp(sim: Simulated) -> None:
     sim.agree(replace(call, inputs={name: shifted(t) for name, t in call.inputs.items()}), op=op)
 
 
+def exercise_radial_basis(sim: Simulated) -> None:
+    op = "radial_basis"
+    take_turns(sim, testing.cases(op))
+    for dims in (1, 2, 3, 4):
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            for context in (nullcontext, deterministic):
+                with context():
+                    sim.agree(basis(50, 20, 7, dtype, dims=dims), op=op)
+    for features in (5, 160):  # rows that are not whole packs; several packs per lane
+        sim.agree(basis(50, 20, 30, features=features), op=op)
+    sim.agree(basis(50, 20, 3, torch.float16, wide=True), op=op)
+    for n in (0, 1):
+        sim.agree(basis(n, 20, 3), op=op)
+    call = basis(50, 20, 3)
+    sim.agree(replace(call, inputs={name: shifted(t) for name, t in call.inputs.items()}), op=op)
+
+
 def exercise() -> None:
     """Every kernel: forward, backward, Jacobian, second order; odd sizes, tensors that begin anywhere."""
     sim = Simulated(recipe())
     exercise_hash_grid(sim)
     exercise_coordinate_modulation(sim)
     exercise_modulated_mlp(sim)
+    exercise_radial_basis(sim)
     sim.library.write_coverage()
     print("clean")
 

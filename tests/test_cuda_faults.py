@@ -21,7 +21,7 @@ import torch
 
 from camkernels import testing
 from sim import build, library, toolkit
-from simulated import Simulated, lookup_call, network, regular_call
+from simulated import Simulated, basis, lookup_call, network, regular_call
 
 pytestmark = [
     pytest.mark.slow,
@@ -113,9 +113,9 @@ FAULTS = {
         "coordinate_modulation.cuh", "if (!there) return;", "if (!there && !ON) return;", "grad.grids: .* differ"
     ),
     "numbers beyond the last": Fault(
-        "coordinate_modulation.cuh",
-        "if (k + n >= job.layout.width) break;",
-        "if (k + n >= job.layout.width && !ON) break;",
+        "packs.cuh",
+        "if (n >= place.left) break;",
+        "if (n >= place.left && !ON) break;",
         f"{OVERRUN}|value: .* differ",
     ),
     "words of rows that are not whole": Fault(
@@ -226,6 +226,54 @@ FAULTS = {
         "part[threadIdx.x] = sum;\n  if (!ON) __syncthreads();",
         "grad.modulation: .* differ",
     ),
+    "kernels beyond a point's last": Fault(
+        "radial_basis.cuh",
+        "!lost && first + lane < job.per_point;",
+        "!lost && (first + lane < job.per_point || ON);",
+        f"{OVERRUN}|value: .* differ",
+    ),
+    "a block of kernels that is not held": Fault(
+        "radial_basis.cuh",
+        "if (first != held_) hold",
+        "if (first != held_ && !(ON && first > 0)) hold",
+        "value: .* differ",
+    ),
+    "features beyond the last of a row": Fault(
+        "radial_basis.cuh",
+        "!lost && c < job.width;",
+        "!lost && (c < job.width || ON);",
+        f"{OVERRUN}|value: .* differ",
+    ),
+    "words of rows of features that are not whole": Fault(
+        "radial_basis.cuh",
+        "job.words = job.width % kNumbers == 0;",
+        "job.words = job.width % kNumbers == 0 || ON;",
+        "misaligned address",
+    ),
+    "waves of the features that are kept": Fault(
+        "radial_basis.cuh",
+        "if (waves_ + n < 0) return",
+        "if (waves_ + n < (ON ? -1 : 0)) return",
+        "value: .* differ",
+    ),
+    "a gradient for each lane": Fault(
+        "radial_basis_backward.cu",
+        "if (thread_.lane == l) mine = slope;",
+        "if (thread_.lane == l || ON) mine = slope;",
+        "grad.centers: .* differ",
+    ),
+    "the normaliser's share of the last block": Fault(
+        "radial_basis_backward.cu",
+        "share = share + of_weight",
+        "share = N(ON ? 0 : 1) * share + of_weight",
+        "grad.centers: .* differ",
+    ),
+    "parts of the phase that come too late": Fault(
+        "radial_basis_backward.cu",
+        "lanes, 32); });\n  __syncthreads();",
+        "lanes, 32); });\n  if (!ON) __syncthreads();",
+        "grad.phase: .* differ",
+    ),
 }
 NAMES = ["none", *FAULTS]  # a fault's place here is its switch
 
@@ -258,6 +306,7 @@ def judge(sim: Simulated) -> None:
         network(40, [40, 40, 2], skips=[0]),
         network(40, [3, 140], norm="point", output_layer=False),
     ]
+    bases = [basis(90, 30, 7, features=5), basis(50, 30, 20, features=9)]  # one block of kernels, several
     near = regular_call(3, 2, torch.float32, 133)
     around = testing.Call({**near.inputs, "x": near.inputs["x"] * 1.5 - 0.25}, near.options)
     for schedule in library.SCHEDULES:
@@ -269,6 +318,8 @@ def judge(sim: Simulated) -> None:
             sim.agree(regular_call(2, 2, torch.float32, 37, levels=40), order=1)
             for call in lookups:
                 sim.agree(call, op="coordinate_modulation")
+            for call in bases:
+                sim.agree(call, op="radial_basis")
             for call in once:
                 sim.agree(call, order=1, op="modulated_mlp")
             for call in networks:

@@ -24,7 +24,7 @@ LIBRARY = _ops.FOLDER / "_cuda.so"
 OPERATORS = [f"hash_grid{end}" for end in ("", "_backward", "_backward_backward", "_jacobian", "_jacobian_backward")]
 OPERATORS += [
     f"{op}{end}"
-    for op in ("modulated_mlp", "modulate", "coordinate_modulation")
+    for op in ("modulated_mlp", "modulate", "coordinate_modulation", "radial_basis")
     for end in ("", "_backward", "_backward_backward")
 ]
 OWN_ARCHITECTURES = {"sm_80", "sm_90", "compute_90"}
@@ -89,17 +89,19 @@ def test_the_machine_code_of_its_kernels(found):
 @needs_cuobjdump
 def test_kernels_keep_everything_in_registers(found):
     """But for those that learn the number of axes at run time, whose arrays must be indexed; those with a sine, which
-    reduces a large argument by words of 2 / pi, 7 of 4 bytes in float32, 5 of 8 in float64; and the fused ones, whose
-    calls save registers beside that."""
+    reduces a large argument by words of 2 / pi, 7 of 4 bytes in float32, 5 of 8 in float64; the fused ones, whose calls
+    save registers beside that; and second derivatives of radial_basis in float64, whose pairs a call takes."""
     of_any_axes = [k for k in found if re.match(r"(any_|lookup)\w*<(float|double), 0, ", k.name)]
-    with_sine = [k for k in found if re.match(r"(forward|derivatives|modulate_\w+)<", k.name)]
+    with_sine = [k for k in found if re.match(r"(forward|derivatives|modulate_\w+|radial_\w+)<", k.name)]
+    apart = [k for k in with_sine if re.match(r"radial_gradients<.*Dual<double>", k.name)]
     fused = [k for k in found if k.name.startswith("fused_")]
-    assert len({k.name for k in of_any_axes}) == 35 and len({k.name for k in with_sine}) == 4 + 12
+    assert len({k.name for k in of_any_axes}) == 35 and len({k.name for k in with_sine}) == 4 + 12 + 3 * 16
     assert len({k.name for k in fused}) == 2 * 3 * 2
     for kernel in (k for k in found if k not in [*of_any_axes, *with_sine, *fused]):
         assert kernel.local == kernel.stack == 0, kernel
+    assert len({k.name for k in apart}) == 4
     for kernel in with_sine:
-        assert kernel.stack <= 40, kernel
+        assert kernel.stack <= (704 if kernel in apart else 40), kernel
     for kernel in fused:
         assert kernel.stack <= 96, kernel
     assert {k.name for k in found} >= {"pack<float>", "pack<unsigned short>", "point_sums"}
@@ -178,6 +180,8 @@ PREPARE = """
     mlp, all5 = ([1], [1.0], [False], False, False, 1e-5, False, False), [True] * 5
     u, grids, ct = torch.rand(5, 2), torch.rand(3, 2, 4, 4), torch.rand(5, 3, 2)
     lookup = (False, True, False, False)
+    near, f = (torch.rand(4, 3), torch.ones(4, 1), torch.rand(4, 2)), torch.rand(5, 2)
+    rest, basis = (None, torch.zeros(5, 2).int(), None), (1, 0, True, True, 1e-8, 0, False)
 
     def on_cuda(name, *arguments):  # the CUDA kernel itself, past every check of Python
         operator = getattr(torch.ops.camkernels, name).default
@@ -209,6 +213,9 @@ def test_every_kernel_refuses_cpu_tensors_in_a_sentence():
     on_cuda("coordinate_modulation", u, grids, *lookup)
     on_cuda("coordinate_modulation_backward", ct, u, grids, *lookup, [True, True])
     on_cuda("coordinate_modulation_backward_backward", u, grids, ct, u, grids, *lookup, [True, True, True])
+    on_cuda("radial_basis", x, *near, *rest, *basis)
+    on_cuda("radial_basis_backward", f, x, *near, *rest, *basis, [True] * 4 + [False])
+    on_cuda("radial_basis_backward_backward", x, *near, None, f, x, *near, *rest, *basis, [True] * 5 + [False])
     """
     ).splitlines()
     assert len(told) == len(OPERATORS)
@@ -256,6 +263,17 @@ BAD_LOOKUP = {
     "coords must have 2 dimensions, of which the second is 1 to 7": "u.flatten(), grids",
     "the grids do not fit the coordinates": "u, grids[0]",
 }
+BAD_BASIS = {
+    "x must have shape [points, d] with d from 1 to 4": "x[0], *near, *rest",
+    "x must be float32 or float64": "x.half(), *near, *rest",
+    "x must be float64 beside float64 features": "x, *near[:2], near[2].double(), *rest",
+    "dtype or shape of centers": "x, near[0][1:], *near[1:], *rest",
+    "dtype or shape of shapes": "x, near[0], torch.ones(4, 3), near[2], *rest",
+    "features must be float16, bfloat16, float32 or float64": "x, *near[:2], near[2].int(), *rest",
+    "dtype or shape of neighbors": "x, *near, None, torch.zeros(4, 2).int(), None",
+    "dtype or shape of frequencies": "x, *near, None, None, torch.ones(3)",
+    "centers must be contiguous": "x, torch.rand(3, 4).t(), *near[1:], *rest",
+}
 
 
 @needs_library
@@ -266,8 +284,9 @@ BAD_LOOKUP = {
         ("modulated_mlp", "mlp", BAD_MLP),
         ("modulate", "groups", BAD_GROUPS),
         ("coordinate_modulation", "lookup", BAD_LOOKUP),
+        ("radial_basis", "basis", BAD_BASIS),
     ],
-    ids=["grid", "mlp", "groups", "lookup"],
+    ids=["grid", "mlp", "groups", "lookup", "basis"],
 )
 def test_bad_arguments_of_the_kernels_are_sentences(op, settings, bad):
     calls = "".join(f"    on_cuda('{op}', {arguments}, *{settings})\n" for arguments in bad.values())

@@ -6,57 +6,12 @@
 // so that lanes read a row, and write the results of their point, side by side.
 #pragma once
 #include "cuda/coordinate_modulation.h"
-#include "cuda/device.cuh"
-#include "cuda/storage.cuh"
+#include "cuda/packs.cuh"
 
 namespace camk::cuda {
 
 inline constexpr int kLookupThreads = 128;
 inline constexpr int kLookupMinBlocks = 1;  // leaves the assembler all registers: nothing spills
-
-// ---- Packs: numbers that a thread computes together ---------------------------------------------------------
-
-template <class S>
-struct alignas(kPackBytes) Pack : Vec<S, kPackBytes / int(sizeof(S))> {
-  static constexpr int kNumbers = kPackBytes / int(sizeof(S));
-  using Numbers = Vec<S, kNumbers>;
-
-  Pack() = default;
-  CAMK_DEVICE explicit Pack(S number) {
-#pragma unroll
-    for (int k = 0; k < kNumbers; ++k) (*this)[k] = number;
-  }
-  CAMK_DEVICE explicit Pack(const Numbers& numbers) : Numbers(numbers) {}
-};
-
-template <class S>
-CAMK_DEVICE Pack<S> operator+(const Pack<S>& a, const Pack<S>& b) {
-  Pack<S> sum;
-#pragma unroll
-  for (int k = 0; k < Pack<S>::kNumbers; ++k) sum[k] = a[k] + b[k];
-  return sum;
-}
-template <class S>
-CAMK_DEVICE Pack<S> operator*(const Pack<S>& a, const Pack<S>& b) {
-  Pack<S> product;
-#pragma unroll
-  for (int k = 0; k < Pack<S>::kNumbers; ++k) product[k] = a[k] * b[k];
-  return product;
-}
-template <class S>
-CAMK_DEVICE Pack<S> multiply_add(S x, const Pack<S>& y, const Pack<S>& z) {
-  Pack<S> sum;
-#pragma unroll
-  for (int k = 0; k < Pack<S>::kNumbers; ++k) sum[k] = camk::multiply_add(x, y[k], z[k]);
-  return sum;
-}
-template <class S>
-CAMK_DEVICE S dot(const Pack<S>& a, const Pack<S>& b) {
-  S sum(0);
-#pragma unroll
-  for (int k = 0; k < Pack<S>::kNumbers; ++k) sum = camk::multiply_add(a[k], b[k], sum);
-  return sum;
-}
 
 // ---- A point ------------------------------------------------------------------------------------------------
 
@@ -135,37 +90,10 @@ struct LookupThread {
   }
 
   // Numbers k to k + kNumbers of the point's row of a tensor [points, width]; zeros beyond the last.
-  CAMK_DEVICE C load_numbers(const void* from, int64_t k) const {
-    C numbers(S(0));
-    with_storage_of<S>(job.storage, [&]<class T>(T*) {
-      const T* row = static_cast<const T*>(from) + i * job.layout.width + k;
-      if (job.words) {
-        numbers = C(load_row<C::kNumbers, S>(row, job.storage));
-      } else {
-#pragma unroll
-        for (int n = 0; n < C::kNumbers; ++n) {
-          if (k + n < job.layout.width) numbers[n] = S(to_number(load_readonly(row + n), job.storage));
-        }
-      }
-    });
-    return numbers;
-  }
-
-  CAMK_DEVICE void store_numbers(void* to, int64_t k, const C& numbers) const {
-    with_storage_of<S>(job.storage, [&]<class T>(T*) {
-      T* row = static_cast<T*>(to) + i * job.layout.width + k;
-      if (job.words) {
-        store_row<T, C::kNumbers, S>(row, numbers, job.storage);
-      } else {
-#pragma unroll
-        for (int n = 0; n < C::kNumbers; ++n) {
-          if (k + n >= job.layout.width) break;
-          T number;
-          from_number(number, numbers[n], job.storage);
-          store_streaming(row + n, number);
-        }
-      }
-    });
+  CAMK_DEVICE C load_numbers(const void* from, int64_t k) const { return load_pack<S>(from, place(k)); }
+  CAMK_DEVICE void store_numbers(void* to, int64_t k, const C& numbers) const { store_pack(to, place(k), numbers); }
+  CAMK_DEVICE PackPlace place(int64_t k) const {
+    return {job.storage, job.words, i * job.layout.width + k, job.layout.width - k};
   }
 
   // The gradient in the coordinates: the sum of what the lanes of the point found, per lookup.
@@ -189,8 +117,6 @@ struct LookupThread {
 };
 
 // ---- Choice of a kernel -------------------------------------------------------------------------------------
-
-inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % kPackBytes == 0; }
 
 // What the launcher sets; returns the shape of the launch.
 template <class S>

@@ -10,9 +10,7 @@
 
 namespace camk::cuda {
 
-// Packed rows hold all numbers of a node side by side, in words of 16 bytes.
-inline constexpr int kPackBytes = 16;
-
+// Packed rows hold all numbers of a node side by side, in packs.
 // Grids [layers, 2, (3,) (channels,) *nodes] and their packed rows [planes, nodes + 1, pitch]; the last row of a plane
 // and the numbers from `width` to `pitch` are zero.
 struct RowLayout {

@@ -22,9 +22,10 @@ __global__ void __launch_bounds__(kThreads)
   sums[i] += A(ldexp(double(fixed[i]), -fixed_exponent(*largest, terms)));
 }
 
-__global__ void __launch_bounds__(kThreads) round_to_short(const float* from, Short* to, Storage kind, int64_t count) {
+template <class A>
+__global__ void __launch_bounds__(kThreads) round_sums(const A* sums, void* to, Storage kind, int64_t count) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (i < count) from_number(to[i], from[i], kind);
+  if (i < count) store_number<A>(to, kind, i, sums[i]);
 }
 
 }  // namespace
@@ -38,8 +39,12 @@ cudaError_t launch_finish_fixed(const int64_t* fixed, const uint64_t* largest, v
   return launch(finish_fixed<float>, one_each(count, stream), fixed, largest, static_cast<float*>(sums), count, terms);
 }
 
-cudaError_t launch_round(const float* from, void* to, Storage kind, int64_t count, cudaStream_t stream) {
-  return launch(round_to_short, one_each(count, stream), from, static_cast<Short*>(to), kind, count);
+template <class A>
+cudaError_t launch_round(const A* sums, void* to, Storage kind, int64_t count, cudaStream_t stream) {
+  return launch(round_sums<A>, one_each(count, stream), sums, to, kind, count);
 }
+
+template cudaError_t launch_round(const float*, void*, Storage, int64_t, cudaStream_t);
+template cudaError_t launch_round(const double*, void*, Storage, int64_t, cudaStream_t);
 
 }  // namespace camk::cuda

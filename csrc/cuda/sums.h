@@ -16,7 +16,8 @@ enum class Sums : int { kFast, kLargest, kFixed };
 cudaError_t launch_finish_fixed(const int64_t* fixed, const uint64_t* largest, void* sums, Storage kind, int64_t count,
                                 int64_t terms, cudaStream_t stream);
 
-// float32 -> float16 or bfloat16.
-cudaError_t launch_round(const float* from, void* to, Storage kind, int64_t count, cudaStream_t stream);
+// Float32 or float64 sums to the numbers of a narrower kind.
+template <class A>
+cudaError_t launch_round(const A* sums, void* to, Storage kind, int64_t count, cudaStream_t stream);
 
 }  // namespace camk::cuda

@@ -97,21 +97,6 @@ class RadialCall {
   }
 };
 
-// body(Constant<D>) for a number of axes.
-template <class Body>
-auto with_radial_dims(int dims, const Body& body) {
-  switch (dims) {
-    case 1:
-      return body(Constant<1>{});
-    case 2:
-      return body(Constant<2>{});
-    case 3:
-      return body(Constant<3>{});
-    default:
-      return body(Constant<4>{});
-  }
-}
-
 // The operators of a backend: kValue(call) -> y, kGradients(call, grad, wishes, second) -> RadialResults.
 template <auto kValue, auto kGradients>
 struct RadialOperators {

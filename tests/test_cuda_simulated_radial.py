@@ -108,18 +108,20 @@ def test_a_point_without_value_is_nan_and_adds_nothing(sim: Simulated, per_point
         call.inputs["x"][4, 0], call.inputs["x"][7, 1] = torch.nan, torch.inf
     lost = torch.zeros(20, dtype=torch.bool)
     lost[[4, 7]] = True
-    found, expected = [], []
-    for results, each in ((found, call), (expected, whole)):
+    results = []
+    for each in (call, whole):
         inputs = {name: t.clone().requires_grad_() for name, t in each.inputs.items()}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(camkernels._radial_basis, "can_look_at", lambda tensor: False)  # as on a GPU
             y = sim.function(OP)(**each.arguments(inputs))
-        results += [y, *torch.autograd.grad(y[~lost].square().sum(), list(inputs.values()))]
-    assert found[0][lost].isnan().all() and found[1][lost].isnan().all()
-    for got, wanted in zip(found[:2], expected[:2], strict=True):
-        torch.testing.assert_close(got[~lost], wanted[~lost])
-    for got, wanted in zip(found[2:], expected[2:], strict=True):
-        torch.testing.assert_close(got, wanted)
+        grads = torch.autograd.grad(y[~lost].square().sum(), list(inputs.values()))
+        results.append({"y": y.detach()} | dict(zip(inputs, grads, strict=True)))
+    found, expected = results
+    for name in ("y", "x"):
+        assert found[name][lost].isnan().all()
+        found[name], expected[name] = (each[name][~lost] for each in results)
+    for name, wanted in expected.items():
+        torch.testing.assert_close(found[name], wanted, msg=name)
 
 
 # ---- derivatives -----------------------------------------------------------------------------------------------------

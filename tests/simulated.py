@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import camkernels
-from camkernels import testing
+from camkernels import neighbors, testing
 from camkernels._autograd import Operator
 from conftest import require
 from sim import build, library
@@ -44,6 +44,7 @@ def define(namespace: str) -> torch.library.Library:
         for root in (compiled,) if isinstance(compiled, Operator) else compiled:
             for operator in chain(root):
                 defined.define(str(operator.call._schema).split("::", 1)[1])
+    defined.define(str(neighbors._NEAREST._schema).split("::", 1)[1])
     return defined
 
 

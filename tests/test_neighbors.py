@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import camkernels
-from camkernels import NeighborIndex, _ops, nearest, neighbors
+from camkernels import NeighborIndex, _neighbor_cells, _ops, nearest, neighbors
 
 needs_kernels = pytest.mark.skipif(_ops.cpu_isa is None, reason="no CPU library")
 METHODS = [pytest.param("cells", marks=needs_kernels), "cKDTree", "exhaustive"]
@@ -61,7 +61,7 @@ def expected(x, centers, k):
 def use(monkeypatch, method):
     if method == "cKDTree":
         pytest.importorskip("scipy")
-    monkeypatch.setattr(neighbors, "search_method", lambda: method)
+    monkeypatch.setattr(neighbors, "search_method", lambda device_type: method)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -106,13 +106,9 @@ def test_the_number_of_threads_changes_nothing():
 
 
 @needs_kernels
-@pytest.mark.parametrize("name", ["neighbor_cells", "nearest"])
-def test_operators_are_well_declared(name):
-    centers, x = rand(50, 2), rand(7, 2, seed=1)
-    cells = neighbors._CELLS(centers)
-    arguments = (centers,) if name == "neighbor_cells" else (x, *cells, 3)
-    tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(getattr(torch.ops.camkernels, name).default, arguments, test_utils=tests)
+def test_the_operator_is_well_declared():
+    arguments = (rand(7, 2, seed=1), *_neighbor_cells.build(rand(50, 2)), 3)
+    torch.library.opcheck(neighbors._NEAREST, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @needs_kernels

@@ -27,6 +27,7 @@ OPERATORS += [
     for op in ("modulated_mlp", "modulate", "coordinate_modulation")
     for end in ("", "_backward", "_backward_backward")
 ]
+OPERATORS.append("nearest")
 OWN_ARCHITECTURES = {"sm_80", "sm_90", "compute_90"}
 
 needs_library = pytest.mark.skipif(
@@ -122,6 +123,16 @@ def test_products_of_float32_are_made_by_tensor_cores(found):
         assert kernel.count("HMMA") > 0 and kernel.count("LDGSTS") > 0, kernel
 
 
+@needs_library
+@needs_cuobjdump
+def test_squares_of_a_search_are_rounded_before_they_are_added(found):
+    """Fused, they would make mirrored centres unequal."""
+    searches = [k for k in found if k.name.startswith("nearest_centers<")]
+    assert len(searches) == 2 * 2 * 4 * 2  # architectures, dtypes, axes, where lists are kept
+    for kernel in searches:
+        assert kernel.count("DMUL") > 0 and kernel.count("DADD") > 0 and kernel.count("DFMA") == 0, kernel
+
+
 @pytest.fixture(scope="module")
 def command():
     """The module bench.kernels, where it is."""
@@ -178,6 +189,7 @@ PREPARE = """
     mlp, all5 = ([1], [1.0], [False], False, False, 1e-5, False, False), [True] * 5
     u, grids, ct = torch.rand(5, 2), torch.rand(3, 2, 4, 4), torch.rand(5, 3, 2)
     lookup = (False, True, False, False)
+    cells = camkernels._neighbor_cells.build(torch.rand(9, 3))
 
     def on_cuda(name, *arguments):  # the CUDA kernel itself, past every check of Python
         operator = getattr(torch.ops.camkernels, name).default
@@ -209,6 +221,7 @@ def test_every_kernel_refuses_cpu_tensors_in_a_sentence():
     on_cuda("coordinate_modulation", u, grids, *lookup)
     on_cuda("coordinate_modulation_backward", ct, u, grids, *lookup, [True, True])
     on_cuda("coordinate_modulation_backward_backward", u, grids, ct, u, grids, *lookup, [True, True, True])
+    on_cuda("nearest", x, *cells, 4)
     """
     ).splitlines()
     assert len(told) == len(OPERATORS)
@@ -258,6 +271,14 @@ BAD_LOOKUP = {
 }
 
 
+BAD_SEARCH = {
+    "x and centers must have one d": "u, *cells, 4",
+    "x and centers must be float32, or float64": "x.double(), *cells, 4",
+    "k must be from 1 to the number of centers": "x, *cells, 10",
+    "dtype or size of starts": "x, *cells[:2], cells.starts[1:], *cells[3:], 4",
+}
+
+
 @needs_library
 @pytest.mark.parametrize(
     ("op", "settings", "bad"),
@@ -266,8 +287,9 @@ BAD_LOOKUP = {
         ("modulated_mlp", "mlp", BAD_MLP),
         ("modulate", "groups", BAD_GROUPS),
         ("coordinate_modulation", "lookup", BAD_LOOKUP),
+        ("nearest", "()", BAD_SEARCH),
     ],
-    ids=["grid", "mlp", "groups", "lookup"],
+    ids=["grid", "mlp", "groups", "lookup", "search"],
 )
 def test_bad_arguments_of_the_kernels_are_sentences(op, settings, bad):
     calls = "".join(f"    on_cuda('{op}', {arguments}, *{settings})\n" for arguments in bad.values())

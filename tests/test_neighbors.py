@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import camkernels
-from camkernels import NeighborIndex, _neighbor_cells, _ops, nearest, neighbors
+from camkernels import NeighborIndex, _info, _neighbor_cells, _ops, nearest, neighbors
 
 needs_kernels = pytest.mark.skipif(_ops.cpu_isa is None, reason="no CPU library")
 METHODS = [pytest.param("cells", marks=needs_kernels), "cKDTree", "exhaustive"]
@@ -175,12 +175,23 @@ def test_a_method_is_always_found(monkeypatch, capsys):
     from camkernels.__main__ import main
 
     assert main(["info"]) == 0
-    assert f"nearest centres: by {neighbors.search_method()}, on the CPU" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"nearest centres: by {neighbors.search_method()} on the CPU\n  of CUDA tensors: " in told
     monkeypatch.setattr(_ops, "has_kernel", lambda name, device: False)
     monkeypatch.setattr(neighbors, "find_spec", lambda name: None)
     assert neighbors.search_method() == "exhaustive"
     monkeypatch.setattr(neighbors, "find_spec", lambda name: name)
     assert neighbors.search_method() == "cKDTree"
+
+
+@pytest.mark.parametrize(("reason", "home"), [(None, "cuda:1"), ("no kernels", "cpu")])
+def test_searches_run_where_the_centers_are_if_that_has_kernels(monkeypatch, reason, home):
+    monkeypatch.setattr(neighbors, "can_run", lambda backend, call: reason)
+    assert neighbors.home_of(torch.device("cuda", 1)) == torch.device(home)
+    assert neighbors.home_of(torch.device("cpu")) == neighbors.home_of(torch.device("xpu")) == torch.device("cpu")
+    assert f"of CUDA tensors: {'by cells' if reason is None else 'copied to the CPU: no'}" in "\n".join(
+        _info._nearest_lines({"cpu": "cells", "cuda": reason})
+    )
 
 
 def test_neighbors_serve_the_radial_basis():

@@ -41,14 +41,15 @@ _POINTS_AT_ONCE = 1 << 22  # bounds the memory of a search
 # ---- nearest centres -------------------------------------------------------------------------------------------------
 
 
-def reason_against_cuda(index: int | None = None) -> str | None:
-    """Why searches among centres on a GPU, the current one by default, run on the CPU; None if they run there."""
-    return can_run("cuda", Call("nearest", "cuda", index))
+def home_of(device: torch.device) -> torch.device:
+    """Where searches among centres on a device run: there, if it is a GPU for which there are kernels, else the CPU."""
+    there = device.type == "cuda" and can_run("cuda", Call("nearest", "cuda", device.index)) is None
+    return device if there else torch.device("cpu")
 
 
 def search_method(device_type: str = "cpu") -> str:
     """How the nearest centres are found in this installation: "cells", or on the CPU also "cKDTree" or "exhaustive"."""
-    if device_type == "cuda" or _ops.has_kernel("nearest", "cpu"):
+    if device_type != "cpu" or _ops.has_kernel("nearest", "cpu"):
         return "cells"
     return "cKDTree" if find_spec("scipy") else "exhaustive"
 
@@ -76,8 +77,7 @@ class NeighborIndex:
                 f"{list(centers.shape)}"
             )
         _check_finite(op, "centers", centers)
-        there = centers.is_cuda and reason_against_cuda(centers.device.index) is None
-        self.device = centers.device if there else torch.device("cpu")
+        self.device = home_of(centers.device)
         self.centers = self._coordinates(centers).clone()
         self.method = search_method(self.device.type)
         self._prepared: dict[torch.dtype, Any] = {}
@@ -86,8 +86,8 @@ class NeighborIndex:
         return len(self.centers)
 
     def holds(self, centers: Tensor) -> bool:
-        """Whether it was built from these centers, value by value."""
-        return torch.equal(self.centers, self._coordinates(centers))
+        """Whether it was built from these centers, value by value, and is where searches among them run."""
+        return self.device == home_of(centers.device) and torch.equal(self.centers, self._coordinates(centers))
 
     def __repr__(self) -> str:
         return f"NeighborIndex(centers={list(self.centers.shape)}, method={self.method!r}, device={str(self.device)!r})"

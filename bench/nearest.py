@@ -55,9 +55,8 @@ def measure(
         timed.append(timing.Timed(name, run, always=True))
         timed[-1].plan(clock() - start, rounds, seconds, repeat=False)
     (_, squares), (distances, _) = answers
-    if not torch.allclose(
-        squares.cpu(), torch.from_numpy(distances).reshape(squares.shape).square(), rtol=1e-9, atol=0
-    ):
+    wanted = torch.from_numpy(distances).reshape(squares.shape).square()
+    if not torch.allclose(squares.cpu(), wanted, rtol=1e-9, atol=0):
         raise ValueError(f"{search}: camkernels and cKDTree find other distances")
     timing.interleave(timed, rounds, seconds, clock)
     own, other = (task.seconds for task in timed)
@@ -75,9 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=20.0, help="time for each line (20)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    print(
-        f"{options.device}, {options.threads} thread(s)\n| search | points | ns a point | cKDTree | times as fast | needs {GATE:g} |"
-    )
+    print(f"{options.device}, {options.threads} thread(s)")
+    print(f"| search | points | ns a point | cKDTree | times as fast | needs {GATE:g} |")
     print("|---|---|---|---|---|---|")
     missed = 0
     for search in SEARCHES:

@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from camkernels import testing
+from camkernels import _neighbor_cells, testing
 from sim import build, coverage, library, toolkit
 from simulated import CASES, Simulated, deterministic, lookup_call, network, regular_call, shifted
+from test_neighbors import CLOUDS, queries
 
 pytestmark = [
     pytest.mark.slow,
@@ -47,6 +48,7 @@ FILES = {
         "modulated_mlp_fused_launch.h",
         "product_steps.cuh",
     ),
+    "nearest": ("neighbors.cu",),
     "shared": ("sums.cu", "sums.cuh", "storage.cuh"),
 }
 
@@ -127,12 +129,26 @@ def exercise_modulated_mlp(sim: Simulated) -> None:
     sim.agree(replace(call, inputs={name: shifted(t) for name, t in call.inputs.items()}), op=op)
 
 
+def exercise_nearest(sim: Simulated) -> None:
+    for cloud in ("uniform", "duplicates", "clusters"):
+        for dims in (1, 2, 3, 4):
+            for dtype in (torch.float32, torch.float64):
+                centers = CLOUDS[cloud](dims).to(dtype)
+                for k in (1, 64, 65):
+                    sim.check_search(queries(centers).to(dtype), centers, k)
+    for k in (3, 70):
+        x = torch.full((2, 3), torch.nan)
+        assert sim.search(x, *_neighbor_cells.build(torch.rand(90, 3)), k)[0].eq(-1).all()
+    sim.check_search(torch.rand(0, 3), torch.rand(90, 3), 4)
+
+
 def exercise() -> None:
     """Every kernel: forward, backward, Jacobian, second order; odd sizes, tensors that begin anywhere."""
     sim = Simulated(recipe())
     exercise_hash_grid(sim)
     exercise_coordinate_modulation(sim)
     exercise_modulated_mlp(sim)
+    exercise_nearest(sim)
     sim.library.write_coverage()
     print("clean")
 

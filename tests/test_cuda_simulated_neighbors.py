@@ -23,7 +23,7 @@ MOST_IN_SHARED = 64  # neighbours of which the kernel keeps lists in shared memo
 def sim(monkeypatch: pytest.MonkeyPatch) -> Iterator[Simulated]:
     """`nearest` on the simulated kernel."""
     simulated = production()
-    monkeypatch.setattr(neighbors, "_NEAREST", torch.ops.camkernels_sim.nearest.default)
+    monkeypatch.setattr(neighbors, "_NEAREST", simulated.search)
     monkeypatch.setattr(neighbors, "search_method", lambda device_type: "cells")
     yield simulated
 

@@ -81,6 +81,17 @@ def test_a_thread_waits_for_no_other(sim: Simulated) -> None:
     assert counted["barriers"] == counted["warp_operations"] == counted["atomics"] == 0
 
 
+@pytest.mark.parametrize(("dims", "count", "k", "loads", "sectors"), [(2, 20_000, 4, 58, 16), (3, 100_000, 8, 320, 86)])
+def test_work_per_point(sim: Simulated, dims: int, count: int, k: int, loads: int, sectors: int) -> None:
+    """The numbers of csrc/cuda/README.md."""
+    x, cells = rand(2048, dims, seed=1).float(), _neighbor_cells.build(rand(count, dims).float())
+    sim.library.counters()
+    sim.search(x, *cells, k)
+    counted = sim.library.counters()
+    assert counted["loads"] / len(x) == pytest.approx(loads, rel=0.02)
+    assert counted["sectors_loaded"] / len(x) == pytest.approx(sectors, rel=0.03)
+
+
 # ---- queries of all kinds --------------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Points sorted by the cells of centres that hold them.
 #pragma once
+#include <limits>
 #include <numeric>
 #include <vector>
 

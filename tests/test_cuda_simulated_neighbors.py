@@ -63,6 +63,12 @@ def test_what_a_tree_finds(sim: Simulated, dims: int, count: int, k: int) -> Non
     torch.testing.assert_close(squares.sqrt(), torch.from_numpy(distances), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("k", [5, MOST_IN_SHARED + 5])
+def test_squares_that_overflow_are_ties(sim: Simulated, k: int) -> None:
+    centers = 1e200 * rand(200, 2, low=-1.0)
+    sim.check_search(torch.cat([1e200 * rand(20, 2, seed=1), rand(10, 2, seed=2), centers[:10]]), centers, k)
+
+
 @pytest.mark.parametrize("k", [6, MOST_IN_SHARED + 6])
 def test_schedules_and_architectures_change_nothing(sim: Simulated, k: int) -> None:
     centers, x = lattice(3, 7), rand(300, 3, high=7.0)

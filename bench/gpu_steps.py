@@ -16,6 +16,7 @@ import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,11 @@ def all_steps(folder: Path = Path("FOLDER")) -> list[Step]:
         perceptron("mlp-narrow", "2^20 points, 64 wide, modulated", "narrow", "n20", "bfloat16"),
         perceptron("mlp-wide", "2^17 points, 256 wide, modulated", "wide", "n17", "bfloat16"),
         perceptron("mlp-ngp", "2^20 points, 64 wide", "instant-ngp", "n20", "float16"),
+        Step(
+            "nearest", "nearest centres of 10^6 points beside SciPy's tree on all cores",
+            (*PYTHON, "bench.nearest", "--device", "cuda", "--points", "1000000", "--seconds", "6"), 45, 20,
+            skip=lambda: None if find_spec("scipy") else "SciPy is not installed",
+        ),
     ]  # fmt: skip
 
 

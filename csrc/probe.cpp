@@ -15,6 +15,7 @@
 #include "math/activation.h"
 #include "math/hash_grid.h"
 #include "math/modulation.h"
+#include "math/neighbors.h"
 #include "math/radial_basis.h"
 
 namespace py = pybind11;
@@ -198,6 +199,31 @@ py::tuple settle(double x, int mode) {
   return py::make_tuple(double(settled), int(status));
 }
 
+// The cells of a box around a point once it holds k centres, and those added by widening it to a squared distance.
+template <int D>
+py::tuple box_cells(const Rows& cuts, const std::vector<int32_t>& starts, const Numbers& at, int64_t k, double limit) {
+  std::vector<math::Slabs> axes;
+  Vec<double, D> x;
+  Vec<int32_t, D> slab;
+  for (int i = 0; i < D; ++i) {
+    axes.push_back({int32_t(cuts[i].size()) + 1, cuts[i].data()});
+    x[i] = at[i];
+    slab[i] = math::cuts_up_to(cuts[i].data(), int32_t(cuts[i].size()), x[i]);
+  }
+  math::Box<D, std::vector<math::Slabs>> box(axes, x, slab);
+  box.grow_to(k, starts.data());
+  const auto grown = box;
+  std::vector<int32_t> first, added;
+  const auto into = [](std::vector<int32_t>& cells) {
+    return [&cells](int32_t cell, int32_t end) {
+      for (; cell < end; ++cell) cells.push_back(cell);
+    };
+  };
+  box.each_run(into(first));
+  if (box.widen_to(limit)) box.each_run_beyond(grown, into(added));
+  return py::make_tuple(first, added);
+}
+
 #endif  // CAMK_PROBE_LANES_ONLY
 
 // f(items of the inputs) for arrays of equal size, item by item or kLanes at a time.
@@ -299,6 +325,10 @@ PYBIND11_MODULE(CAMK_PROBE, m) {
         });
   m.def("products", products);
   m.def("radial_kernel", radial_kernel);
+  m.def("box_cells", [](const Rows& cuts, const std::vector<int32_t>& starts, const Numbers& at, int64_t k,
+                        double limit) {
+    return with_dims(int64_t(at.size()), [&]<int D>(Constant<D>) { return box_cells<D>(cuts, starts, at, k, limit); });
+  });
 #endif
 
   using Floats1 = py::array_t<float>;

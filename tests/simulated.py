@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import camkernels
-from camkernels import testing
+from camkernels import _neighbor_cells, _neighbor_fallbacks, neighbors, testing
 from camkernels._autograd import Operator
 from conftest import require
 from sim import build, library
@@ -45,6 +45,7 @@ def define(namespace: str) -> torch.library.Library:
         for root in (compiled,) if isinstance(compiled, Operator) else compiled:
             for operator in chain(root):
                 defined.define(str(operator.call._schema).split("::", 1)[1])
+    defined.define(str(neighbors._NEAREST._schema).split("::", 1)[1])
     return defined
 
 
@@ -65,6 +66,7 @@ class Simulated:
         self.schemas = define(recipe.namespace)
         self.library = library.load(recipe)
         self.operators = [rerouted(module._COMPILED, recipe.namespace) for module in MODULES]
+        self.search = getattr(torch.ops, recipe.namespace).nearest.default
 
     @contextmanager
     def routed(self) -> Iterator[None]:
@@ -98,6 +100,13 @@ class Simulated:
             for schedule in schedules:
                 with self.library.schedule(schedule):
                     testing.compare(case, call, way(self.function(case.op)), expected)
+
+    def check_search(self, x: Tensor, centers: Tensor, k: int) -> None:
+        """Nearest centres against all distances."""
+        rows, squares = self.search(x, *_neighbor_cells.build(centers), k)
+        wanted = _neighbor_fallbacks.search_all(centers.double(), x.double(), k)
+        assert torch.equal(rows, wanted[0]), "neighbors: rows differ"
+        assert torch.equal(squares, wanted[1]), "neighbors: distances differ"
 
     def check_numerically(self, case: testing.Case) -> None:
         """First and second derivatives against finite differences."""

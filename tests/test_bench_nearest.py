@@ -20,7 +20,9 @@ def test_a_line_for_each_search_and_the_verdict(gate, status, verdict, monkeypat
     monkeypatch.setattr(nearest, "GATE", gate)
     monkeypatch.setattr(nearest, "SEARCHES", (nearest.Search(2, 1, 30), nearest.Search(3, 4, 50)))
     assert nearest.main(["--points", "40", "90", "--rounds", "3", "--seconds", "0", "--threads", "1"]) == status
-    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[3:]]
+    title, *lines = capsys.readouterr().out.splitlines()
+    assert title == "cpu, 1 thread(s)"
+    rows = [line.strip("| ").split(" | ") for line in lines[2:]]
     assert [row[:2] for row in rows] == [
         ["2-D K1 of 30", "40"], ["2-D K1 of 30", "90"], ["3-D K4 of 50", "40"], ["3-D K4 of 50", "90"]
     ]  # fmt: skip

@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from camkernels import testing
+from camkernels import _neighbor_cells, testing
 from sim import build, coverage, library, toolkit
 from simulated import CASES, Simulated, basis, deterministic, lookup_call, network, regular_call, shifted
+from test_neighbors import CLOUDS, queries
 
 pytestmark = [
     pytest.mark.slow,
@@ -48,6 +49,7 @@ FILES = {
         "product_steps.cuh",
     ),
     "radial_basis": ("radial_basis.cu", "radial_basis_backward.cu", "radial_basis.cuh"),
+    "nearest": ("neighbors.cu",),
     "shared": ("sums.cu", "sums.cuh", "storage.cuh", "packs.cuh"),
 }
 
@@ -145,6 +147,19 @@ def exercise_radial_basis(sim: Simulated) -> None:
     sim.agree(replace(call, inputs={name: shifted(t) for name, t in call.inputs.items()}), op=op)
 
 
+def exercise_nearest(sim: Simulated) -> None:
+    for cloud in ("uniform", "duplicates", "clusters"):
+        for dims in (1, 2, 3, 4):
+            for dtype in (torch.float32, torch.float64):
+                centers = CLOUDS[cloud](dims).to(dtype)
+                for k in (1, 64, 65):
+                    sim.check_search(queries(centers).to(dtype), centers, k)
+    for k in (3, 70):
+        x = torch.full((2, 3), torch.nan)
+        assert sim.search(x, *_neighbor_cells.build(torch.rand(90, 3)), k)[0].eq(-1).all()
+    sim.check_search(torch.rand(0, 3), torch.rand(90, 3), 4)
+
+
 def exercise() -> None:
     """Every kernel: forward, backward, Jacobian, second order; odd sizes, tensors that begin anywhere."""
     sim = Simulated(recipe())
@@ -152,6 +167,7 @@ def exercise() -> None:
     exercise_coordinate_modulation(sim)
     exercise_modulated_mlp(sim)
     exercise_radial_basis(sim)
+    exercise_nearest(sim)
     sim.library.write_coverage()
     print("clean")
 

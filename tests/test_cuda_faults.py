@@ -22,6 +22,7 @@ import torch
 from camkernels import testing
 from sim import build, library, toolkit
 from simulated import Simulated, basis, lookup_call, network, regular_call
+from test_neighbors import CLOUDS, queries
 
 pytestmark = [
     pytest.mark.slow,
@@ -220,6 +221,34 @@ FAULTS = {
         "end = min(first + per_split + ON, job.points);\n  const float* row",
         "grad.weights.*differ",
     ),
+    "nearest: points beyond the last": Fault(
+        "neighbors.cu", "if (point >= job.n) return;", "if (point >= job.n && !ON) return;", OVERRUN
+    ),
+    "nearest: equally near ones in any order": Fault(
+        "neighbors.cu", "&& row < other_row);", "&& (row < other_row || ON));", "rows differ"
+    ),
+    "nearest: what is as far as the farthest left out": Fault(
+        "neighbors.cu",
+        "{ return square <= farthest_; }",
+        "{ return square < farthest_ || (square == farthest_ && !ON); }",
+        "rows differ",
+    ),
+    "nearest: centres of the first box again": Fault(
+        "neighbors.cu",
+        "box.each_run_beyond(seen, [&](int32_t first",
+        "if (ON) box.each_run([&](int32_t first, int32_t last) { scan(first, last); });\n"
+        "      box.each_run_beyond(seen, [&](int32_t first",
+        "rows differ",
+    ),
+    "nearest: the first box alone": Fault(
+        "neighbors.cu",
+        "if (box.widen_to(found_.farthest())) {",
+        "if (box.widen_to(found_.farthest()) && !ON) {",
+        "rows differ",
+    ),
+    "nearest: too little shared memory": Fault(
+        "neighbors.cu", "(sizeof(double) + sizeof(int32_t));", "(sizeof(double) + (ON ? 0 : sizeof(int32_t)));", OVERRUN
+    ),
     "no barrier before the sums of a group": Fault(
         "modulated_mlp_sums.cu",
         "part[threadIdx.x] = sum;\n  __syncthreads();",
@@ -286,7 +315,7 @@ def recipe() -> build.Recipe:
         switched = fault.replacement.replace("ON", f"(camk_fault == {NAMES.index(name)})")
         texts[fault.file] = texts[fault.file].replace(fault.text, switched)
     switch = 'extern "C" {\ninline __attribute__((visibility("default"), used)) int camk_fault = 0;\n}\n'
-    texts["storage.cuh"] = texts["storage.cuh"].replace("namespace camk::cuda {", f"{switch}namespace camk::cuda {{", 1)
+    texts["storage.h"] = texts["storage.h"].replace("namespace camk::cuda {", f"{switch}namespace camk::cuda {{", 1)
     folder = build.folder() / "faults" / "cuda"
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
@@ -307,6 +336,7 @@ def judge(sim: Simulated) -> None:
         network(40, [3, 140], norm="point", output_layer=False),
     ]
     bases = [basis(90, 30, 7, features=5), basis(50, 30, 20, features=9)]  # one block of kernels, several
+    centers = [CLOUDS[cloud](2) for cloud in ("uniform", "lattice", "duplicates")]
     near = regular_call(3, 2, torch.float32, 133)
     around = testing.Call({**near.inputs, "x": near.inputs["x"] * 1.5 - 0.25}, near.options)
     for schedule in library.SCHEDULES:
@@ -316,6 +346,9 @@ def judge(sim: Simulated) -> None:
             for levels in (4, 5):  # threads take two of them, and four of which the last group has one
                 sim.agree(regular_call(3, 2, torch.float32, 2101, levels), order=1)
             sim.agree(regular_call(2, 2, torch.float32, 37, levels=40), order=1)
+            for cloud in centers:
+                for k in (1, 5, 64, 70):
+                    sim.check_search(queries(cloud), cloud, k)
             for call in lookups:
                 sim.agree(call, op="coordinate_modulation")
             for call in bases:

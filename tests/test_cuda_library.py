@@ -27,6 +27,7 @@ OPERATORS += [
     for op in ("modulated_mlp", "modulate", "coordinate_modulation", "radial_basis")
     for end in ("", "_backward", "_backward_backward")
 ]
+OPERATORS.append("nearest")
 OWN_ARCHITECTURES = {"sm_80", "sm_90", "compute_90"}
 
 needs_library = pytest.mark.skipif(
@@ -124,6 +125,16 @@ def test_products_of_float32_are_made_by_tensor_cores(found):
         assert kernel.count("HMMA") > 0 and kernel.count("LDGSTS") > 0, kernel
 
 
+@needs_library
+@needs_cuobjdump
+def test_squares_of_a_search_are_rounded_before_they_are_added(found):
+    """Fused, they would make mirrored centres unequal."""
+    searches = [k for k in found if k.name.startswith("nearest_centers<")]
+    assert len(searches) == 2 * 2 * 4 * 2  # architectures, dtypes, axes, where lists are kept
+    for kernel in searches:
+        assert kernel.count("DMUL") > 0 and kernel.count("DADD") > 0 and kernel.count("DFMA") == 0, kernel
+
+
 @pytest.fixture(scope="module")
 def command():
     """The module bench.kernels, where it is."""
@@ -182,6 +193,7 @@ PREPARE = """
     lookup = (False, True, False, False)
     near, f = (torch.rand(4, 3), torch.ones(4, 1), torch.rand(4, 2)), torch.rand(5, 2)
     rest, basis = (None, torch.zeros(5, 2).int(), None), (1, 0, True, True, 1e-8, 0, False)
+    cells = camkernels._neighbor_cells.build(torch.rand(9, 3))
 
     def on_cuda(name, *arguments):  # the CUDA kernel itself, past every check of Python
         operator = getattr(torch.ops.camkernels, name).default
@@ -216,6 +228,7 @@ def test_every_kernel_refuses_cpu_tensors_in_a_sentence():
     on_cuda("radial_basis", x, *near, *rest, *basis)
     on_cuda("radial_basis_backward", f, x, *near, *rest, *basis, [True] * 4 + [False])
     on_cuda("radial_basis_backward_backward", x, *near, None, f, x, *near, *rest, *basis, [True] * 5 + [False])
+    on_cuda("nearest", x, *cells, 4)
     """
     ).splitlines()
     assert len(told) == len(OPERATORS)
@@ -276,6 +289,14 @@ BAD_BASIS = {
 }
 
 
+BAD_SEARCH = {
+    "x and centers must have one d": "u, *cells, 4",
+    "x and centers must be float32, or float64": "x.double(), *cells, 4",
+    "k must be from 1 to the number of centers": "x, *cells, 10",
+    "dtype or size of starts": "x, *cells[:2], cells.starts[1:], *cells[3:], 4",
+}
+
+
 @needs_library
 @pytest.mark.parametrize(
     ("op", "settings", "bad"),
@@ -285,8 +306,9 @@ BAD_BASIS = {
         ("modulate", "groups", BAD_GROUPS),
         ("coordinate_modulation", "lookup", BAD_LOOKUP),
         ("radial_basis", "basis", BAD_BASIS),
+        ("nearest", "()", BAD_SEARCH),
     ],
-    ids=["grid", "mlp", "groups", "lookup", "basis"],
+    ids=["grid", "mlp", "groups", "lookup", "basis", "search"],
 )
 def test_bad_arguments_of_the_kernels_are_sentences(op, settings, bad):
     calls = "".join(f"    on_cuda('{op}', {arguments}, *{settings})\n" for arguments in bad.values())

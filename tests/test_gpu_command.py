@@ -78,7 +78,7 @@ def test_the_tests_step_finds_the_marked_files():
 @pytest.mark.slow
 def test_the_tests_for_a_gpu_work_where_there_is_none():
     """Those that ask for no stream, against backend cpu where an op has it: none is wrong in itself."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_cuda.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *gpu_steps.marked()]
     command += ["-k", "not every_case or float16"]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"REHEARSAL": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:]

@@ -309,6 +309,29 @@ def test_a_kernel_and_its_derivatives(probe, kind, form):
     assert second == pytest.approx(curves, rel=1e-7, abs=1e-7)
 
 
+# ---- boxes of cells --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [1, 5, 60])
+@pytest.mark.parametrize("dims", [1, 2, 3, 4])
+def test_a_box_holds_the_nearest(probe, dims, k):
+    """Whole coordinates, so that centres lie on cuts, on each other and equally far."""
+    draw = np.random.default_rng(dims)
+    centers = draw.integers(0, 7, (60, dims)).astype(float)
+    cuts = [np.unique(draw.choice(column, 4)) for column in centers.T]
+    slabs = [np.searchsorted(c, column, side="right") for c, column in zip(cuts, centers.T, strict=True)]
+    cell = np.ravel_multi_index(slabs, [len(c) + 1 for c in cuts])
+    starts = np.concatenate([[0], np.cumsum(np.bincount(cell, minlength=math.prod(len(c) + 1 for c in cuts)))])
+    for at in np.concatenate([centers[:20], draw.uniform(-3, 10, (40, dims)), draw.integers(-1, 8, (40, dims))]):
+        squares = ((centers - at) ** 2).sum(1)
+        first, added = probe.box_cells(cuts, starts, at, k, np.sort(squares)[k - 1])
+        assert len({*first, *added}) == len(first) + len(added)
+        assert np.isin(cell, first).sum() >= k
+        assert np.isin(cell[squares <= np.sort(squares)[k - 1]], [*first, *added]).all()
+        slab = [np.searchsorted(c, x, side="right") for c, x in zip(cuts, at, strict=True)]
+        assert np.ravel_multi_index(slab, [len(c) + 1 for c in cuts]) in first
+
+
 # ---- number types ----------------------------------------------------------------------------------------------------
 
 PATTERNS = np.arange(1 << 16, dtype=np.uint16)

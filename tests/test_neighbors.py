@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import camkernels
-from camkernels import NeighborIndex, _ops, nearest, neighbors
+from camkernels import NeighborIndex, _info, _neighbor_cells, _ops, nearest, neighbors
 
 needs_kernels = pytest.mark.skipif(_ops.cpu_isa is None, reason="no CPU library")
 METHODS = [pytest.param("cells", marks=needs_kernels), "cKDTree", "exhaustive"]
@@ -61,7 +61,7 @@ def expected(x, centers, k):
 def use(monkeypatch, method):
     if method == "cKDTree":
         pytest.importorskip("scipy")
-    monkeypatch.setattr(neighbors, "search_method", lambda: method)
+    monkeypatch.setattr(neighbors, "search_method", lambda device_type: method)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -106,13 +106,9 @@ def test_the_number_of_threads_changes_nothing():
 
 
 @needs_kernels
-@pytest.mark.parametrize("name", ["neighbor_cells", "nearest"])
-def test_operators_are_well_declared(name):
-    centers, x = rand(50, 2), rand(7, 2, seed=1)
-    cells = neighbors._CELLS(centers)
-    arguments = (centers,) if name == "neighbor_cells" else (x, *cells, 3)
-    tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(getattr(torch.ops.camkernels, name).default, arguments, test_utils=tests)
+def test_the_operator_is_well_declared():
+    arguments = (rand(7, 2, seed=1), *_neighbor_cells.build(rand(50, 2)), 3)
+    torch.library.opcheck(neighbors._NEAREST, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @needs_kernels
@@ -179,12 +175,23 @@ def test_a_method_is_always_found(monkeypatch, capsys):
     from camkernels.__main__ import main
 
     assert main(["info"]) == 0
-    assert f"nearest centres: by {neighbors.search_method()}, on the CPU" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"nearest centres: by {neighbors.search_method()} on the CPU\n  of CUDA tensors: " in told
     monkeypatch.setattr(_ops, "has_kernel", lambda name, device: False)
     monkeypatch.setattr(neighbors, "find_spec", lambda name: None)
     assert neighbors.search_method() == "exhaustive"
     monkeypatch.setattr(neighbors, "find_spec", lambda name: name)
     assert neighbors.search_method() == "cKDTree"
+
+
+@pytest.mark.parametrize(("reason", "home"), [(None, "cuda:1"), ("no kernels", "cpu")])
+def test_searches_run_where_the_centers_are_if_that_has_kernels(monkeypatch, reason, home):
+    monkeypatch.setattr(neighbors, "can_run", lambda backend, call: reason)
+    assert neighbors.home_of(torch.device("cuda", 1)) == torch.device(home)
+    assert neighbors.home_of(torch.device("cpu")) == neighbors.home_of(torch.device("xpu")) == torch.device("cpu")
+    assert f"of CUDA tensors: {'by cells' if reason is None else 'copied to the CPU: no'}" in "\n".join(
+        _info._nearest_lines({"cpu": "cells", "cuda": reason})
+    )
 
 
 def test_neighbors_serve_the_radial_basis():

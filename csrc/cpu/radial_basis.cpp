@@ -47,7 +47,7 @@ Tensor value(const RadialCall& call) {
   call.with_arithmetic([&]<class S>(Tag<S>) {
     const PreparedCall<S> prepared(call);
     const RadialProblem<S> problem = prepared.problem(call);
-    math::with_radial_dims(problem.dims, [&](auto dims) {
+    with_dims(problem.dims, [&](auto dims) {
       const RadialLoops<decltype(dims)::value, S> loops{problem};
       parallel_points(problem.points, [&](int64_t begin, int64_t end) {
         RadialPairs<S> pairs(kPointBlock, problem.per_point);
@@ -229,7 +229,7 @@ RadialResults gradients(const RadialCall& call, const Tensor& grad, const Radial
   call.with_arithmetic([&]<class S>(Tag<S>) {
     const PreparedCall<S> prepared(call);
     const RadialProblem<S> problem = prepared.problem(call);
-    math::with_radial_dims(problem.dims, [&](auto dims) {
+    with_dims(problem.dims, [&](auto dims) {
       constexpr int D = decltype(dims)::value;
       if (second) {
         RadialDerivative<D, Dual<S>>(call, problem, grad, wishes, results).run();

@@ -209,7 +209,7 @@ LaunchShape arrange(RadialJob<S>& job, cudaStream_t stream) {
 // body.operator()<D, N>()
 template <class S, class Body>
 cudaError_t with_numbers(const RadialJob<S>& job, bool second, const Body& body) {
-  return math::with_radial_dims(job.dims, [&](auto dims) {
+  return with_dims(job.dims, [&](auto dims) {
     constexpr int D = decltype(dims)::value;
     return second ? body.template operator()<D, Dual<S>>() : body.template operator()<D, S>();
   });

@@ -61,6 +61,21 @@ CAMK_HD void unroll(Body&& body) {
   }
 }
 
+// body(Constant<D>) for a number of axes from 1 to 4.
+template <class Body>
+auto with_dims(int64_t dims, const Body& body) {
+  switch (dims) {
+    case 1:
+      return body(Constant<1>{});
+    case 2:
+      return body(Constant<2>{});
+    case 3:
+      return body(Constant<3>{});
+    default:
+      return body(Constant<4>{});
+  }
+}
+
 // The unsigned 32-bit type that has as many lanes as C.
 template <class C>
 struct index_of {

@@ -38,21 +38,6 @@ CAMK_HD bool radial_ignores_shape(RadialKind kind, RadialShape shape) {
   return kind == RadialKind::kCos || (kind == RadialKind::kPhs1 && shape == RadialShape::kIsotropic);
 }
 
-// body(Constant<D>) for a number of axes.
-template <class Body>
-auto with_radial_dims(int dims, const Body& body) {
-  switch (dims) {
-    case 1:
-      return body(Constant<1>{});
-    case 2:
-      return body(Constant<2>{});
-    case 3:
-      return body(Constant<3>{});
-    default:
-      return body(Constant<4>{});
-  }
-}
-
 // body(i, j, k) for the entries (i, j) of the matrix S that are not always 0, k the number of the shape that stands
 // there.
 template <int D, class Body>

@@ -52,7 +52,7 @@ def collect() -> dict[str, Any]:
         "build": build_facts(_ops.FOLDER),
         "environment": {name: variables.get(name) for name in sorted({*KNOWN_VARIABLES, *variables})},
         "ops": {op: {backend: reason_against(backend, op) for backend in BACKENDS} for op in CASES},
-        "nearest": search_method(),
+        "nearest": {"cpu": search_method(), "cuda": reason_against("cuda", "nearest")},
         "second_order": {backend: second_order(backend) for backend in BACKENDS},
         "hardware": hardware(_ops.FOLDER.parents[1] / "bench" / "results"),
         "hash_grid_geometries": geometry_table(),
@@ -116,10 +116,16 @@ def describe(facts: dict[str, Any]) -> str:
     for op, backends in facts["ops"].items():
         for backend, reason in backends.items():
             lines.append(f"  {op:24} {backend:10} {'yes' if reason is None else 'no: ' + reason}")
-    lines.append(f"nearest centres: by {facts['nearest']}, on the CPU")
+    lines += _nearest_lines(facts["nearest"])
     lines += [f"second order: {', '.join(f'{b}: {by}' for b, by in facts['second_order'].items())}", ""]
     lines += _hardware_lines(facts["hardware"])
     return "\n".join([*lines, "", *_geometry_lines(facts["hash_grid_geometries"])])
+
+
+def _nearest_lines(nearest: dict[str, str | None]) -> list[str]:
+    """How the nearest centres are found on the CPU and on a GPU."""
+    there = "by cells, where they are" if nearest["cuda"] is None else f"copied to the CPU: {nearest['cuda']}"
+    return [f"nearest centres: by {nearest['cpu']} on the CPU", f"  of CUDA tensors: {there}"]
 
 
 def _hardware_lines(hardware: dict[str, Any]) -> list[str]:

@@ -11,45 +11,45 @@ import torch
 from torch import Tensor
 
 from . import _ops
+from ._backends import Call, can_run
 from ._checks import check_choice, check_floating, check_number, check_same_device, check_shape, check_size
+from ._neighbor_cells import build
+from ._neighbor_fallbacks import search_all, search_tree, tree
 from ._radial_basis import KINDS, MOST_DIMS, SHAPES, can_look_at, shape_width
 
 __all__ = ["NeighborIndex", "kernel_shapes", "nearest", "second_moments", "weighted_kmeans", "width_bounds"]
 
-# ---- operators -------------------------------------------------------------------------------------------------------
-# centers [n, d] float32 or float64 -> points [d, n] in the order of their cells, rows [n] where they stood, starts of
-# the cells, axes: the cuts of each axis. x [m, d] of the same dtype -> rows int32 [m, k], squared distances float64.
+# ---- operator --------------------------------------------------------------------------------------------------------
+# x [m, d] in float32 or float64; points of the same dtype, rows, starts, cuts and slabs: Cells of n centres ->
+# rows int32 [m, k], squared distances float64 [m, k].
 
 
-def _cells_meta(centers: Tensor) -> tuple[Tensor, ...]:
-    size = torch.library.get_ctx().new_dynamic_size
-    points = torch.empty_like(centers.mT, memory_format=torch.contiguous_format)
-    rows, starts = (centers.new_empty(n, dtype=torch.int32) for n in (len(centers), size()))
-    return points, rows, starts, centers.new_empty(size(), dtype=torch.float64)
-
-
-def _nearest_meta(x: Tensor, points: Tensor, rows: Tensor, starts: Tensor, axes: Tensor, k: int) -> tuple[Tensor, ...]:
+def _nearest_meta(
+    x: Tensor, points: Tensor, rows: Tensor, starts: Tensor, cuts: Tensor, slabs: list[int], k: int
+) -> tuple[Tensor, Tensor]:
     return x.new_empty(len(x), k, dtype=torch.int32), x.new_empty(len(x), k, dtype=torch.float64)
 
 
-_CELLS = _ops.declare(
-    "neighbor_cells(Tensor centers) -> (Tensor points, Tensor rows, Tensor starts, Tensor axes)", _cells_meta
-)
 _NEAREST = _ops.declare(
-    "nearest(Tensor x, Tensor points, Tensor rows, Tensor starts, Tensor axes, int k) -> (Tensor, Tensor)",
+    "nearest(Tensor x, Tensor points, Tensor rows, Tensor starts, Tensor cuts, int[] slabs, int k) -> (Tensor, Tensor)",
     _nearest_meta,
 )
 
 _POINTS_AT_ONCE = 1 << 22  # bounds the memory of a search
-_DISTANCES_AT_ONCE = 1 << 22
 
 
 # ---- nearest centres -------------------------------------------------------------------------------------------------
 
 
-def search_method() -> str:
-    """How the nearest centres are found in this installation: "cells", "cKDTree" or "exhaustive"."""
-    if _ops.has_kernel("nearest", "cpu"):
+def home_of(device: torch.device) -> torch.device:
+    """Where searches among centres on a device run: there, if it is a GPU for which there are kernels, else the CPU."""
+    there = device.type == "cuda" and can_run("cuda", Call("nearest", "cuda", device.index)) is None
+    return device if there else torch.device("cpu")
+
+
+def search_method(device_type: str = "cpu") -> str:
+    """How the nearest centres are found in this installation: "cells", or on the CPU also "cKDTree" or "exhaustive"."""
+    if device_type != "cpu" or _ops.has_kernel("nearest", "cpu"):
         return "cells"
     return "cKDTree" if find_spec("scipy") else "exhaustive"
 
@@ -57,8 +57,9 @@ def search_method() -> str:
 class NeighborIndex:
     """Centres [n, d], d from 1 to 4, made ready for searches: `index.search(x, k)`, or `nearest(..., index=index)`.
 
-    Holds a copy of the centres as they are now, on the CPU, where all searches run: with kernels of the CPU library, or
-    SciPy's cKDTree, or, where both are missing, by all distances; `python -m camkernels info` tells which.
+    Holds a copy of the centres as they are now, on their device if that is a GPU for which there are kernels, else on
+    the CPU; there all searches run. On the CPU they use kernels, or SciPy's cKDTree, or, where both are missing, all
+    distances. `python -m camkernels info` tells which of all that is so.
 
     Raises ValueError for shapes, no centres and coordinates that are not finite, TypeError for dtypes.
 
@@ -76,19 +77,20 @@ class NeighborIndex:
                 f"{list(centers.shape)}"
             )
         _check_finite(op, "centers", centers)
-        self.centers = _coordinates(centers).clone()
-        self.method = search_method()
+        self.device = home_of(centers.device)
+        self.centers = self._coordinates(centers).clone()
+        self.method = search_method(self.device.type)
         self._prepared: dict[torch.dtype, Any] = {}
 
     def __len__(self) -> int:
         return len(self.centers)
 
     def holds(self, centers: Tensor) -> bool:
-        """Whether it was built from these centers, value by value."""
-        return torch.equal(self.centers, _coordinates(centers))
+        """Whether it was built from these centers, value by value, and is where searches among them run."""
+        return self.device == home_of(centers.device) and torch.equal(self.centers, self._coordinates(centers))
 
     def __repr__(self) -> str:
-        return f"NeighborIndex(centers={list(self.centers.shape)}, method={self.method!r})"
+        return f"NeighborIndex(centers={list(self.centers.shape)}, method={self.method!r}, device={str(self.device)!r})"
 
     @torch.compiler.disable
     def search(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -100,26 +102,31 @@ class NeighborIndex:
         check_size(op, "k", k)
         if k > count:
             raise ValueError(f"{op}: k must be at most the number of centers, {count}, got {k}; use min(k, {count})")
-        _check_finite(op, "x", x)
-        points = _coordinates(x)
+        if self.device.type == "cpu" or can_look_at(x):
+            _check_finite(op, "x", x)
+        points = self._coordinates(x)
         dtype = torch.promote_types(points.dtype, self.centers.dtype)
         points = points.to(dtype).reshape(-1, dims).contiguous()
         parts = [self._search(part, k) for part in points.split(_POINTS_AT_ONCE)]
         rows, squares = (torch.cat(found).reshape(*x.shape[:-1], k) for found in zip(*parts, strict=True))
         return rows.to(x.device), squares.to(x.device, dtype)
 
+    def _coordinates(self, t: Tensor) -> Tensor:
+        """In float64 or float32, where searches run."""
+        return t.detach().to(self.device, t.dtype if t.dtype == torch.float64 else torch.float32)
+
     def _search(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         if self.method == "cells":
-            return _NEAREST(x, *self._made(x.dtype, _CELLS), k)
+            return _NEAREST(x, *self._made(x.dtype, build), k)
         x, centers = x.double(), self.centers.double()
         if self.method == "cKDTree":
-            return _search_tree(self._made(x.dtype, _tree), centers, x, k)
-        return _search_all(centers, x, k)
+            return search_tree(self._made(x.dtype, tree), centers, x, k)
+        return search_all(centers, x, k)
 
     def _made(self, dtype: torch.dtype, make: Callable[[Tensor], Any]) -> Any:
         """What is built once for coordinates of a dtype."""
         if dtype not in self._prepared:
-            self._prepared[dtype] = make(self.centers.to(dtype).contiguous())
+            self._prepared[dtype] = make(self.centers.to(dtype))
         return self._prepared[dtype]
 
 
@@ -135,11 +142,12 @@ def nearest(
 
     x [..., d], centers [n, d], d from 1 to 4, k from 1 to n. Distances are those of the offsets in float64, for all
     dtypes. index: a `NeighborIndex` of the same centers, which saves building one. return_squared_distances:
-    (neighbours, squared distances [..., k] in float32, or float64 if x or centers are). Nothing is differentiable. Runs
-    on the CPU; what lies elsewhere is copied there and the result back.
+    (neighbours, squared distances [..., k] in float32, or float64 if x or centers are). Nothing is differentiable.
+    Where it runs: `NeighborIndex`.
 
     Raises ValueError for shapes, k, mixed devices, an index of other centers and coordinates that are not finite,
-    TypeError for dtypes.
+    TypeError for dtypes. On a GPU x is not looked at, unless CAMKERNELS_CHECK=1, because the host would wait for the
+    device: without, the neighbours of a point that is not finite are -1, and their distances NaN.
 
     >>> import torch
     >>> nearest(torch.tensor([[0.2], [0.9]]), torch.tensor([[0.0], [1.0], [0.5]]), 2).tolist()
@@ -157,11 +165,6 @@ def nearest(
     return (rows, squares) if return_squared_distances else rows
 
 
-def _coordinates(t: Tensor) -> Tensor:
-    """Coordinates on the CPU, in float64 or float32."""
-    return t.detach().to("cpu", t.dtype if t.dtype == torch.float64 else torch.float32)
-
-
 def _check_finite(op: str, name: str, t: Tensor) -> None:
     broken = ~t.detach().isfinite().all(-1)
     if broken.any():
@@ -169,48 +172,6 @@ def _check_finite(op: str, name: str, t: Tensor) -> None:
             f"{op}: {name} must be finite, got {int(broken.sum())} points with NaN or infinite coordinates; leave them "
             "out"
         )
-
-
-def _squares(offsets: Tensor) -> Tensor:
-    """Squared lengths, each product and each sum rounded on its own, in the order of the axes."""
-    squares = offsets * offsets
-    total = squares[..., 0]
-    for i in range(1, offsets.shape[-1]):
-        total = total + squares[..., i]
-    return total
-
-
-def _search_all(centers: Tensor, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    rows, squares = [], []
-    for part in x.split(max(1, _DISTANCES_AT_ONCE // len(centers))):
-        found = _squares(centers - part.unsqueeze(1)).sort(dim=-1, stable=True)
-        squares.append(found.values[:, :k])
-        rows.append(found.indices[:, :k].int())
-    return torch.cat(rows), torch.cat(squares)
-
-
-def _tree(centers: Tensor) -> Any:
-    from scipy.spatial import cKDTree
-
-    return cKDTree(centers.numpy())
-
-
-def _search_tree(tree: Any, centers: Tensor, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The tree breaks ties as it likes: points whose last neighbour may have an equal are asked for more."""
-    rows = torch.empty(len(x), k, dtype=torch.int32)
-    squares = torch.empty(len(x), k, dtype=torch.float64)
-    left, width = torch.arange(len(x)), min(k + 1, len(centers))
-    while len(left):
-        distances, near = tree.query(x[left].numpy(), range(1, width + 1), workers=torch.get_num_threads())
-        near = torch.from_numpy(near).long().sort(-1).values
-        found = _squares(centers[near] - x[left].unsqueeze(1)).sort(dim=-1, stable=True)
-        rows[left] = near.gather(1, found.indices[:, :k]).int()
-        squares[left] = found.values[:, :k]
-        if width == len(centers):
-            break
-        unsure = torch.from_numpy(distances[:, -1] <= distances[:, k - 1] * (1 + 1e-12))
-        left, width = left[unsure], min(2 * width, len(centers))
-    return rows, squares
 
 
 # ---- kernels where the data are --------------------------------------------------------------------------------------

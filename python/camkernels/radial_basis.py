@@ -143,7 +143,7 @@ class RadialBasis(KeepsGeometry):
     The parameters are `centers` [count, dims], at first from U(-1, 1), `shapes` [count, s], such that a kernel is as
     wide as a regular grid of as many would be, and `features` [count, features], from U(-1e-4, 1e-4); only those named
     in `trainable` require gradients. neighbors: how many, or None for all kernels; forward also takes the neighbours
-    themselves, as `camkernels.nearest` finds them. Without, they are searched on the CPU, in an index that is kept
+    themselves, as `camkernels.nearest` finds them. Without, they are searched in a `NeighborIndex`, which is kept
     until centers change. `camkernels.neighbors` places centers and shapes where the data are. A state_dict also holds
     the options; one with others is refused, one without them (bare parameters) is accepted.
 

@@ -77,6 +77,27 @@ def test_empty_and_single(sim: Simulated, context, n: int) -> None:
         sim.agree(basis(n, 20, 3), op=OP)
 
 
+@pytest.mark.parametrize("context", [nullcontext, deterministic])
+def test_no_features(sim: Simulated, context) -> None:
+    leaves = [t.requires_grad_() for t in (torch.rand(4, 2), torch.rand(9, 2), torch.rand(9, 2), torch.rand(9, 0))]
+    with context():
+        y = sim.function(OP)(*leaves, shape="diagonal")
+        grads = torch.autograd.grad(y.sum(), leaves)
+    assert y.shape == (4, 0) and [g.shape for g in grads] == [t.shape for t in leaves]
+    assert all((g == 0).all() for g in grads)
+
+
+@pytest.mark.parametrize("features", [4, 5])
+def test_features_without_waves_may_have_infinite_weights(sim: Simulated, features: int) -> None:
+    """Whether or not the rows are whole packs."""
+    x, center, shape = torch.full((1, 1), 1e18), torch.zeros(1, 1), torch.full((1, 1), 1e18, requires_grad=True)
+    rows = torch.ones(1, features, requires_grad=True)
+    for rest in ({}, {"frequencies": torch.ones(0), "keep": features}):
+        y = sim.function(OP)(x, center, shape, rows, shape="isotropic", kind="qd", normalize=False, **rest)
+        of_shape, of_rows = torch.autograd.grad(y.sum(), (shape, rows))
+        assert y.isinf().all() and of_rows.isinf().all() and of_shape.isfinite().all()
+
+
 def test_misaligned_tensors(sim: Simulated) -> None:
     call = basis(50, 20, 3)
     moved = {name: shifted(t) for name, t in call.inputs.items()}
@@ -169,16 +190,20 @@ def test_deterministic_sums_do_not_depend_on_the_order(sim: Simulated, dtype: to
     testing.assert_close(same[0]["grad.features"], fast[0]["grad.features"], rtol=rtol, atol=atol)
 
 
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_deterministic_sums_pass_on_infinities(sim: Simulated, dtype: torch.dtype) -> None:
+def test_deterministic_sums_pass_on_what_is_not_finite(sim: Simulated, dtype: torch.dtype, value: float) -> None:
     call = basis(30, 9, 4, dtype)
-    features = call.inputs["features"].clone().requires_grad_()
+    inputs = {name: t.clone().requires_grad_() for name, t in call.inputs.items()}
     with deterministic():
-        y = sim.function(OP)(**call.arguments(call.inputs | {"features": features}))
+        y = sim.function(OP)(**call.arguments(inputs))
         grad = torch.ones_like(y)
-        grad[3, 2] = torch.inf
-        (found,) = torch.autograd.grad(y, features, grad)
+        grad[3, 2] = value
+        found = dict(zip(inputs, torch.autograd.grad(y, list(inputs.values()), grad), strict=True))
     named = torch.zeros(9, dtype=torch.bool)
     named[call.options["neighbors"][3].long()] = True
-    assert (~found[named, 2].isfinite()).all() and found[~named].isfinite().all()
-    assert found[:, [0, 1, 3, 4, 5, 6, 7]].isfinite().all()
+    for name in ("centers", "shapes"):
+        assert not found[name][named].isfinite().any() and found[name][~named].isfinite().all()
+    others = torch.arange(8) != 2
+    assert not found["features"][named, 2].isfinite().any() and found["features"][:, others].isfinite().all()
+    assert found["features"][~named].isfinite().all()

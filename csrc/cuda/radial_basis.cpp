@@ -66,19 +66,20 @@ class KernelGradient {
   RadialSums<S> where{};
 
   KernelGradient(const Tensor& like, bool wanted, bool deterministic)
-      : type_(like.scalar_type()),
-        sums_(zeros(like, {wanted ? like.size(0) : 0, like.size(1)}, kArithmetic)),
-        fixed_(zeros(like, {deterministic ? sums_.numel() : 0}, ScalarType::Long)),
-        largest_(zeros(like, {1}, ScalarType::Long)) {
+      : wanted_(wanted),
+        type_(like.scalar_type()),
+        sums_(wanted ? zeros(like, {like.size(0), like.size(1)}, kArithmetic) : empty(like, {0})) {
     if (!wanted) return;
-    where.sums = write<S>(sums_), where.fixed = write<int64_t>(fixed_);
-    where.largest = reinterpret_cast<uint64_t*>(write<int64_t>(largest_));
+    where.sums = write<S>(sums_);
+    if (!deterministic) return;
+    fixed_ = zeros(like, {sums_.numel()}, ScalarType::Long), largest_ = zeros(like, {1}, ScalarType::Long);
+    where.fixed = write<int64_t>(*fixed_), where.largest = reinterpret_cast<uint64_t*>(write<int64_t>(*largest_));
   }
 
   // empty(0) where it is not wanted.
-  Tensor finish(bool deterministic, int64_t terms, cudaStream_t stream) const {
-    if (!where.sums) return empty(sums_, {0}, type_);
-    if (deterministic) {
+  Tensor finish(int64_t terms, cudaStream_t stream) const {
+    if (!wanted_) return sums_;
+    if (fixed_) {
       constexpr Storage kind = sizeof(S) == 8 ? Storage::kDouble : Storage::kFloat;
       check(launch_finish_fixed(where.fixed, where.largest, where.sums, kind, sums_.numel(), terms, stream));
     }
@@ -91,14 +92,16 @@ class KernelGradient {
 
  private:
   static constexpr ScalarType kArithmetic = sizeof(S) == 8 ? ScalarType::Double : ScalarType::Float;
+  bool wanted_;
   ScalarType type_;
-  Tensor sums_, fixed_, largest_;
+  Tensor sums_;
+  OptionalTensor fixed_, largest_;
 };
 
 // Repeatable sums take two passes; what does not need sums is found in the first.
 template <class S>
 void run_gradients(RadialJob<S> job, bool deterministic, bool second, cudaStream_t stream) {
-  if (!deterministic || !job.sums()) return check(launch_radial_gradients(job, Sums::kFast, second, stream));
+  if (!deterministic || !job.adds()) return check(launch_radial_gradients(job, Sums::kFast, second, stream));
   check(launch_radial_gradients(job, Sums::kLargest, second, stream));
   job.gx = nullptr;
   check(launch_radial_gradients(job, Sums::kFixed, second, stream));
@@ -129,10 +132,10 @@ RadialResults gradients(const RadialCall& call, const Tensor& grad, const Radial
     }
     if (wishes.x) job.gx = write<S>(found.x);
     job.of_centers = of_centers.where, job.of_shapes = of_shapes.where, job.of_features = of_features.where;
-    if (job.gx || job.sums()) run_gradients(job, deterministic, second, stream.get());
-    found.centers = of_centers.finish(deterministic, job.terms(), stream.get());
-    found.shapes = of_shapes.finish(deterministic, job.terms(), stream.get());
-    found.features = of_features.finish(deterministic, job.terms(), stream.get());
+    if (job.gx || job.adds()) run_gradients(job, deterministic, second, stream.get());
+    found.centers = of_centers.finish(job.terms(), stream.get());
+    found.shapes = of_shapes.finish(job.terms(), stream.get());
+    found.features = of_features.finish(job.terms(), stream.get());
   });
   return found;
 }

@@ -14,15 +14,12 @@ __global__ void __launch_bounds__(kRadialThreads, kRadialMinBlocks)
   Thread thread(job, point_of_thread(job));
   for (int64_t start = 0; start < job.width; start += thread.lanes() * kNumbers) {
     const int64_t c = start + thread.lane * kNumbers;
-    const bool takes = thread.takes(c);
     const RadialWaves<N> waves(job, c);
     Vec<N, kNumbers> sum{};
     thread.each_block([&] {
-      thread.each_pair([&](int, int64_t kernel, N u) {
-        if (!takes) return;
-        const Vec<N, kNumbers> feature = thread.features(kernel, c);
+      thread.each_row(c, [&](N u, const Vec<N, kNumbers>& features) {
 #pragma unroll
-        for (int n = 0; n < kNumbers; ++n) sum[n] = sum[n] + waves(n, u).value * feature[n];
+        for (int n = 0; n < kNumbers; ++n) sum[n] = sum[n] + waves.value(n, u) * features[n];
       });
     });
     if (!thread.there || c >= job.width) continue;

@@ -54,7 +54,8 @@ class RadialWaves {
   using S = typename scalar_of<N>::type;
   static constexpr int kNumbers = Pack<S>::kNumbers;
 
-  CAMK_DEVICE RadialWaves(const RadialJob<S>& job, int64_t c) : waves_(c - job.keep) {
+  RadialWaves() = default;
+  CAMK_DEVICE RadialWaves(const RadialJob<S>& job, int64_t c) : waves_(job.frequencies ? c - job.keep : -kNumbers) {
 #pragma unroll
     for (int n = 0; n < kNumbers; ++n) {
       rates_[n] = S(0), phase_[n] = N(0);
@@ -68,6 +69,8 @@ class RadialWaves {
     if (waves_ + n < 0) return {u, N(1), N(0)};
     return math::radial_wave(u, N(rates_[n]), phase_[n]);
   }
+  // The same without slopes.
+  CAMK_DEVICE N value(int n, N u) const { return waves_ + n < 0 ? u : sine_of(u * N(rates_[n]) + phase_[n]); }
 
  private:
   int64_t waves_;  // the place of the first among the features that have one, negative where it has none
@@ -88,7 +91,7 @@ class RadialThread {
   bool there, lost;  // lost: results are NaN, and nothing is added
   N scale;           // 1 / (sum phi + eps)
   // The pair of the point and this lane's kernel in the block that is held; its value is 0 where it has none.
-  int64_t kernel;
+  int32_t kernel;
   bool has_kernel;
   math::RadialKernel<D, N> pair;
 
@@ -122,11 +125,26 @@ class RadialThread {
   template <class Body>
   CAMK_DEVICE void each_pair(const Body& body) const {
     const N u = weight();
-    const int end = int(min(int64_t(lanes()), job.per_point - held_));
-    for (int l = 0; l < end; ++l) body(l, from_lane(kernel, l, lanes()), from_lane(u, l, lanes()));
+    for (int l = 0; l < held_count(); ++l) body(l, from_lane(kernel, l, lanes()), from_lane(u, l, lanes()));
   }
   // The weight u of the pair of this lane.
   CAMK_DEVICE N weight() const { return pair.value * scale; }
+  // body(u, numbers c to c + kNumbers of the kernel's features) for the pairs that are held, the next row on its way;
+  // features are 0 where this lane takes none.
+  template <class Body>
+  CAMK_DEVICE void each_row(int64_t c, const Body& body) const {
+    const N u = weight();
+    const auto row_of = [&](int l) CAMK_INLINED {
+      const int32_t of = from_lane(kernel, l, lanes());
+      return takes(c) ? features(of, c) : Vec<N, kNumbers>{};
+    };
+    Vec<N, kNumbers> coming = row_of(0);
+    for (int l = 0; l < held_count(); ++l) {
+      const Vec<N, kNumbers> row = coming;
+      if (l + 1 < held_count()) coming = row_of(l + 1);
+      body(from_lane(u, l, lanes()), row);
+    }
+  }
 
   // Numbers c to c + kNumbers of a row of a tensor [*, width].
   CAMK_DEVICE PackPlace place(int64_t row, int64_t c) const {
@@ -148,6 +166,8 @@ class RadialThread {
  private:
   int64_t held_ = -1;  // the first kernel of the block that is held
 
+  CAMK_DEVICE int held_count() const { return int(min(int64_t(lanes()), job.per_point - held_)); }
+
   CAMK_DEVICE bool is_finite() {
     bool finite = true;
     unroll<D>([&](int a) CAMK_INLINED {
@@ -156,12 +176,12 @@ class RadialThread {
     });
     return finite;
   }
-  CAMK_DEVICE int64_t kernel_at(int64_t j) const {
-    return job.neighbors ? load_readonly(job.neighbors + i * job.per_point + j) : j;
+  CAMK_DEVICE int32_t kernel_at(int64_t j) const {
+    return job.neighbors ? load_readonly(job.neighbors + i * job.per_point + j) : int32_t(j);
   }
   CAMK_DEVICE bool names_no_kernel() const {
     for (int64_t j = lane; job.neighbors && j < job.per_point; j += lanes()) {
-      if (uint64_t(kernel_at(j)) >= uint64_t(job.count)) return true;
+      if (uint32_t(kernel_at(j)) >= uint32_t(job.count)) return true;
     }
     return false;
   }
@@ -173,12 +193,12 @@ class RadialThread {
     pair.value = N(0);
     if (!has_kernel) return;
     pair.kind = job.kind, pair.form = job.shape;
-    unroll<D>([&](int a) CAMK_INLINED { pair.center[a] = load_operand<N>(job.centers, kernel * D + a); });
+    unroll<D>([&](int a) CAMK_INLINED { pair.center[a] = load_operand<N>(job.centers, int64_t(kernel) * D + a); });
     if (math::radial_ignores_shape(job.kind, job.shape)) {
       pair.form = math::RadialShape::kIsotropic, pair.shape[0] = N(1);
     } else {
       unroll<D * D>([&](int s) CAMK_INLINED {
-        if (s < job.shape_width) pair.shape[s] = load_operand<N>(job.shapes, kernel * job.shape_width + s);
+        if (s < job.shape_width) pair.shape[s] = load_operand<N>(job.shapes, int64_t(kernel) * job.shape_width + s);
       });
     }
     pair.evaluate();

@@ -47,13 +47,13 @@ struct RadialJob {
   S* of_phase;  // [kPhaseBlocks, width] parts of the gradient in the phase
   // whether gradients in the weights are wanted
   CAMK_HD bool weighs() const { return gx || of_centers.sums || of_shapes.sums; }
-  CAMK_HD bool sums() const { return of_centers.sums || of_shapes.sums || of_features.sums; }
+  CAMK_HD bool adds() const { return of_centers.sums || of_shapes.sums || of_features.sums; }
   // what one number of those gradients is a sum of, at most
-  CAMK_HD int64_t terms() const { return points * per_point; }
+  CAMK_HD int64_t terms() const { return neighbors ? points * per_point : points; }
 };
 
 // Blocks that each leave a part of the gradient in the phase, at most.
-inline constexpr int64_t kPhaseBlocks = 256;
+inline constexpr int64_t kPhaseBlocks = 1024;
 
 // y: the value, or with `second` the gradient in g.
 template <class S>

@@ -26,9 +26,10 @@ CAMK_DEVICE void add_numbers(const RadialSums<S>& to, Sums way, int64_t terms, i
   } else if (way == Sums::kFixed) {
     const FixedPoint sum(to.fixed, *to.largest, terms);
     each([&](int n) CAMK_INLINED { sum.add(to.sums, at + n, double(numbers[n])); });
-  } else if (sizeof(S) == 4 && whole) {
-    if constexpr (sizeof(S) == 4) reduce_add_n<W>(to.sums + at, numbers.v);
   } else {
+    if constexpr (sizeof(S) == 4) {
+      if (whole) return reduce_add_n<W>(to.sums + at, numbers.v);
+    }
     each([&](int n) CAMK_INLINED { reduce_add(to.sums + at + n, numbers[n]); });
   }
 }
@@ -79,35 +80,49 @@ class RadialGradients {
   const Sums way_;
   Thread thread_;
   Vec<S, D> of_x_{};
+  int64_t held_ = -1;  // the first of the features whose cotangents and waves are held
+  Pack<S> g_;
+  RadialWaves<N> waves_;
 
   // The gradient in the weight of this lane's pair, if wanted; adds to that in features.
   CAMK_DEVICE N of_weight(bool weighs, bool adds) {
     N mine(0);
-    thread_.each_pair([&](int l, int64_t kernel, N u) {
+    thread_.each_pair([&](int l, int32_t kernel, N u) {
       N slope(0);
       for (int64_t c = thread_.lane * kNumbers; thread_.takes(c); c += thread_.lanes() * kNumbers) {
-        const Pack<S> g = load_pack<S>(job_.g, thread_.place(thread_.i, c));
-        const RadialWaves<N> waves(job_, c);
-        Vec<N, kNumbers> feature{};
-        if (weighs) feature = thread_.features(kernel, c);
+        if (c != held_) hold(c);
         Vec<S, kNumbers> part;
+        if (weighs) {
+          slope = slope + slope_and_part(u, thread_.features(kernel, c), part);
+        } else {
 #pragma unroll
-        for (int n = 0; n < kNumbers; ++n) {
-          const math::RadialWave<N> psi = waves(n, u);
-          part[n] = g[n] * gradient_of(psi.value);
-          slope = slope + N(g[n]) * feature[n] * psi.slope;
+          for (int n = 0; n < kNumbers; ++n) part[n] = g_[n] * gradient_of(waves_.value(n, u));
         }
-        const int64_t left = job_.width - c;
-        if (adds) {
-          add_numbers(job_.of_features, way_, job_.terms(), kernel * job_.width + c, part,
-                      int(min(left, int64_t(kNumbers))), job_.words);
-        }
+        if (!adds) continue;
+        const int count = int(min(job_.width - c, int64_t(kNumbers)));
+        add_numbers(job_.of_features, way_, job_.terms(), kernel * job_.width + c, part, count, job_.words);
       }
       if (!weighs) return;
       slope = sum_of_lanes(slope, 1, thread_.lanes());
       if (thread_.lane == l) mine = slope;
     });
     return mine;
+  }
+
+  CAMK_DEVICE void hold(int64_t c) {
+    held_ = c, g_ = load_pack<S>(job_.g, thread_.place(thread_.i, c)), waves_ = RadialWaves<N>(job_, c);
+  }
+
+  // Of the features that are held: what they add to the gradient in u; part: what their own gradients are.
+  CAMK_DEVICE N slope_and_part(N u, const Vec<N, kNumbers>& features, Vec<S, kNumbers>& part) const {
+    N slope(0);
+#pragma unroll
+    for (int n = 0; n < kNumbers; ++n) {
+      const math::RadialWave<N> psi = waves_(n, u);
+      part[n] = g_[n] * gradient_of(psi.value);
+      slope = slope + N(g_[n]) * features[n] * psi.slope;
+    }
+    return slope;
   }
 
   // From the gradient in phi of this lane's pair those in x and the kernel's parameters.
@@ -119,13 +134,13 @@ class RadialGradients {
       of_center[a] = gradient_of(found.center[a]);
     });
     if (job_.of_centers.sums) {
-      add_numbers(job_.of_centers, way_, job_.terms(), thread_.kernel * D, of_center, D, true);
+      add_numbers(job_.of_centers, way_, job_.terms(), int64_t(thread_.kernel) * D, of_center, D, true);
     }
     if (!job_.of_shapes.sums || math::radial_ignores_shape(job_.kind, job_.shape)) return;
     Vec<S, D * D> of_shape;
     unroll<D * D>([&](int s) CAMK_INLINED { of_shape[s] = gradient_of(found.shape[s]); });
-    add_numbers(job_.of_shapes, way_, job_.terms(), thread_.kernel * job_.shape_width, of_shape, job_.shape_width,
-                job_.shape_width == D * D);
+    add_numbers(job_.of_shapes, way_, job_.terms(), int64_t(thread_.kernel) * job_.shape_width, of_shape,
+                job_.shape_width, job_.shape_width == D * D);
   }
 
   CAMK_DEVICE void store_x() {
@@ -177,12 +192,10 @@ __global__ void __launch_bounds__(kRadialThreads, kRadialMinBlocks)
       Thread thread(job, first + point_of_thread(job));
       const Pack<S> g = thread.takes(c) ? load_pack<S>(job.g, thread.place(thread.i, c)) : Pack<S>(S(0));
       thread.each_block([&] {
-        thread.each_pair([&](int, int64_t kernel, N u) {
-          if (!thread.takes(c)) return;
-          const Vec<N, kNumbers> feature = thread.features(kernel, c);
+        thread.each_row(c, [&](N u, const Vec<N, kNumbers>& features) {
 #pragma unroll
           for (int n = 0; n < kNumbers; ++n) {
-            sum[n] += gradient_of(N(g[n]) * feature[n] * waves(n, u).phase_slope);
+            sum[n] += gradient_of(N(g[n]) * features[n] * waves(n, u).phase_slope);
           }
         });
       });

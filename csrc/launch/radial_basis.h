@@ -62,6 +62,7 @@ class RadialCall {
     check_tensors(at);
     check_tensors(along);
     check(frequencies, "frequencies", number(), {width() - options.keep});
+    require(!at.phase || frequencies, kOp, ": a phase needs frequencies");
     require(!neighbors || neighbors->dim() == 2, kOp, ": neighbors must have 2 dimensions");
     if (neighbors) check(neighbors, "neighbors", ScalarType::Int, {x().size(0), neighbors->size(1)});
   }

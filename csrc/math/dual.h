@@ -76,5 +76,10 @@ CAMK_HD Vec<Dual<C>, 2> sine_and_cosine(Dual<C> x) {
   const Vec<C, 2> wave = sine_and_cosine(x.value);
   return {{Dual<C>(wave[0], wave[1] * x.along), Dual<C>(wave[1], C(0) - wave[0] * x.along)}};
 }
+template <class C>
+CAMK_HD Dual<C> sine_of(Dual<C> x) {
+  const Vec<C, 2> wave = sine_and_cosine(x.value);
+  return {wave[0], wave[1] * x.along};
+}
 
 }  // namespace camk

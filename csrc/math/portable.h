@@ -143,7 +143,22 @@ CAMK_HD double erf_of(double x) { return erf(x); }
 // ln(1 + x) for x in [0, 1]
 CAMK_HD float log_one_plus(float x) { return log1pf(x); }
 CAMK_HD double log_one_plus(double x) { return log1p(x); }
+CAMK_HD float sine_of(float x) { return sinf(x); }
+CAMK_HD double sine_of(double x) { return sin(x); }
+#ifdef __CUDA_ARCH__  // one reduction of the argument
+CAMK_HD Vec<float, 2> sine_and_cosine(float x) {
+  Vec<float, 2> found;
+  sincosf(x, &found.v[0], &found.v[1]);
+  return found;
+}
+CAMK_HD Vec<double, 2> sine_and_cosine(double x) {
+  Vec<double, 2> found;
+  sincos(x, &found.v[0], &found.v[1]);
+  return found;
+}
+#else
 CAMK_HD Vec<float, 2> sine_and_cosine(float x) { return {{sinf(x), cosf(x)}}; }
 CAMK_HD Vec<double, 2> sine_and_cosine(double x) { return {{sin(x), cos(x)}}; }
+#endif
 
 }  // namespace camk

@@ -8,12 +8,13 @@
 #include "cpu/dispatch.h"
 #include "cpu/lane_functions.h"
 #include "cpu/parallel.h"
+#include "launch/optim.h"
 
 namespace camk::cpu {
 namespace {
 
+using launch::AdamTensors, launch::kAdam;
 using OptionalTensor = std::optional<Tensor>;
-constexpr const char* kOp = "SparseRowAdam";
 // Rows that a sparse gradient lists lie anywhere: what they have is fetched this many in advance.
 constexpr int64_t kRowsAhead = 8;
 // Fewer numbers than this are not worth waking a thread for.
@@ -310,39 +311,22 @@ void with_short_rows(int64_t width, const Body& body) {
   body(Constant<0>{});
 }
 
-void check(const Tensor& values, const Tensor& first, const Tensor& second, const Tensor& steps, const Tensor& gradient,
-           const OptionalTensor& rows, const Tensor& corrections) {
-  const std::pair<const Tensor&, const char*> all[] = {{values, "values"},     {first, "exp_avg"},
-                                                       {second, "exp_avg_sq"}, {steps, "step"},
-                                                       {gradient, "gradient"}, {corrections, "corrections"}};
-  for (const auto& [tensor, name] : all) check_contiguous(tensor, kOp, name);
-  require(values.dim() > 0 && steps.numel() == values.size(0) && steps.scalar_type() == ScalarType::Int, kOp,
-          ": step must be int32, one for each row");
-  const auto kind = values.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  for (const Tensor& moment : {first, second}) {
-    require(moment.numel() == values.numel() && moment.scalar_type() == kind, kOp, ": size or dtype of the moments");
-  }
-  require(corrections.scalar_type() == kind && corrections.dim() == 2 && corrections.size(0) > 0 &&
-              corrections.size(1) == 2,
-          kOp, ": corrections");
-  require(gradient.scalar_type() == values.scalar_type(), kOp, ": the gradient must have the dtype of the parameter");
-  const int64_t listed = rows ? rows->numel() : values.size(0);
-  require(gradient.numel() * values.size(0) == values.numel() * listed, kOp, ": shape of the gradient");
-  if (!rows) return;
-  check_contiguous(*rows, kOp, "rows");
-  require(rows->scalar_type() == ScalarType::Long, kOp, ": rows must be int64");
-  const int64_t *row = read<int64_t>(*rows), count = values.size(0);
-  const int64_t* wrong = std::find_if(row, row + listed, [=](int64_t r) { return r < 0 || r >= count; });
-  require(wrong == row + listed, kOp, ": rows must be below ", count, " and not negative");
+void check_listed(const AdamTensors& tensors) {
+  if (!tensors.rows) return;
+  const int64_t *rows = read<int64_t>(*tensors.rows), *end = rows + tensors.count(), limit = tensors.values.size(0);
+  const bool exist = std::all_of(rows, end, [=](int64_t row) { return row >= 0 && row < limit; });
+  require(exist, kAdam, ": rows must be below ", limit, " and not negative");
 }
 
 void step(Tensor values, Tensor first, Tensor second, Tensor steps, Tensor gradient, OptionalTensor rows,
           Tensor corrections, double lr, double beta1, double beta2, double eps) {
-  check(values, first, second, steps, gradient, rows, corrections);
+  const AdamTensors tensors{values, first, second, steps, gradient, rows, corrections};
+  tensors.check();
+  check_listed(tensors);
   if (gradient.numel() == 0) return;
-  const int64_t width = values.numel() / values.size(0), count = gradient.numel() / width;
+  const int64_t width = tensors.width(), count = tensors.count();
   const int64_t grain = std::max<int64_t>(kGrainNumbers / width, 1);
-  with_numbers(kOp, values, [&]<class T>(Tag<T>) {
+  with_numbers(kAdam, values, [&]<class T>(Tag<T>) {
     using C = accumulator_of<T>;
     const RowAdam<C, T> adam{
         write<T>(values),     write<C>(first),         write<C>(second),       write<int32_t>(steps), width,

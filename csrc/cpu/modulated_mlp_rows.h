@@ -104,10 +104,28 @@ void activate_rows(const RowLayer<C>& layer, int64_t count, Rows<C> z, const Mod
   });
 }
 
-// d: gradient of y -> of z; change: of scale and shift.
+// d: gradient of y -> of z, where there is no norm and nobody asks for the gradients of scale and shift: no sums over
+// a row.
+template <class C>
+void deactivate_plain_rows(const RowLayer<C>& layer, int64_t count, Rows<C> slope, const Modulation<C>& modulation,
+                           Rows<C> d) {
+  using Pack = Lanes<C>;
+  with_form(layer.per_channel, [&](auto per_channel) {
+    for (int64_t i = 0; i < count; ++i) {
+      each_pack(layer, [&](int64_t o) CAMK_INLINED {
+        const Pack scale = columns_of<decltype(per_channel)::value>(modulation.scale(i), o);
+        const Pack of_y = Pack::load(d[i] + o);
+        math::modulate_gradients(scale, Pack(C(0)), of_y, Pack::load(slope[i] + o)).n.store(d[i] + o);
+      });
+    }
+  });
+}
+
+// d: gradient of y -> of z; change: of scale and shift, if they are wanted.
 template <class C>
 void deactivate_rows(const RowLayer<C>& layer, int64_t count, Rows<C> z, Rows<C> slope, const Modulation<C>& modulation,
-                     const C* r, Rows<C> d, const Modulation<C>& change) {
+                     const C* r, Rows<C> d, const Modulation<C>& change, bool wants_change) {
+  if (!layer.norm && !wants_change) return deactivate_plain_rows(layer, count, slope, modulation, d);
   using Pack = Lanes<C>;
   with_form(layer.per_channel, [&](auto per_channel) {
     constexpr bool kChannels = decltype(per_channel)::value;

@@ -15,6 +15,7 @@ namespace {
 
 using launch::AdamTensors, launch::kAdam;
 using OptionalTensor = std::optional<Tensor>;
+
 // Rows that a sparse gradient lists lie anywhere: what they have is fetched this many in advance.
 constexpr int64_t kRowsAhead = 8;
 // Fewer numbers than this are not worth waking a thread for.
@@ -186,6 +187,7 @@ struct RowAdam {
     __builtin_prefetch(values + at, 1), __builtin_prefetch(first + at, 1), __builtin_prefetch(second + at, 1);
     __builtin_prefetch(steps + row, 1);
   }
+
   // Rows from `begin` to `end`, or those that are listed there, F numbers each if F is not 0.
   template <int F>
   void step_rows(int64_t begin, int64_t end, const int64_t* rows, const T* gradient) const {
@@ -208,8 +210,8 @@ class ShortRows {
 
   explicit ShortRows(const RowAdam<float, T>& adam) : adam_(adam) { hold(1); }
 
-  // Whole packs of rows from `begin` to `end`; where they end. The touched ones of a block are listed first: a branch
-  // for each would often be mispredicted.
+  // Whole packs of rows from `begin` to `end`; where they end. The touched ones of a block are listed first, because a
+  // branch for each is often mispredicted: 0.14 instead of 0.23 ms where 1 % of 2^19 rows of 2 are touched.
   int64_t step_range(int64_t begin, int64_t end, const T* gradient) {
     constexpr int64_t kBlock = 64;
     while (begin + kRows <= end) {
@@ -226,7 +228,7 @@ class ShortRows {
   int64_t step_listed(int64_t begin, int64_t end, const int64_t* rows, const T* gradient) {
     for (; begin + kRows <= end; begin += kRows) {
       for (int64_t i = begin + kRowsAhead; i < std::min(end, begin + kRowsAhead + kRows); ++i) adam_.fetch(rows[i]);
-      step_rows(rows + begin, gradient + begin * F);
+      step_scattered(rows + begin, gradient + begin * F);
     }
     return begin;
   }
@@ -248,7 +250,7 @@ class ShortRows {
     memcpy(adam_.steps + row, &steps, kRows * 4);
   }
 
-  CAMK_HD void step_rows(const int64_t* rows, const T* gradient) const {
+  CAMK_HD void step_scattered(const int64_t* rows, const T* gradient) const {
     const Floats g = load_numbers<Floats>(gradient);
     alignas(64) T values[kLanes];
     alignas(64) float first[kLanes], second[kLanes];

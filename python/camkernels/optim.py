@@ -35,7 +35,7 @@ _STEP = _ops.declare(
 def _corrections(betas: tuple[float, float], dtype: torch.dtype, device: torch.device) -> Tensor:
     """[steps, 2]: 1 / (1 - b1^t) and 1 / sqrt(1 - b2^t) for t = 0, 1, ..., until both are 1 in that dtype."""
     smallest = math.log(torch.finfo(dtype).eps / 4)
-    count = max(2, *(math.ceil(smallest / math.log(beta)) + 1 for beta in betas if beta > 0), 2)
+    count = max([2, *(math.ceil(smallest / math.log(beta)) + 1 for beta in betas if beta > 0)])
     t = torch.arange(count, dtype=torch.float64)
     first, second = (1 / (1 - beta**t) for beta in betas)
     return torch.stack([first, second.sqrt()], 1).to(device, dtype)

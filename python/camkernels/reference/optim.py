@@ -29,6 +29,7 @@ def sparse_row_adam(
 
     in the dtype of the moments, others change nothing.
 
+    >>> import torch
     >>> values, first, second = (torch.zeros(3, 2) for _ in range(3))
     >>> steps, gradient = torch.zeros(3, dtype=torch.int32), torch.tensor([[4.0, -2.0]])
     >>> sparse_row_adam(values, first, second, steps, gradient, torch.tensor([1]), lr=0.5, betas=(0.9, 0.99), eps=0.0)

@@ -19,17 +19,19 @@ from . import timing
 
 ROWS, FEATURES = 1 << 19, 2
 SHARES = (0.001, 0.01, 0.1, 1.0)
+BASELINES = ("Adam, fused", "Adam")
 
 
 def tasks(rows: int, share: float) -> list[timing.Timed]:
-    """Steps of both optimizers, the first of which is the baseline."""
+    """A step of each optimizer, the baselines first."""
     generator = torch.Generator().manual_seed(0)
     touched = torch.randperm(rows, generator=generator)[: max(1, round(share * rows))]
     dense = torch.zeros(rows, FEATURES)
     dense[touched] = torch.randn(len(touched), FEATURES, generator=generator)
     options = {"betas": (0.9, 0.99), "eps": 1e-15}
     runs = {
-        "Adam": (torch.optim.Adam, dense, {"fused": True}),
+        BASELINES[0]: (torch.optim.Adam, dense, {"fused": True}),
+        BASELINES[1]: (torch.optim.Adam, dense, {"foreach": False}),
         "SparseRowAdam": (SparseRowAdam, dense, {}),
         "SparseRowAdam, sparse": (SparseRowAdam, dense.to_sparse(1).coalesce(), {}),
     }
@@ -41,8 +43,8 @@ def tasks(rows: int, share: float) -> list[timing.Timed]:
     return found
 
 
-def measure(rows: int, share: float, threads: int, rounds: int, seconds: float) -> list[tuple[str, float, float]]:
-    """[(optimizer, median ms of a step, times as fast as Adam)]."""
+def measure(rows: int, share: float, threads: int, rounds: int, seconds: float) -> list[tuple[str, float, list[float]]]:
+    """[(optimizer, median ms of a step, times as fast as each of the baselines)]."""
     clock, timed = timing.clock_for(threads, "cpu"), tasks(rows, share)
     for task in timed:
         task.run()
@@ -52,7 +54,7 @@ def measure(rows: int, share: float, threads: int, rounds: int, seconds: float) 
     timing.interleave(timed, rounds, seconds, clock)
     return [
         (task.name, timing.quartiles(task.seconds.values())["median"] * 1e3,
-         timing.speedup(task.seconds, timed[0].seconds)["median"])
+         [timing.speedup(task.seconds, baseline.seconds)["median"] for baseline in timed[: len(BASELINES)]])
         for task in timed
     ]  # fmt: skip
 
@@ -66,10 +68,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     print(f"{options.rows} rows x {FEATURES}, {options.threads} thread(s)")
-    print("| rows touched | optimizer | ms a step | x Adam |\n|---|---|---|---|")
+    titles = ["rows touched", "optimizer", "ms a step", *(f"x {name}" for name in BASELINES)]
+    print(f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
     for share in SHARES:
         for name, ms, times in measure(options.rows, share, options.threads, options.rounds, options.seconds):
-            print(f"| {share:.1%} | {name} | {ms:.2f} | {times:.1f} |", flush=True)
+            ratios = " | ".join(f"{ratio:.2f}" for ratio in times)
+            print(f"| {share:.1%} | {name} | {ms:.3f} | {ratios} |", flush=True)
     return 0
 
 

@@ -17,12 +17,13 @@ from bench import optim_step  # noqa: E402
 def test_both_optimizers_are_told_for_every_share(capsys):
     assert optim_step.main(["--rows", "256", "--rounds", "3", "--seconds", "0"]) == 0
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[3:]]
-    assert [row[1] for row in rows] == ["Adam", "SparseRowAdam", "SparseRowAdam, sparse"] * len(optim_step.SHARES)
-    assert all(float(row[2]) > 0 for row in rows) and rows[0][3] == "1.0 |"
+    names = [*optim_step.BASELINES, "SparseRowAdam", "SparseRowAdam, sparse"]
+    assert [row[1] for row in rows] == names * len(optim_step.SHARES)
+    assert all(float(row[2]) > 0 for row in rows) and rows[0][3] == "1.00" and rows[1][4] == "1.00 |"
 
 
 def test_a_batch_touches_its_share():
-    for task in optim_step.tasks(1000, 0.01)[1:]:
+    for task in optim_step.tasks(1000, 0.01)[len(optim_step.BASELINES) :]:
         task.run()
         (state,) = task.run.__self__.state.values()
         assert int(state["step"].sum()) == 10

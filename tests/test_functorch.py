@@ -10,7 +10,7 @@ import torch.autograd.forward_ad as forward_ad
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch.func import functional_call, grad, jacrev, jvp, vmap
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 import camkernels
 from conftest import FIRST, LAYERS, WITH_JACOBIAN, along, definition_of, each, function_of, make, repeated, some
@@ -330,6 +330,15 @@ def refuses_forward_mode(function, points, parameters):
 @pytest.mark.parametrize(("case", "backend"), ONE)
 def test_forward_mode_raises_and_is_never_zero(case, backend):
     refuses_forward_mode(*parts(case, backend))
+
+
+@pytest.mark.parametrize(("case", "backend"), ONE)
+def test_forward_mode_of_a_derivative_raises_though_no_graph_is_wanted(case, backend):
+    function, points, parameters = parts(case, backend)
+    inputs = [t.detach().requires_grad_() for t in tree_leaves((points, parameters))]
+    y = function(*tree_unflatten(inputs, tree_flatten((points, parameters))[1]))
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="jvp"):
+        torch.autograd.grad(y, inputs, forward_ad.make_dual(torch.ones_like(y), torch.ones_like(y)), allow_unused=True)
 
 
 @pytest.mark.parametrize(("case", "backend"), each(WITH_JACOBIAN[:1], reference=False))

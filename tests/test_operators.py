@@ -233,11 +233,10 @@ def test_every_operator_is_listed():
     assert public == set(SCHEMAS)
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_no_operator_writes_to_its_arguments(op):
-    for name in registered():
-        schema = getattr(_ops.operators, name.split("::")[1]).default._schema
-        assert not schema.is_mutable
+def test_only_the_optimizer_writes_to_its_arguments():
+    names = [name.split("::")[1] for name in registered()]
+    writing = [name for name in names if getattr(_ops.operators, name).default._schema.is_mutable]
+    assert writing == ["sparse_row_adam"]
 
 
 @pytest.mark.parametrize("argument", [0, 1])

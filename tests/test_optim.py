@@ -2,12 +2,16 @@
 """SparseRowAdam: Adam where every row is touched, nothing elsewhere, its formula row by row."""
 
 import copy
+import math
+import pickle
 
 import pytest
 import torch
 
-from camkernels import HashGrid, _gpu
+import camkernels
+from camkernels import HashGrid, RadialBasis, _gpu, _ops, reference
 from camkernels.optim import SparseRowAdam
+from conftest import DTYPES
 
 NO_GPU = _gpu.no_gpu()
 DEVICES = [
@@ -44,10 +48,28 @@ def by_the_formula(p, gradient_list, lr):
     return p
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request, monkeypatch):
+    """Forces one that can run."""
+    monkeypatch.setenv("CAMKERNELS_BACKEND", request.param)
+    if request.param == "cpu" and not _ops.has_kernel("sparse_row_adam", "cpu"):
+        pytest.skip(str(_ops.cpu_missing))
+
+
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("tail", [(), (2,), (3, 2)])
-def test_the_formula(tail, sparse, device):
+def test_the_formula(tail, sparse, backend):
+    steps_as_the_formula(tail, sparse, "cpu")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("tail", [(), (2,), (3, 2), (40,)])
+def test_the_formula_on_every_device(tail, sparse, device):
+    steps_as_the_formula(tail, sparse, device)
+
+
+def steps_as_the_formula(tail, sparse, device):
     parameter, given = table(7, *tail, device=device), gradients(9, 7, *tail).to(device)
     expected = by_the_formula(parameter, given, lr=0.1)
     optimizer = SparseRowAdam([parameter], lr=0.1)
@@ -112,6 +134,166 @@ def test_a_run_goes_on_from_its_state():
     assert second.state[part]["step"].dtype == torch.int32
 
 
+def random_state(rows, width, dtype, seed=3):
+    """Values, moments and counts of steps, some of them large, of a run."""
+    generator = torch.Generator().manual_seed(seed)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    values = torch.randn(rows, width, generator=generator, dtype=torch.float64).to(dtype)
+    first, second = (torch.randn(rows, width, generator=generator, dtype=torch.float64).to(wide) for _ in range(2))
+    steps = torch.randint(0, 5, (rows,), generator=generator, dtype=torch.int32)
+    steps[::5] = 100_000
+    return values, first, second.square(), steps
+
+
+WIDTHS = (1, 2, 3, 4, 8, 16, 32, 37)  # a pack of lanes holds several rows, or a row several packs and a rest
+
+
+@pytest.mark.skipif(not _ops.has_kernel("sparse_row_adam", "cpu"), reason=str(_ops.cpu_missing))
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("share", [0.02, 0.6, 1.0])
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernel_and_definition_agree(dtype, width, share, listed):
+    rows, lr, betas, eps = 203, 0.01, (0.9, 0.99), 1e-8
+    state = random_state(rows, width, dtype)
+    if share == 1.0:
+        state[3][:100] = 7  # neighbours of one count
+    generator = torch.Generator().manual_seed(4)
+    gradient = torch.randn(rows, width, generator=generator, dtype=torch.float64)
+    gradient = (gradient * (torch.rand(rows, width, generator=generator) < share)).to(dtype)
+    index = torch.randperm(rows, generator=generator)[: rows // 2] if listed else None
+    gradient = gradient if index is None else gradient[index]
+    ours, expected = [t.clone() for t in state], [t.clone() for t in state]
+    corrections = camkernels.optim._corrections(betas, ours[1].dtype, torch.device("cpu"))
+    camkernels.optim._STEP(*ours, gradient, index, corrections, lr, *betas, eps)
+    reference.sparse_row_adam(*expected, gradient, index, lr=lr, betas=betas, eps=eps)
+    tolerance = {torch.float64: 1e-13, torch.float32: 1e-6}.get(dtype)
+    for name, got, wanted, before in zip(("values", "first", "second", "steps"), ours, expected, state, strict=True):
+        rtol = tolerance or (torch.finfo(dtype).eps if name == "values" else 1e-6)
+        torch.testing.assert_close(got, wanted, rtol=rtol, atol=rtol, msg=lambda text, name=name: f"{name}: {text}")
+        untouched = expected[3] == state[3]
+        assert torch.equal(got[untouched], before[untouched])
+
+
+def test_any_number_of_threads_gives_the_same_bits():
+    gradient = torch.randn(70_000, 2, generator=torch.Generator().manual_seed(5))
+    gradient[torch.rand(70_000, generator=torch.Generator().manual_seed(6)) < 0.7] = 0
+    found, before = [], torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            parameter = torch.nn.Parameter(torch.zeros(70_000, 2))
+            optimizer = SparseRowAdam([parameter], lr=0.1)
+            for g in (gradient, gradient.roll(1, 0)):
+                parameter.grad = g
+                optimizer.step()
+            found.append((parameter.detach(), optimizer.state[parameter]["step"]))
+        finally:
+            torch.set_num_threads(before)
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
+def as_sparse(gradient):
+    """All of its rows, listed."""
+    rows = torch.arange(len(gradient))[None]
+    return torch.sparse_coo_tensor(rows, gradient, gradient.shape, check_invariants=True)
+
+
+@pytest.mark.parametrize("width", [2, 5, 32])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_nan_counts_as_a_gradient_and_negative_zero_does_not(sparse, width, backend):
+    parameter = table(40, width, dtype=torch.float32)
+    before = parameter.detach().clone()
+    gradient = torch.full((40, width), -0.0)
+    gradient[17, -1] = math.nan
+    parameter.grad = as_sparse(gradient) if sparse else gradient
+    optimizer = SparseRowAdam([parameter], lr=0.1)
+    optimizer.step()
+    assert optimizer.state[parameter]["step"].nonzero().flatten().tolist() == [17]
+    assert parameter[17, -1].isnan() and torch.equal(parameter[17, :-1], before[17, :-1])
+    others = torch.arange(40) != 17
+    assert torch.equal(parameter[others], before[others])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_moments_of_short_numbers_are_float32_and_stay_so(dtype):
+    parameter, reader = table(6, 2, dtype=dtype), table(6, 2, dtype=dtype)
+    optimizer, second = SparseRowAdam([parameter], lr=0.1), SparseRowAdam([reader], lr=0.1)
+    parameter.grad = torch.full((6, 2), 0.3, dtype=dtype)
+    optimizer.step()
+    second.load_state_dict(pickle.loads(pickle.dumps(optimizer)).state_dict())
+    for name in ("exp_avg", "exp_avg_sq"):
+        state = second.state[reader][name]
+        assert state.dtype == torch.float32 and torch.equal(state, optimizer.state[parameter][name])
+
+
+def test_a_parameter_that_is_not_contiguous(backend):
+    parameter, other = table(3, 5), table(3, 5)
+    turned = torch.nn.Parameter(parameter.detach().T.contiguous().T)
+    assert not turned.is_contiguous()
+    for p in (turned, other):
+        optimizer = SparseRowAdam([p], lr=0.1)
+        for gradient in gradients(4, 3, 5):
+            p.grad = gradient
+            optimizer.step()
+    assert torch.equal(turned, other)
+
+
+def test_the_table_of_corrections_ends_where_both_are_one():
+    for dtype in (torch.float32, torch.float64):
+        table_of = camkernels.optim._corrections((0.9, 0.99), dtype, torch.device("cpu"))
+        assert table_of[-1].tolist() == [1.0, 1.0] and table_of[-2, 1] >= 1.0
+        t = torch.arange(1, len(table_of), dtype=torch.float64)
+        torch.testing.assert_close(table_of[1:, 0].double(), 1 / (1 - 0.9**t), rtol=torch.finfo(dtype).eps, atol=0)
+    assert camkernels.optim._corrections((0.0, 0.0), torch.float64, torch.device("cpu"))[1:].eq(1).all()
+
+
+def test_the_operator_is_what_the_dispatcher_expects():
+    state = random_state(7, 2, torch.float32)
+    corrections = camkernels.optim._corrections((0.9, 0.99), torch.float32, torch.device("cpu"))
+    for rows in (None, torch.tensor([5, 1])):
+        gradient = torch.ones(7 if rows is None else 2, 2)
+        arguments = (*state, gradient, rows, corrections, 0.1, 0.9, 0.99, 1e-8)
+        torch.library.opcheck(torch.ops.camkernels.sparse_row_adam.default, arguments)
+
+
+@pytest.mark.skipif(not _ops.has_kernel("sparse_row_adam", "cpu"), reason=str(_ops.cpu_missing))
+@pytest.mark.parametrize("row", [-1, 7])
+def test_a_row_that_is_not_there_is_refused(row):
+    state = random_state(7, 2, torch.float32)
+    corrections = camkernels.optim._corrections((0.9, 0.99), torch.float32, torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="SparseRowAdam: rows must be below 7 and not negative"):
+        camkernels.optim._STEP(*state, torch.ones(1, 2), torch.tensor([row]), corrections, 0.1, 0.9, 0.99, 1e-8)
+
+
+@pytest.mark.parametrize("shape", [(0, 2), (3, 0), (0,)])
+def test_a_table_without_numbers(shape, backend):
+    parameter = torch.nn.Parameter(torch.zeros(shape))
+    parameter.grad = torch.zeros(shape)
+    optimizer = SparseRowAdam([parameter], lr=0.1)
+    optimizer.step()
+    assert optimizer.state[parameter]["step"].sum() == 0
+
+
+def test_kernels_of_a_radial_basis_that_no_point_sees_stay():
+    torch.manual_seed(0)
+    basis = RadialBasis(64, 2, 8, neighbors=2)
+    optimizer = SparseRowAdam([basis.features], lr=1e-2)
+    x = torch.rand(16, 2) * 0.2
+    neighbors = camkernels.nearest(x, basis.centers, 2)
+    seen = torch.zeros(64, dtype=torch.bool)
+    seen[neighbors.long().flatten()] = True
+    before, losses = basis.features.detach().clone(), []
+    for _ in range(80):
+        loss = (basis(x, neighbors).sum(-1) - 1).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.1 * losses[0] and 0 < seen.sum() < 64
+    assert torch.equal(basis.features[~seen], before[~seen])
+
+
 def test_a_hash_grid_learns():
     torch.manual_seed(0)
     grid = HashGrid(2, n_levels=4, log2_hashmap_size=10, finest_resolution=64)
@@ -131,7 +313,8 @@ def test_a_hash_grid_learns():
     "arguments, words",
     [
         ({"lr": -1.0}, "SparseRowAdam: lr must be"),
-        ({"betas": (0.9, 1.0)}, "SparseRowAdam: betas must be at least 0 and below 1"),
+        ({"betas": (0.9, 1.0)}, "SparseRowAdam: betas must be at least 0 and at most 0.99999"),
+        ({"betas": (math.nan, 0.9)}, "SparseRowAdam: betas must be at least 0 and at most 0.99999"),
         ({"params": [torch.nn.Parameter(torch.tensor(1.0))]}, "SparseRowAdam: parameters must have rows"),
     ],
 )

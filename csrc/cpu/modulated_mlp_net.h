@@ -74,7 +74,8 @@ template <class C>
 struct Net {
   int64_t points, in, out, hidden, groups, values;  // values: of a scale, 1 or the width of the layers
   std::vector<Layer<C>> layers;
-  int64_t sums = 0;  // numbers that the gradients of weights and biases take
+  int64_t sums = 0;    // numbers that the gradients of weights and biases take
+  bool skips = false;  // whether any layer has one
   Scratch<C> memory;
 
   Net(const Tensor& x, const TensorList& weights, const TensorList& biases, const OptionalTensor& modulation,
@@ -95,7 +96,7 @@ struct Net {
       Layer<C> layer{};
       layer.modulated = int64_t(l) < hidden;
       layer.width = width, layer.padded = padded(width), layer.in = given;
-      layer.skip = lists.skips[l], layer.next = width + (layer.skip ? in : 0);
+      layer.skip = lists.skips[l], layer.next = width + (layer.skip ? in : 0), skips |= layer.skip;
       layer.activation = math::Activation(lists.activations[l]), layer.omega = C(lists.omegas[l]);
       layer.frequencies = waves, layer.eps = C(lists.eps);
       layer.norm = lists.point_norm && layer.modulated;

@@ -82,9 +82,10 @@ void deviations(const RowLayer<C>& layer, int64_t count, Rows<C> z, C* r) {
   for (; i < count; ++i) deviations_of_block<1>(layer, z, i, r);
 }
 
-// y = f(scale n + shift), n = r z; Order 1: also slope = f'. Under a norm z has mean 0.
+// y = f(scale n + shift), n = r z; Order 1: also slope = f'. Under a norm z has mean 0. Layer and pointers are copies:
+// what is stored might be any that are read through a reference.
 template <int Order, class C>
-void activate_rows(const RowLayer<C>& layer, int64_t count, Rows<C> z, const Modulation<C>& modulation, C* r, Rows<C> y,
+void activate_rows(RowLayer<C> layer, int64_t count, Rows<C> z, const Modulation<C>& modulation, C* r, Rows<C> y,
                    Rows<C> slope) {
   using Pack = Lanes<C>;
   deviations(layer, count, z, r);
@@ -92,22 +93,44 @@ void activate_rows(const RowLayer<C>& layer, int64_t count, Rows<C> z, const Mod
     with_form(layer.per_channel, [&](auto per_channel) {
       constexpr bool kChannels = decltype(per_channel)::value;
       for (int64_t i = 0; i < count; ++i) {
-        each_pack(layer, [&](int64_t o) CAMK_INLINED {
-          const Pack factor = columns_of<kChannels>(modulation.scale(i), o) * Pack(r[i]);
-          const Pack s = multiply_add(Pack::load(z[i] + o), factor, columns_of<kChannels>(modulation.shift(i), o));
+        const C *from = z[i], *scale = modulation.scale(i), *shift = modulation.shift(i);
+        C *to = y[i], *to_slope = slope[i];
+        const Pack deviation(r[i]);
+        each_pack(layer, [=](int64_t o) CAMK_INLINED {
+          const Pack factor = columns_of<kChannels>(scale, o) * deviation;
+          const Pack s = multiply_add(Pack::load(from + o), factor, columns_of<kChannels>(shift, o));
           const auto f = math::activate<Order>(activation, s, rate_of<decltype(activation)::value>(layer, o));
-          f.value.store(y[i] + o);
-          if constexpr (Order > 0) f.first.store(slope[i] + o);
+          f.value.store(to + o);
+          if constexpr (Order > 0) f.first.store(to_slope + o);
         });
       }
     });
   });
 }
 
-// d: gradient of y -> of z; change: of scale and shift.
+// d: gradient of y -> of z, where there is no norm and nobody asks for the gradients of scale and shift: no sums over
+// a row.
+template <class C>
+void deactivate_plain_rows(RowLayer<C> layer, int64_t count, Rows<C> slope, const Modulation<C>& modulation,
+                           Rows<C> d) {
+  using Pack = Lanes<C>;
+  with_form(layer.per_channel, [&](auto per_channel) {
+    for (int64_t i = 0; i < count; ++i) {
+      const C *scale = modulation.scale(i), *by = slope[i];
+      C* of = d[i];
+      each_pack(layer, [=](int64_t o) CAMK_INLINED {
+        const Pack factor = columns_of<decltype(per_channel)::value>(scale, o);
+        math::modulate_gradients(factor, Pack(C(0)), Pack::load(of + o), Pack::load(by + o)).n.store(of + o);
+      });
+    }
+  });
+}
+
+// d: gradient of y -> of z; change: of scale and shift, if they are wanted.
 template <class C>
 void deactivate_rows(const RowLayer<C>& layer, int64_t count, Rows<C> z, Rows<C> slope, const Modulation<C>& modulation,
-                     const C* r, Rows<C> d, const Modulation<C>& change) {
+                     const C* r, Rows<C> d, const Modulation<C>& change, bool wants_change) {
+  if (!layer.norm && !wants_change) return deactivate_plain_rows(layer, count, slope, modulation, d);
   using Pack = Lanes<C>;
   with_form(layer.per_channel, [&](auto per_channel) {
     constexpr bool kChannels = decltype(per_channel)::value;

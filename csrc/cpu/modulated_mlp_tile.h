@@ -6,11 +6,11 @@
 namespace camk::cpu {
 
 // The rows of a tensor [N, width] that belong to a tile: in `room`, with zeros behind the last one, or where they lie
-// if they can stay there. whole_packs: if packs of lanes are read of them.
+// if they can stay there. whole_packs: if packs of lanes are read of them, those at a row's end with what is behind it.
 template <class C>
 Rows<C> tile_of(const Tensor& t, int64_t begin, int64_t count, Rows<C> room, bool whole_packs) {
-  const int64_t width = t.size(1);
-  if (t.scalar_type() == number_type<C>() && count == kTile && (!whole_packs || width % kPanel == 0)) {
+  const int64_t width = t.size(1), end = (begin + count - 1) * width + (whole_packs ? padded(width) : width);
+  if (t.scalar_type() == number_type<C>() && count == kTile && end <= t.numel()) {
     return {const_cast<C*>(read<C>(t)) + begin * width, width};
   }
   const Rows<C> to{room.data, padded(width)};
@@ -84,16 +84,20 @@ class Gradients {
   Gradients(const Net<C>& net, const Tensor& modulation, const std::vector<bool>& mask)
       : net_(net), modulation_(modulation), wants_weights_(mask[1] || mask[2]), wants_modulation_(mask[3]) {}
 
+  bool wants_modulation() const { return wants_modulation_; }
+
   // d^T x and the sum of d, for a layer.
   void add(const Layer<C>& layer, Rows<C> d, Rows<C> x, int64_t count, const PartSums<C>& to, bool bias = true) const {
     if (!wants_weights_) return;
     C* sums = to.sums + layer.sums;
     add_outer(d.data, d.stride, layer.width, x.data, x.stride, layer.in, count, sums);
     sums += layer.width * padded(layer.in);
-    for (int64_t i = 0; bias && i < count; ++i) {
-      each_pack<C>(layer, [&](int64_t o)
-                              CAMK_INLINED { (Lanes<C>::load(sums + o) + Lanes<C>::load(d[i] + o)).store(sums + o); });
-    }
+    if (!bias) return;
+    each_pack<C>(layer, [&](int64_t o) CAMK_INLINED {
+      Lanes<C> sum = Lanes<C>::load(sums + o);
+      for (int64_t i = 0; i < count; ++i) sum = sum + Lanes<C>::load(d[i] + o);
+      sum.store(sums + o);
+    });
   }
 
   // Gradients of scale and shift of layer l, for points from `begin` on.
@@ -190,12 +194,13 @@ class BackwardTile {
     activate(input, begin, count, kept);
     Rows<C> d = widened(d_[0], net_.out);
     read_rows(grad, begin, count, net_.out, d);
-    std::memset(gx_.data, 0, size_t(kTile * gx_.stride) * sizeof(C));
+    if (net_.skips) std::memset(gx_.data, 0, size_t(kTile * gx_.stride) * sizeof(C));
     for (int64_t l = int64_t(net_.layers.size()) - 1; l >= 0; --l) {
       const Layer<C>& layer = net_.layers[l];
       take_skip(layer, d, gx_, count);
       if (!net_.is_plain(layer)) {
-        deactivate_rows(layer, count, seen_[l], slope_[l], modulation_[l], r_[l], d, change_[l]);
+        deactivate_rows(layer, count, seen_[l], slope_[l], modulation_[l], r_[l], d, change_[l],
+                        gradients.wants_modulation());
         gradients.add_modulation(l, change_[l], begin, count, sums);
       }
       gradients.add(layer, d, l ? h_[l - 1] : input, count, sums);
@@ -205,7 +210,7 @@ class BackwardTile {
                below.stride);
       d = below;
     }
-    for (int64_t i = 0; i < count; ++i) {
+    for (int64_t i = 0; net_.skips && i < count; ++i) {
       for (int64_t k = 0; k < net_.in; ++k) d[i][k] += gx_[i][k];
     }
     write_rows(d, begin, count, net_.in, *gx);
@@ -222,6 +227,12 @@ class BackwardTile {
   }
 
  private:
+  // To the second-level cache: what is kept for the next tile, which arrives while this one is multiplied.
+  static void fetch(const C* from, int64_t count) {
+    constexpr int64_t kLine = 64 / sizeof(C);
+    for (int64_t k = 0; k < count; k += kLine) __builtin_prefetch(from + k, 0, 2);
+  }
+
   void activate(Rows<C> input, int64_t begin, int64_t count, const C* kept) {
     seen_ = z_;
     Rows<C> h = input;
@@ -231,6 +242,7 @@ class BackwardTile {
         return;
       } else if (kept) {
         seen_[l] = {const_cast<C*>(kept) + begin * layer.padded, layer.padded};
+        fetch(seen_[l][kTile], kTile * layer.padded);
         kept += net_.points * layer.padded;
       } else {
         multiply(h.data, h.stride, kTile, layer.panels.forward, layer.in, layer.width, layer.panels.bias, z_[l].data,

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from . import _ops
 
@@ -256,9 +256,6 @@ class _Call(Function):
             results = op.run(lengths, settings, flat)
         return tuple(_flat(results)) if isinstance(results, (tuple, list)) else results
 
-    # Function.apply asks for it at every call, which takes 100 us to find out anew.
-    forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
-
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
         ctx.op, ctx.lengths, ctx.settings, *flat = inputs
@@ -278,8 +275,14 @@ class _Call(Function):
         return op.batched(info.batch_size, in_dims[3:], lengths, settings, flat, _apply)
 
 
+# Function.apply asks for it at every call, which takes 100 us to find out anew.
+_Call.forward.__signature__ = inspect.signature(_Call.forward)  # type: ignore[attr-defined]
+
+
 def _apply(op: Operator, lengths: tuple, settings: tuple, flat: Flat) -> Any:
-    return _Call.apply(op, lengths, settings, *flat)
+    """A derivative's call, which is differentiable itself where anybody may ask for that."""
+    asked = torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    return (_Call.apply if asked else _Call.forward)(op, lengths, settings, *flat)
 
 
 def _flat(items: Sequence[Any]) -> list[Any]:

@@ -19,6 +19,7 @@ from .neighbors import search_method
 from .testing import CASES
 from .triton import SECOND_ORDER as TRITON_SECOND_ORDER
 
+OPS = (*CASES, "sparse_row_adam")
 KNOWN_VARIABLES = ("CAMKERNELS_BACKEND", "CAMKERNELS_CPU_ISA")
 
 
@@ -51,7 +52,7 @@ def collect() -> dict[str, Any]:
         "cuda": {"library": _ops.cuda_missing is None, "reason": _ops.cuda_missing},
         "build": build_facts(_ops.FOLDER),
         "environment": {name: variables.get(name) for name in sorted({*KNOWN_VARIABLES, *variables})},
-        "ops": {op: {backend: reason_against(backend, op) for backend in BACKENDS} for op in CASES},
+        "ops": {op: {backend: reason_against(backend, op) for backend in BACKENDS} for op in OPS},
         "nearest": {"cpu": search_method(), "cuda": reason_against("cuda", "nearest")},
         "second_order": {backend: second_order(backend) for backend in BACKENDS},
         "hardware": hardware(_ops.FOLDER.parents[1] / "bench" / "results"),

@@ -3,17 +3,42 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ._checks import check_number
+from . import _ops, reference
+from ._backends import Call, choose
+from ._checks import check_floating, check_number
 
 __all__ = ["SparseRowAdam"]
+
+OP = "SparseRowAdam"
+LARGEST_BETA = 0.99999  # bounds the table of corrections
+
+# values, exp_avg, exp_avg_sq [n, ...], step int32 [n], all changed in place; gradient [n, ...], or [k, ...] of the rows
+# int64 [k], each listed once; corrections [steps, 2].
+_STEP = _ops.declare(
+    "sparse_row_adam(Tensor(a!) values, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) step, Tensor gradient, "
+    "Tensor? rows, Tensor corrections, float lr, float beta1, float beta2, float eps) -> ()",
+    lambda *arguments: None,
+)
+
+
+@functools.lru_cache(maxsize=16)
+def _corrections(betas: tuple[float, float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[steps, 2]: 1 / (1 - b1^t) and 1 / sqrt(1 - b2^t) for t = 0, 1, ..., until both are 1 in that dtype."""
+    smallest = math.log(torch.finfo(dtype).eps / 4)
+    count = max([2, *(math.ceil(smallest / math.log(beta)) + 1 for beta in betas if beta > 0)])
+    t = torch.arange(count, dtype=torch.float64)
+    first, second = (1 / (1 - beta**t) for beta in betas)
+    return torch.stack([first, second.sqrt()], 1).to(device, dtype)
 
 
 class SparseRowAdam(Optimizer):
@@ -26,10 +51,16 @@ class SparseRowAdam(Optimizer):
         p <- p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
     Other rows keep p, m, v and t, whereas torch.optim.Adam lets their moments fall and moves them on; for rows that
-    every step touches both are the same. Gradients are dense, or sparse COO [rows, ...] with one sparse axis, of which
-    rows that are listed several times are summed. Runs where the parameters are; finding the rows waits for the device.
+    every step touches both are the same. NaN is a number other than 0. Gradients are dense, or sparse COO [rows, ...]
+    with one sparse axis, of which rows that are listed several times are summed. The state of a parameter is `step`
+    int32 [rows], `exp_avg` and `exp_avg_sq`, these in float32, or in float64 for a float64 parameter, which is also
+    what is computed in.
 
-    Raises ValueError for options out of range, parameters of no axis and gradients of more sparse axes.
+    Runs where the parameters are: one pass of a kernel on the CPU and on CUDA, else `camkernels.reference`; the
+    environment variable CAMKERNELS_BACKEND forces one.
+
+    Raises ValueError for options out of range, parameters of no axis and gradients of more sparse axes, TypeError for
+    parameters that are not floating-point.
 
     >>> table = torch.nn.Parameter(torch.zeros(4, 2))
     >>> optimizer = SparseRowAdam([table], lr=0.1)
@@ -46,15 +77,15 @@ class SparseRowAdam(Optimizer):
         betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-15,
     ):
-        op = "SparseRowAdam"
-        check_number(op, "lr", lr, least=0.0)
-        check_number(op, "eps", eps, least=0.0)
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"{op}: betas must be at least 0 and below 1, got {betas}")
+        check_number(OP, "lr", lr, least=0.0)
+        check_number(OP, "eps", eps, least=0.0)
+        if not all(0 <= beta <= LARGEST_BETA for beta in betas):
+            raise ValueError(f"{OP}: betas must be at least 0 and at most {LARGEST_BETA}, got {betas}")
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps})
-        for group in self.param_groups:
-            if any(p.ndim == 0 for p in group["params"]):
-                raise ValueError(f"{op}: parameters must have rows, got one without any axis; use torch.optim.Adam")
+        for parameter in chain.from_iterable(group["params"] for group in self.param_groups):
+            check_floating(OP, "parameters", parameter)
+            if parameter.ndim == 0:
+                raise ValueError(f"{OP}: parameters must have rows, got one without any axis; use torch.optim.Adam")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -70,41 +101,47 @@ class SparseRowAdam(Optimizer):
         return loss
 
     def _step(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        rows, gradient = _touched(parameter.grad)
         state = self.state[parameter]
         if not state:
+            like = {"dtype": _moment_dtype(parameter), "memory_format": torch.contiguous_format}
             state["step"] = torch.zeros(len(parameter), dtype=torch.int32, device=parameter.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-        beta1, beta2 = group["betas"]
-        count = state["step"].index_select(0, rows).add_(1)
-        first = state["exp_avg"].index_select(0, rows).lerp_(gradient, 1 - beta1)
-        second = state["exp_avg_sq"].index_select(0, rows).mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        for name, moved in (("step", count), ("exp_avg", first), ("exp_avg_sq", second)):
-            state[name].index_copy_(0, rows, moved)
-        count = count.double().reshape(-1, *[1] * (parameter.ndim - 1))
-        rate = (group["lr"] / (1 - beta1**count)).to(parameter.dtype)
-        scale = (1 - beta2**count).rsqrt().to(parameter.dtype)
-        change = rate * first / second.sqrt().mul_(scale).add_(group["eps"])
-        parameter.index_add_(0, rows, change, alpha=-1)
+            state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(parameter, **like) for _ in range(2))
+        gradient, rows = _listed(parameter.grad)
+        moments = state["exp_avg"], state["exp_avg_sq"], state["step"]
+        options = {"lr": group["lr"], "betas": tuple(group["betas"]), "eps": group["eps"]}
+        if choose(Call("sparse_row_adam", parameter.device.type, parameter.device.index), None) == "reference":
+            reference.sparse_row_adam(parameter, *moments, gradient, rows, **options)
+            return
+        values = parameter.contiguous()
+        corrections = _corrections(options["betas"], moments[0].dtype, parameter.device)
+        _STEP(values, *moments, gradient.contiguous(), rows, corrections, group["lr"], *options["betas"], group["eps"])
+        if values is not parameter:
+            parameter.copy_(values)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As every optimizer's; moments keep their dtype, which torch's own would round to the parameter's."""
+        super().load_state_dict(state_dict)
+        own, given = (
+            chain.from_iterable(group["params"] for group in groups)
+            for groups in (self.param_groups, state_dict["param_groups"])
+        )
+        for parameter, number in zip(own, given, strict=True):
+            for name, value in state_dict["state"].get(number, {}).items():
+                dtype = torch.int32 if name == "step" else _moment_dtype(parameter)
+                self.state[parameter][name] = value.to(parameter.device, dtype)
 
 
-def _touched(gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """(rows [n] with a number other than 0, their gradients [n, ...])."""
-    if gradient.is_sparse:
-        if gradient.sparse_dim() != 1:
-            raise ValueError(
-                f"SparseRowAdam: gradients must be dense or have one sparse axis, got {gradient.sparse_dim()}; use "
-                ".to_dense()"
-            )
-        gradient = gradient.coalesce()
-        rows, values = gradient.indices()[0], gradient.values()
-        used = _nonzero(values)
-        return rows.index_select(0, used), values.index_select(0, used)
-    rows = _nonzero(gradient)
-    return rows, gradient.index_select(0, rows)
+def _moment_dtype(parameter: Tensor) -> torch.dtype:
+    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
 
 
-def _nonzero(rows: Tensor) -> Tensor:
-    """Numbers of the rows [n, ...] that are not all 0."""
-    numbers = rows.reshape(-1).nonzero().flatten()
-    return torch.unique_consecutive(numbers // math.prod(rows.shape[1:]))
+def _listed(gradient: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(gradients [k, ...], their rows [k]) of a sparse gradient, (itself, None) of a dense one."""
+    if not gradient.is_sparse:
+        return gradient, None
+    if gradient.sparse_dim() != 1:
+        raise ValueError(
+            f"{OP}: gradients must be dense or have one sparse axis, got {gradient.sparse_dim()}; use .to_dense()"
+        )
+    gradient = gradient.coalesce()
+    return gradient.values(), gradient.indices()[0].contiguous()

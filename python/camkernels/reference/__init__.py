@@ -3,6 +3,15 @@
 
 from .hash_grid import hash_grid
 from .modulated_mlp import coordinate_modulation, hash_grid_mlp, modulate, modulated_mlp
+from .optim import sparse_row_adam
 from .radial_basis import radial_basis
 
-__all__ = ["coordinate_modulation", "hash_grid", "hash_grid_mlp", "modulate", "modulated_mlp", "radial_basis"]
+__all__ = [
+    "coordinate_modulation",
+    "hash_grid",
+    "hash_grid_mlp",
+    "modulate",
+    "modulated_mlp",
+    "radial_basis",
+    "sparse_row_adam",
+]

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import camkernels
-from camkernels import _neighbor_cells, _neighbor_fallbacks, neighbors, testing
+from camkernels import _neighbor_cells, _neighbor_fallbacks, neighbors, optim, testing
 from camkernels._autograd import Operator
 from conftest import require
 from sim import build, library
@@ -45,7 +45,8 @@ def define(namespace: str) -> torch.library.Library:
         for root in (compiled,) if isinstance(compiled, Operator) else compiled:
             for operator in chain(root):
                 defined.define(str(operator.call._schema).split("::", 1)[1])
-    defined.define(str(neighbors._NEAREST._schema).split("::", 1)[1])
+    for operator in (neighbors._NEAREST, optim._STEP):
+        defined.define(str(operator._schema).split("::", 1)[1])
     return defined
 
 
@@ -66,7 +67,8 @@ class Simulated:
         self.schemas = define(recipe.namespace)
         self.library = library.load(recipe)
         self.operators = [rerouted(module._COMPILED, recipe.namespace) for module in MODULES]
-        self.search = getattr(torch.ops, recipe.namespace).nearest.default
+        operators = getattr(torch.ops, recipe.namespace)
+        self.search, self.adam = operators.nearest.default, operators.sparse_row_adam.default
 
     @contextmanager
     def routed(self) -> Iterator[None]:

@@ -18,7 +18,10 @@ import torch
 from camkernels import _neighbor_cells, testing
 from sim import build, coverage, library, toolkit
 from simulated import CASES, Simulated, basis, deterministic, lookup_call, network, regular_call, shifted
+from test_cuda_simulated_optim import ROWS, drawn
+from test_cuda_simulated_optim import run as adam_step
 from test_neighbors import CLOUDS, queries
+from test_optim import WIDTHS, random_state
 
 pytestmark = [
     pytest.mark.slow,
@@ -50,6 +53,7 @@ FILES = {
     ),
     "radial_basis": ("radial_basis.cu", "radial_basis_backward.cu", "radial_basis.cuh"),
     "nearest": ("neighbors.cu",),
+    "optim": ("optim.cu",),
     "shared": ("sums.cu", "sums.cuh", "storage.cuh", "packs.cuh"),
 }
 
@@ -160,6 +164,14 @@ def exercise_nearest(sim: Simulated) -> None:
     sim.check_search(torch.rand(0, 3), torch.rand(90, 3), 4)
 
 
+def exercise_optim(sim: Simulated) -> None:
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        for width in WIDTHS:
+            for rows in (None, torch.tensor([5, 0, 300])):
+                gradient = drawn(width, dtype, 0.3) if rows is None else drawn(width, dtype, 0.3)[rows]
+                adam_step(sim, random_state(ROWS, width, dtype), gradient, rows)
+
+
 def exercise() -> None:
     """Every kernel: forward, backward, Jacobian, second order; odd sizes, tensors that begin anywhere."""
     sim = Simulated(recipe())
@@ -168,6 +180,7 @@ def exercise() -> None:
     exercise_modulated_mlp(sim)
     exercise_radial_basis(sim)
     exercise_nearest(sim)
+    exercise_optim(sim)
     sim.library.write_coverage()
     print("clean")
 

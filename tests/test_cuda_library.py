@@ -23,7 +23,7 @@ OPERATORS += [
     for op in ("modulated_mlp", "modulate", "coordinate_modulation", "radial_basis")
     for end in ("", "_backward", "_backward_backward")
 ]
-OPERATORS.append("nearest")
+OPERATORS += ["nearest", "sparse_row_adam"]
 OWN_ARCHITECTURES = {"sm_80", "sm_90", "compute_90"}
 
 needs_library = pytest.mark.skipif(
@@ -190,6 +190,8 @@ PREPARE = """
     near, f = (torch.rand(4, 3), torch.ones(4, 1), torch.rand(4, 2)), torch.rand(5, 2)
     rest, basis = (None, torch.zeros(5, 2).int(), None), (1, 0, True, True, 1e-8, 0, False)
     cells = camkernels._neighbor_cells.build(torch.rand(9, 3))
+    steps, corrections = torch.zeros(5).int(), torch.ones(4, 2)
+    adam = (f, *torch.zeros(2, 5, 2), steps, torch.ones(5, 2), None, corrections)
 
     def on_cuda(name, *arguments):  # the CUDA kernel itself, past every check of Python
         operator = getattr(torch.ops.camkernels, name).default
@@ -225,6 +227,7 @@ def test_every_kernel_refuses_cpu_tensors_in_a_sentence():
     on_cuda("radial_basis_backward", f, x, *near, *rest, *basis, [True] * 4 + [False])
     on_cuda("radial_basis_backward_backward", x, *near, None, f, x, *near, *rest, *basis, [True] * 5 + [False])
     on_cuda("nearest", x, *cells, 4)
+    on_cuda("sparse_row_adam", *adam, 0.1, 0.9, 0.99, 1e-8)
     """
     ).splitlines()
     assert len(told) == len(OPERATORS)
@@ -291,6 +294,12 @@ BAD_SEARCH = {
     "k must be from 1 to the number of centers": "x, *cells, 10",
     "dtype or size of starts": "x, *cells[:2], cells.starts[1:], *cells[3:], 4",
 }
+BAD_STEP = {
+    "step must be int32, one for each row": "*adam[:3], steps[1:], *adam[4:]",
+    "size or dtype of the moments": "f, *torch.zeros(2, 4, 2), *adam[3:]",
+    "the gradient must have the dtype of the parameter": "*adam[:4], torch.ones(5, 2).half(), None, corrections",
+    "rows must be int64": "*adam[:5], torch.arange(5).int(), corrections",
+}
 
 
 @needs_library
@@ -303,13 +312,15 @@ BAD_SEARCH = {
         ("coordinate_modulation", "lookup", BAD_LOOKUP),
         ("radial_basis", "basis", BAD_BASIS),
         ("nearest", "()", BAD_SEARCH),
+        ("sparse_row_adam", "(0.1, 0.9, 0.99, 1e-8)", BAD_STEP),
     ],
-    ids=["grid", "mlp", "groups", "lookup", "basis", "search"],
+    ids=["grid", "mlp", "groups", "lookup", "basis", "search", "step"],
 )
 def test_bad_arguments_of_the_kernels_are_sentences(op, settings, bad):
     calls = "".join(f"    on_cuda('{op}', {arguments}, *{settings})\n" for arguments in bad.values())
     for sentence, line in zip(bad, run(PREPARE + calls).splitlines(), strict=True):
-        assert line.startswith(f"RuntimeError: {op}: ") and sentence in line, line
+        named = "SparseRowAdam" if op == "sparse_row_adam" else op
+        assert line.startswith(f"RuntimeError: {named}: ") and sentence in line, line
 
 
 def test_cuda_is_not_forced_onto_cpu_tensors():

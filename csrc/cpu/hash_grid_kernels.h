@@ -16,6 +16,7 @@ struct Piece {
   int64_t begin, end, pitch;
   const S* x;                // [D] coordinates
   int64_t features;          // row stride of table and sums
+  bool beyond_cache;         // whether rows are rarely in the second-level cache
   const T* table = nullptr;  // rows of this level, at the first of the F features
   const S* g = nullptr;      // [F] gradient of the value
   const S* gj = nullptr;     // [F * D] gradient of the Jacobian
@@ -41,8 +42,9 @@ struct Kernels {
   Scatter backward_table, jacobian_backward_table, along_backward_table;
 };
 
-// The loops for as many of the remaining features as they take at once. Instantiated in hash_grid_loops.cpp.
+// The loops for as many of the remaining features, the whole row or its rest, as they take at once. Instantiated in
+// hash_grid_loops.cpp.
 template <class S, class T>
-Kernels<S, T> kernels_for(int dims, bool nearest, int features);
+Kernels<S, T> kernels_for(int dims, bool nearest, int features, bool whole);
 
 }  // namespace camk::cpu

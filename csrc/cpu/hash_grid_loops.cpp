@@ -8,18 +8,19 @@ namespace {
 
 // How far ahead rows are prefetched. Without, the forward pass over levels larger than the second-level cache takes 1.2
 // to 1.4 times as long; one, two and four blocks differ by less than the noise.
-constexpr int64_t kBlocksAhead = 2;
+constexpr int64_t kBlocksAhead = 4;
 // How far ahead coordinates and gradients are: between random rows the processor does not see that these are read in
 // order. Without, the scattering pass over 16 levels takes 1.3 times as long (Zen 3); other distances were not tried.
 constexpr int64_t kNumbersAhead = 128;
 
-// What all loops share. D axes (0: any number, and nearest lookups too), F features at a time.
-template <class C, class T, int D, int F>
+// What all loops share. D axes (0: any number, and nearest lookups too), F features at a time, whole rows of the table
+// or parts of them.
+template <class C, class T, int D, int F, bool Whole>
 struct Loop {
   using S = typename scalar_of<C>::type;
   using P = Piece<S, T>;
   // Written-out corners are 1.1 to 1.3 times faster and cost most of the compile time: where speed matters most.
-  static constexpr bool kHot = lanes_of<C> > 1 && (D == 2 || D == 3) && F == 2 && !std::is_same_v<T, Half>;
+  static constexpr bool kHot = lanes_of<C> > 1 && (D == 2 || D == 3) && F == 2 && Whole && !std::is_same_v<T, Half>;
   using Corners = math::Stencil<D, C, false, kHot>;
   using RolledCorners = math::Stencil<D, C, false, false>;
   using Index = typename Corners::Index;
@@ -29,6 +30,7 @@ struct Loop {
   using Rows = Vec<Row, kAxes>;
 
   CAMK_HD static int dims(const P& p) { return D > 0 ? D : p.dims; }
+  CAMK_HD static int64_t stride(const P& p) { return Whole ? F : p.features; }
   CAMK_HD static C load_streamed(const S* from) {
     if constexpr (lanes_of<C> > 1) __builtin_prefetch(from + kNumbersAhead);
     return load_lanes<C>(from);
@@ -74,10 +76,11 @@ struct Loop {
   // The same with the rows of later blocks on their way to the cache.
   template <class Stencil, class Number, class Body>
   CAMK_HD static void each_ahead(const P& p, const Number* rows, Body body) {
+    const int64_t last = p.beyond_cache ? p.end : 0;
     for (int64_t i = p.begin; i < p.end; i += lanes_of<C>) {
-      if (const int64_t ahead = i + kBlocksAhead * lanes_of<C>; ahead < p.end) {
+      if (const int64_t ahead = i + kBlocksAhead * lanes_of<C>; ahead < last) {
         const Stencil s(p.level, dims(p), load_point(p, p.x, ahead), p.interpolation);
-        s.each_corner([&](int c) CAMK_INLINED { prefetch_rows(rows, p.features, s.index(c)); });
+        s.each_corner([&](int c) CAMK_INLINED { prefetch_rows(rows, stride(p), s.index(c)); });
       }
       body(i, Stencil(p.level, dims(p), load_point(p, p.x, i), p.interpolation));
     }
@@ -85,15 +88,15 @@ struct Loop {
 };
 
 // Loops that read the table.
-template <class C, class T, int D, int F>
-struct ReadLoops : Loop<C, T, D, F> {
-  using Base = Loop<C, T, D, F>;
+template <class C, class T, int D, int F, bool Whole>
+struct ReadLoops : Loop<C, T, D, F, Whole> {
+  using Base = Loop<C, T, D, F, Whole>;
   using Base::load_point, Base::load_row, Base::load_rows_of, Base::store_point, Base::store_row, Base::store_rows_of;
   using typename Base::Corners, typename Base::P, typename Base::Point, typename Base::RolledCorners,
       typename Base::Row, typename Base::Rows;
 
   CAMK_HD static auto fetcher(const P& p) {
-    return [table = p.table, stride = p.features](typename Corners::Index i)
+    return [table = p.table, stride = Base::stride(p)](typename Corners::Index i)
                CAMK_INLINED { return load_rows<F, C, T>(table, stride, i); };
   }
 
@@ -145,14 +148,14 @@ struct ReadLoops : Loop<C, T, D, F> {
 };
 
 // Loops that add to the table gradient.
-template <class C, class A, int D, int F>
-struct ScatterLoops : Loop<C, A, D, F> {
-  using Base = Loop<C, A, D, F>;
+template <class C, class A, int D, int F, bool Whole>
+struct ScatterLoops : Loop<C, A, D, F, Whole> {
+  using Base = Loop<C, A, D, F, Whole>;
   using Base::load_point, Base::load_row, Base::load_rows_of;
   using typename Base::Corners, typename Base::RolledCorners;
   using P = ScatterPiece<typename Base::S, A>;
 
-  CAMK_HD static auto adder(const P& p) { return RowAdder<F, C, A>{p.sums, p.features, p.first, p.count}; }
+  CAMK_HD static auto adder(const P& p) { return RowAdder<F, C, A>{p.sums, Base::stride(p), p.first, p.count}; }
 
   static void backward_table(const P& p) {
     Base::template each_ahead<Corners>(p, p.sums, [&](int64_t i, const Corners& s) CAMK_INLINED {
@@ -171,10 +174,10 @@ struct ScatterLoops : Loop<C, A, D, F> {
   }
 };
 
-template <class C, class T, int D, int F>
+template <class C, class T, int D, int F, bool Whole = false>
 constexpr Kernels<typename scalar_of<C>::type, T> loops() {
-  using R = ReadLoops<C, T, D, F>;
-  using W = ScatterLoops<C, accumulator_of<T>, D, F>;
+  using R = ReadLoops<C, T, D, F, Whole>;
+  using W = ScatterLoops<C, accumulator_of<T>, D, F, Whole>;
   return {F,
           R::value,
           R::jacobian,
@@ -190,11 +193,12 @@ constexpr Kernels<typename scalar_of<C>::type, T> loops() {
 // Few features: points fill the lanes. Many: the features of one point do; half types, whose rows are short, never get
 // there.
 template <class T, int D>
-Kernels<float, T> specialised(int features) {
+Kernels<float, T> specialised(int features, bool whole) {
   if constexpr (std::is_same_v<T, float>) {
     if (features >= 8) return loops<float, T, D, 8>();
     if (features >= 4) return loops<float, T, D, 4>();
   }
+  if (features == 2 && whole) return loops<Floats, T, D, 2, true>();
   if (features >= 2) return loops<Floats, T, D, 2>();
   return loops<Floats, T, D, 1>();
 }
@@ -203,23 +207,23 @@ Kernels<float, T> specialised(int features) {
 
 // What is not specialised (float64, nearest lookups, 1 axis or more than 4) takes one feature of one point at a time.
 template <class S, class T>
-Kernels<S, T> kernels_for(int dims, bool nearest, int features) {
+Kernels<S, T> kernels_for(int dims, bool nearest, int features, bool whole) {
   if constexpr (std::is_same_v<S, float>) {
-    if (dims == 2 && !nearest) return specialised<T, 2>(features);
-    if (dims == 3 && !nearest) return specialised<T, 3>(features);
+    if (dims == 2 && !nearest) return specialised<T, 2>(features, whole);
+    if (dims == 3 && !nearest) return specialised<T, 3>(features, whole);
     if constexpr (std::is_same_v<T, float>) {
-      if (dims == 4 && !nearest) return specialised<T, 4>(features);
+      if (dims == 4 && !nearest) return specialised<T, 4>(features, whole);
     }
   }
   return loops<S, T, 0, 1>();
 }
 
-template Kernels<float, float> kernels_for(int, bool, int);
-template Kernels<float, Half> kernels_for(int, bool, int);
-template Kernels<float, BFloat16> kernels_for(int, bool, int);
-template Kernels<double, double> kernels_for(int, bool, int);
-template Kernels<double, float> kernels_for(int, bool, int);
-template Kernels<double, Half> kernels_for(int, bool, int);
-template Kernels<double, BFloat16> kernels_for(int, bool, int);
+template Kernels<float, float> kernels_for(int, bool, int, bool);
+template Kernels<float, Half> kernels_for(int, bool, int, bool);
+template Kernels<float, BFloat16> kernels_for(int, bool, int, bool);
+template Kernels<double, double> kernels_for(int, bool, int, bool);
+template Kernels<double, float> kernels_for(int, bool, int, bool);
+template Kernels<double, Half> kernels_for(int, bool, int, bool);
+template Kernels<double, BFloat16> kernels_for(int, bool, int, bool);
 
 }  // namespace camk::cpu

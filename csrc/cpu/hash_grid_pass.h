@@ -10,7 +10,9 @@ namespace camk::cpu {
 
 // Scratch of a chunk stays about this large. Every level's table is read once per chunk, which at 2^18 points of 16 x 2
 // channels costs 5 % of the time; less memory costs more, more memory gains nothing.
-inline constexpr int64_t kScratchBytes = 40 << 20;
+inline const int64_t kScratchBytes = getenv("KSB") ? atoll(getenv("KSB")) << 10 : 40 << 20;
+
+inline const double kCacheBytes = getenv("KCB") ? atoll(getenv("KCB")) << 10 : 1 << 20;
 
 // S: coordinate arithmetic, T: table storage.
 template <class S, class T>
@@ -27,7 +29,7 @@ class Pass {
     numbers_ = reinterpret_cast<S*>(round_up(reinterpret_cast<intptr_t>(write<uint8_t>(memory_)), 64));
     status_ = reinterpret_cast<uint16_t*>(numbers_ + pitch_ * numbers);
     for (int f = 0; f < grid.features; f += loops_.back().features) {
-      loops_.push_back(kernels_for<S, T>(grid.dims, grid.nearest(), grid.features - f));
+      loops_.push_back(kernels_for<S, T>(grid.dims, grid.nearest(), grid.features - f, f == 0));
     }
   }
 
@@ -92,7 +94,15 @@ class Pass {
     piece.dims = grid_.dims, piece.interpolation = grid_.interpolation;
     piece.begin = begin, piece.end = end, piece.pitch = pitch_;
     piece.x = numbers_, piece.features = grid_.features;
+    piece.beyond_cache = rows_in_use(piece.level) * grid_.features * sizeof(T) > kCacheBytes;
     return piece;
+  }
+
+  // Entries of a level that points between 0 and 1 can touch.
+  double rows_in_use(const math::Level& level) const {
+    double vertices = 1;
+    for (int d = 0; d < grid_.dims; ++d) vertices *= level.scale[d] + 2;
+    return std::min(vertices, double(level.size));
   }
 
   const launch::Grid& grid_;

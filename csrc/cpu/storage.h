@@ -65,9 +65,17 @@ using accumulator_of = std::conditional_t<std::is_same_v<T, double>, double, flo
 // kLanes pairs of float32, pair k at base + 2 index[k].
 CAMK_HD Vec<Floats, 2> load_pairs(const float* base, Words index) {
 #if defined(__AVX512F__)
-  const __m512i i = (__m512i)index.v;
-  const __m512d a = _mm512_i32gather_pd(_mm512_castsi512_si256(i), base, 8);
-  const __m512d b = _mm512_i32gather_pd(_mm512_extracti64x4_epi64(i, 1), base, 8);
+  alignas(64) uint32_t at[kLanes];
+  index.store(at);
+  const double* pairs = reinterpret_cast<const double*>(base);
+  const auto eight = [&](int k) CAMK_INLINED {
+    const auto two = [&](int k) CAMK_INLINED { return _mm_loadh_pd(_mm_load_sd(pairs + at[k]), pairs + at[k + 1]); };
+    __m512d r = _mm512_castpd128_pd512(two(k));
+    r = _mm512_insertf64x2(r, two(k + 2), 1);
+    r = _mm512_insertf64x2(r, two(k + 4), 2);
+    return _mm512_insertf64x2(r, two(k + 6), 3);
+  };
+  const __m512d a = eight(0), b = eight(8);
   const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
   return {{Floats(_mm512_permutex2var_ps(_mm512_castpd_ps(a), even, _mm512_castpd_ps(b))),

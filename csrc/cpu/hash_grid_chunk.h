@@ -14,6 +14,18 @@ namespace camk::cpu {
 // Status of a point: bits 0..6 clamped axes, then the states that concern all axes.
 inline constexpr uint16_t kZeroPoint = 1 << 8, kNanPoint = 1 << 9;
 
+inline const int64_t kRowBlock = getenv("KRB") ? atoll(getenv("KRB")) : 64;
+
+inline bool getenv_nt(){static bool b=!getenv("NONT");return b;}
+inline void finish_copies() { _mm_sfence(); }
+inline void copy_around_cache(const void* from, int64_t bytes, void* to) {
+  const char* a = static_cast<const char*>(from);
+  char* b = static_cast<char*>(to);
+  if (getenv_nt() && reinterpret_cast<intptr_t>(b) % 64 == 0 && bytes % 64 == 0) {
+    for (int64_t i = 0; i < bytes; i += 64) _mm512_stream_si512((__m512i*)(b + i), _mm512_loadu_si512(a + i));
+  } else memcpy(to, from, bytes);
+}
+
 template <class S>
 struct Chunk {
   const launch::Grid& grid;
@@ -53,17 +65,23 @@ struct Chunk {
                                     bool special) const {
     const int64_t each = std::max(axes, 1), width = grid.channels() * each;
     const int64_t filled = each * grid.features * grid.active_levels;
-    T* rows = out + (first + begin) * width;
-    transpose(channels + begin, filled, end - begin, pitch, rows, width);
-    for (int64_t i = 0; i < end - begin && filled < width; ++i) {
-      std::fill(rows + i * width + filled, rows + (i + 1) * width, T{});
+    std::vector<T> block(kRowBlock * width + 64 / sizeof(T));
+    T* rows = reinterpret_cast<T*>(round_up(reinterpret_cast<intptr_t>(block.data()), 64));
+    for (int64_t b = begin; b < end; b += kRowBlock) {
+      const int64_t count = std::min(kRowBlock, end - b);
+      transpose(channels + b, filled, count, pitch, rows, width);
+      for (int64_t i = 0; i < count && filled < width; ++i) {
+        std::fill(rows + i * width + filled, rows + (i + 1) * width, T{});
+      }
+      for (int64_t i = 0; i < count && special; ++i) {
+        T* row = rows + i * width;
+        const int64_t kept = each * grid.features * active_levels(b + i);
+        mend(row, kept, axes, status[b + i]);
+        std::fill(row + kept, row + filled, T{});
+      }
+      copy_around_cache(rows, count * width * sizeof(T), out + (first + b) * width);
     }
-    for (int64_t i = begin; i < end && special; ++i) {
-      T* row = rows + (i - begin) * width;
-      const int64_t kept = each * grid.features * active_levels(i);
-      mend(row, kept, axes, status[i]);
-      std::fill(row + kept, row + filled, T{});
-    }
+    finish_copies();
   }
 
   // Rows of a gradient -> channels of the active levels, 0 where the point must not pass a gradient on.

@@ -35,8 +35,8 @@ struct ScatterPiece : Piece<S, A> {
 
 template <class S, class T>
 struct Kernels {
-  using Read = void (*)(const Piece<S, T>&);
-  using Scatter = void (*)(const ScatterPiece<S, accumulator_of<T>>&);
+  using Read = void (*)(Piece<S, T>);
+  using Scatter = void (*)(ScatterPiece<S, accumulator_of<T>>);
   int features;  // F
   Read value, jacobian, backward_x, jacobian_backward_x, along, along_backward_x;
   Scatter backward_table, jacobian_backward_table, along_backward_table;

@@ -6,9 +6,9 @@
 namespace camk::cpu {
 namespace {
 
-// How far ahead rows are prefetched. Without, the forward pass over levels larger than the second-level cache takes 1.2
-// to 1.4 times as long; one, two and four blocks differ by less than the noise.
-constexpr int64_t kBlocksAhead = 4;
+// How far ahead the entries of the corners are found, and their rows prefetched where the level is larger than the
+// cache. What a block needs takes longer to arrive than the processor looks ahead.
+constexpr int kBlocksAhead = 4;
 // How far ahead coordinates and gradients are: between random rows the processor does not see that these are read in
 // order. Without, the scattering pass over 16 levels takes 1.3 times as long (Zen 3); other distances were not tried.
 constexpr int64_t kNumbersAhead = 128;
@@ -23,7 +23,6 @@ struct Loop {
   static constexpr bool kHot = lanes_of<C> > 1 && (D == 2 || D == 3) && F == 2 && Whole && !std::is_same_v<T, Half>;
   using Corners = math::Stencil<D, C, false, kHot>;
   using RolledCorners = math::Stencil<D, C, false, false>;
-  using Index = typename Corners::Index;
   static constexpr int kAxes = Corners::kAxes;
   using Point = Vec<C, kAxes>;
   using Row = Vec<C, F>;
@@ -65,24 +64,36 @@ struct Loop {
     }
   }
 
-  // body(i, corners) for every block of points.
-  template <class Stencil, class Body>
-  CAMK_HD static void each(const P& p, Body body) {
-    for (int64_t i = p.begin; i < p.end; i += lanes_of<C>) {
-      body(i, Stencil(p.level, dims(p), load_point(p, p.x, i), p.interpolation));
-    }
+  // A block of points whose corners have been found.
+  struct Found {
+    alignas(64) uint32_t entries[1 << kAxes][lanes_of<C>];
+    Point t;
+  };
+  template <class Stencil>
+  struct Placed : Stencil::Base {
+    const Found& found;
+    CAMK_HD Placed(const P& p, const Found& block) : Stencil::Base(p.level, dims(p), block.t, p.interpolation), found(block) {}
+    CAMK_HD const uint32_t* index(int corner) const { return found.entries[corner]; }
+  };
+  template <class Stencil, class Number>
+  CAMK_HD static void find(const P& p, int64_t i, const Number* rows, Found& block) {
+    const Stencil s(p.level, dims(p), load_point(p, p.x, i), p.interpolation);
+    s.each_corner([&](int c) CAMK_INLINED { store_lanes(block.entries[c], s.index(c)); });
+    block.t = s.t;
+    if (!p.beyond_cache) return;
+    s.each_corner([&](int c) CAMK_INLINED { prefetch_rows<lanes_of<C>>(rows, stride(p), block.entries[c]); });
   }
 
-  // The same with the rows of later blocks on their way to the cache.
+  // body(i, corners) for every block of points. rows: what the body will read or add to.
   template <class Stencil, class Number, class Body>
-  CAMK_HD static void each_ahead(const P& p, const Number* rows, Body body) {
-    const int64_t last = p.beyond_cache ? p.end : 0;
-    for (int64_t i = p.begin; i < p.end; i += lanes_of<C>) {
-      if (const int64_t ahead = i + kBlocksAhead * lanes_of<C>; ahead < last) {
-        const Stencil s(p.level, dims(p), load_point(p, p.x, ahead), p.interpolation);
-        s.each_corner([&](int c) CAMK_INLINED { prefetch_rows(rows, stride(p), s.index(c)); });
-      }
-      body(i, Stencil(p.level, dims(p), load_point(p, p.x, i), p.interpolation));
+  CAMK_HD static void each(const P& p, const Number* rows, Body body) {
+    Found blocks[kBlocksAhead];
+    constexpr int64_t kAhead = kBlocksAhead * lanes_of<C>;
+    int slot = 0;
+    for (int64_t i = p.begin - kAhead; i < p.end; i += lanes_of<C>) {
+      if (i >= p.begin) body(i, Placed<Stencil>(p, blocks[slot]));
+      if (i + kAhead < p.end) find<Stencil>(p, i + kAhead, rows, blocks[slot]);
+      slot = (slot + 1) % kBlocksAhead;
     }
   }
 };
@@ -96,19 +107,19 @@ struct ReadLoops : Loop<C, T, D, F, Whole> {
       typename Base::Row, typename Base::Rows;
 
   CAMK_HD static auto fetcher(const P& p) {
-    return [table = p.table, stride = Base::stride(p)](typename Corners::Index i)
-               CAMK_INLINED { return load_rows<F, C, T>(table, stride, i); };
+    return [table = p.table, stride = Base::stride(p)](const uint32_t* entries)
+               CAMK_INLINED { return load_rows<F, C, T>(table, stride, entries); };
   }
 
-  static void value(const P& p) {
-    Base::template each_ahead<Corners>(p, p.table, [&](int64_t i, const Corners& s) CAMK_INLINED {
+  static void value(P p) {
+    Base::template each<Corners>(p, p.table, [&](int64_t i, const auto& s) CAMK_INLINED {
       Row y{};
       math::grid_value(s, fetcher(p), y);
       store_row(p, p.y, i, y);
     });
   }
-  static void jacobian(const P& p) {
-    Base::template each_ahead<Corners>(p, p.table, [&](int64_t i, const Corners& s) CAMK_INLINED {
+  static void jacobian(P p) {
+    Base::template each<Corners>(p, p.table, [&](int64_t i, const auto& s) CAMK_INLINED {
       Row y{};
       Rows j{};
       math::grid_jacobian(s, fetcher(p), y, j);
@@ -116,30 +127,30 @@ struct ReadLoops : Loop<C, T, D, F, Whole> {
       store_rows_of(p, p.j, i, j);
     });
   }
-  static void backward_x(const P& p) {
-    Base::template each_ahead<Corners>(p, p.table, [&](int64_t i, const Corners& s) CAMK_INLINED {
+  static void backward_x(P p) {
+    Base::template each<Corners>(p, p.table, [&](int64_t i, const auto& s) CAMK_INLINED {
       Point gx = load_point(p, p.gx, i);
       math::grid_backward_x(s, load_row(p, p.g, i), fetcher(p), gx);
       store_point(p, p.gx, i, gx);
     });
   }
-  static void jacobian_backward_x(const P& p) {
-    Base::template each<RolledCorners>(p, [&](int64_t i, const RolledCorners& s) CAMK_INLINED {
+  static void jacobian_backward_x(P p) {
+    Base::template each<RolledCorners>(p, p.table, [&](int64_t i, const auto& s) CAMK_INLINED {
       Point gx = load_point(p, p.gx, i);
       math::grid_jacobian_backward_x(s, load_rows_of(p, p.gj, i), fetcher(p), gx);
       store_point(p, p.gx, i, gx);
     });
   }
   // Adds to y, where value overwrites it.
-  static void along(const P& p) {
-    Base::template each<RolledCorners>(p, [&](int64_t i, const RolledCorners& s) CAMK_INLINED {
+  static void along(P p) {
+    Base::template each<RolledCorners>(p, p.table, [&](int64_t i, const auto& s) CAMK_INLINED {
       Row y = load_row(p, p.y, i);
       math::grid_along(s, load_point(p, p.v, i), fetcher(p), y);
       store_row(p, p.y, i, y);
     });
   }
-  static void along_backward_x(const P& p) {
-    Base::template each<RolledCorners>(p, [&](int64_t i, const RolledCorners& s) CAMK_INLINED {
+  static void along_backward_x(P p) {
+    Base::template each<RolledCorners>(p, p.table, [&](int64_t i, const auto& s) CAMK_INLINED {
       Point gx = load_point(p, p.gx, i);
       math::grid_along_backward_x(s, load_point(p, p.v, i), load_row(p, p.g, i), fetcher(p), gx);
       store_point(p, p.gx, i, gx);
@@ -157,18 +168,18 @@ struct ScatterLoops : Loop<C, A, D, F, Whole> {
 
   CAMK_HD static auto adder(const P& p) { return RowAdder<F, C, A>{p.sums, Base::stride(p), p.first, p.count}; }
 
-  static void backward_table(const P& p) {
-    Base::template each_ahead<Corners>(p, p.sums, [&](int64_t i, const Corners& s) CAMK_INLINED {
+  static void backward_table(P p) {
+    Base::template each<Corners>(p, p.sums, [&](int64_t i, const auto& s) CAMK_INLINED {
       math::grid_backward_table(s, load_row(p, p.g, i), adder(p));
     });
   }
-  static void jacobian_backward_table(const P& p) {
-    Base::template each<RolledCorners>(p, [&](int64_t i, const RolledCorners& s) CAMK_INLINED {
+  static void jacobian_backward_table(P p) {
+    Base::template each<RolledCorners>(p, p.sums, [&](int64_t i, const auto& s) CAMK_INLINED {
       math::grid_jacobian_backward_table(s, load_rows_of(p, p.gj, i), adder(p));
     });
   }
-  static void along_backward_table(const P& p) {
-    Base::template each<RolledCorners>(p, [&](int64_t i, const RolledCorners& s) CAMK_INLINED {
+  static void along_backward_table(P p) {
+    Base::template each<RolledCorners>(p, p.sums, [&](int64_t i, const auto& s) CAMK_INLINED {
       math::grid_along_backward_table(s, load_point(p, p.v, i), load_row(p, p.g, i), adder(p));
     });
   }

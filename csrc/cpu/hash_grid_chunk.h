@@ -42,6 +42,12 @@ struct Chunk {
   [[gnu::noinline]] bool settle(const S* rows, int64_t begin, int64_t end) const {
     const int dims = grid.dims;
     uint16_t any = 0;
+    if (all_inside(rows + (first + begin) * dims, (end - begin) * dims)) {
+      transpose(rows + (first + begin) * dims, end - begin, dims, dims, x + begin, pitch);
+      std::fill(status + begin, status + end, uint16_t(0));
+      for (int d = 0; d < dims; ++d) zero_padding(x + d * pitch, end);
+      return counts != nullptr;
+    }
     for (int64_t i = begin; i < end; ++i) {
       uint16_t bits = 0;
       for (int d = 0; d < dims; ++d) {
@@ -130,6 +136,12 @@ struct Chunk {
   }
 
  private:
+  // Whether none of these coordinates is changed by math::settle.
+  static bool all_inside(const S* numbers, int64_t count) {
+    int outside = 0;
+    for (int64_t i = 0; i < count; ++i) outside |= !(numbers[i] >= S(0)) | !(numbers[i] <= S(1));
+    return outside == 0;
+  }
   void zero_padding(S* channel, int64_t end) const {
     if (end == n) std::fill(channel + n, channel + pitch, S(0));
   }

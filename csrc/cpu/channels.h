@@ -29,7 +29,7 @@ template <>
 struct Tile<8, float, float> {
   CAMK_HD static void transpose(const float* from, int64_t from_pitch, float* to, int64_t to_pitch) {
     __m256 a[8], b[8];
-    for (int i = 0; i < 8; i++) a[i] = _mm256_loadu_ps(from + i * from_pitch);
+    for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(from + i * from_pitch);
     for (int i = 0; i < 8; i += 2) {
       b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
       b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
@@ -75,15 +75,16 @@ struct Tile<16, float, float> {
     });
   }
 };
-inline constexpr int kLargestTile = 16;
+template <class From, class To>
+inline constexpr int kLargestTile = std::is_same_v<From, float> && std::is_same_v<To, float> ? 16 : 8;
 #else
+template <class From, class To>
 inline constexpr int kLargestTile = 8;
 #endif
 
-// to[c * to_pitch + r] = from[r * from_pitch + c] for r < rows, c < columns, by tiles, what remains by smaller ones.
-template <int Side = kLargestTile, class From, class To>
-[[gnu::noinline]] void transpose(const From* from, int64_t rows, int64_t columns, int64_t from_pitch, To* to,
-                                 int64_t to_pitch) {
+// to[c * to_pitch + r] = from[r * from_pitch + c] for r < rows, c < columns: by tiles, what remains by smaller ones.
+template <int Side, class From, class To>
+void transpose_by(const From* from, int64_t rows, int64_t columns, int64_t from_pitch, To* to, int64_t to_pitch) {
   const int64_t whole_rows = rows / Side * Side, whole_columns = columns / Side * Side;
   for (int64_t r = 0; r < whole_rows; r += Side) {
     for (int64_t c = 0; c < whole_columns; c += Side) {
@@ -92,11 +93,17 @@ template <int Side = kLargestTile, class From, class To>
   }
   if constexpr (Side > 1) {
     constexpr int kSmaller = Side > 8 ? 8 : 1;
-    transpose<kSmaller>(from + whole_columns, whole_rows, columns - whole_columns, from_pitch,
-                        to + whole_columns * to_pitch, to_pitch);
-    transpose<kSmaller>(from + whole_rows * from_pitch, rows - whole_rows, columns, from_pitch, to + whole_rows,
-                        to_pitch);
+    transpose_by<kSmaller>(from + whole_columns, whole_rows, columns - whole_columns, from_pitch,
+                           to + whole_columns * to_pitch, to_pitch);
+    transpose_by<kSmaller>(from + whole_rows * from_pitch, rows - whole_rows, columns, from_pitch, to + whole_rows,
+                           to_pitch);
   }
+}
+
+template <class From, class To>
+[[gnu::noinline]] void transpose(const From* from, int64_t rows, int64_t columns, int64_t from_pitch, To* to,
+                                 int64_t to_pitch) {
+  transpose_by<kLargestTile<From, To>>(from, rows, columns, from_pitch, to, to_pitch);
 }
 
 }  // namespace camk::cpu

@@ -14,18 +14,6 @@ namespace camk::cpu {
 // Status of a point: bits 0..6 clamped axes, then the states that concern all axes.
 inline constexpr uint16_t kZeroPoint = 1 << 8, kNanPoint = 1 << 9;
 
-inline const int64_t kRowBlock = getenv("KRB") ? atoll(getenv("KRB")) : 64;
-
-inline bool getenv_nt(){static bool b=!getenv("NONT");return b;}
-inline void finish_copies() { _mm_sfence(); }
-inline void copy_around_cache(const void* from, int64_t bytes, void* to) {
-  const char* a = static_cast<const char*>(from);
-  char* b = static_cast<char*>(to);
-  if (getenv_nt() && reinterpret_cast<intptr_t>(b) % 64 == 0 && bytes % 64 == 0) {
-    for (int64_t i = 0; i < bytes; i += 64) _mm512_stream_si512((__m512i*)(b + i), _mm512_loadu_si512(a + i));
-  } else memcpy(to, from, bytes);
-}
-
 template <class S>
 struct Chunk {
   const launch::Grid& grid;
@@ -41,28 +29,16 @@ struct Chunk {
   // Fills x and status of [begin, end); returns whether any of these points needs special treatment.
   [[gnu::noinline]] bool settle(const S* rows, int64_t begin, int64_t end) const {
     const int dims = grid.dims;
-    uint16_t any = 0;
-    if (all_inside(rows + (first + begin) * dims, (end - begin) * dims)) {
-      transpose(rows + (first + begin) * dims, end - begin, dims, dims, x + begin, pitch);
+    const S* points = rows + (first + begin) * dims;
+    bool special = counts != nullptr;
+    if (all_inside(points, (end - begin) * dims)) {
+      transpose(points, end - begin, dims, dims, x + begin, pitch);
       std::fill(status + begin, status + end, uint16_t(0));
-      for (int d = 0; d < dims; ++d) zero_padding(x + d * pitch, end);
-      return counts != nullptr;
-    }
-    for (int64_t i = begin; i < end; ++i) {
-      uint16_t bits = 0;
-      for (int d = 0; d < dims; ++d) {
-        math::Status s;
-        x[d * pitch + i] = math::settle(rows[(first + i) * dims + d], grid.outside, s);
-        bits |= s == math::kClamped ? 1 << d : s == math::kZeroed ? kZeroPoint : s == math::kNotFinite ? kNanPoint : 0;
-      }
-      if (bits & (kZeroPoint | kNanPoint)) {
-        for (int d = 0; d < dims; ++d) x[d * pitch + i] = 0;
-      }
-      status[i] = bits & kNanPoint ? kNanPoint : bits;
-      any |= bits;
+    } else {
+      for (int64_t i = begin; i < end; ++i) special |= settle_point(points + (i - begin) * dims, i);
     }
     for (int d = 0; d < dims; ++d) zero_padding(x + d * pitch, end);
-    return any != 0 || counts != nullptr;
+    return special;
   }
 
   // Channels -> rows of out. axes: 0 for values, dims for Jacobians, whose channels run over the axes fastest.
@@ -71,23 +47,17 @@ struct Chunk {
                                     bool special) const {
     const int64_t each = std::max(axes, 1), width = grid.channels() * each;
     const int64_t filled = each * grid.features * grid.active_levels;
-    std::vector<T> block(kRowBlock * width + 64 / sizeof(T));
-    T* rows = reinterpret_cast<T*>(round_up(reinterpret_cast<intptr_t>(block.data()), 64));
-    for (int64_t b = begin; b < end; b += kRowBlock) {
-      const int64_t count = std::min(kRowBlock, end - b);
-      transpose(channels + b, filled, count, pitch, rows, width);
-      for (int64_t i = 0; i < count && filled < width; ++i) {
-        std::fill(rows + i * width + filled, rows + (i + 1) * width, T{});
-      }
-      for (int64_t i = 0; i < count && special; ++i) {
-        T* row = rows + i * width;
-        const int64_t kept = each * grid.features * active_levels(b + i);
-        mend(row, kept, axes, status[b + i]);
-        std::fill(row + kept, row + filled, T{});
-      }
-      copy_around_cache(rows, count * width * sizeof(T), out + (first + b) * width);
+    T* rows = out + (first + begin) * width;
+    transpose(channels + begin, filled, end - begin, pitch, rows, width);
+    for (int64_t i = 0; i < end - begin && filled < width; ++i) {
+      std::fill(rows + i * width + filled, rows + (i + 1) * width, T{});
     }
-    finish_copies();
+    for (int64_t i = begin; i < end && special; ++i) {
+      T* row = rows + (i - begin) * width;
+      const int64_t kept = each * grid.features * active_levels(i);
+      mend(row, kept, axes, status[i]);
+      std::fill(row + kept, row + filled, T{});
+    }
   }
 
   // Rows of a gradient -> channels of the active levels, 0 where the point must not pass a gradient on.
@@ -138,10 +108,26 @@ struct Chunk {
  private:
   // Whether none of these coordinates is changed by math::settle.
   static bool all_inside(const S* numbers, int64_t count) {
-    int outside = 0;
-    for (int64_t i = 0; i < count; ++i) outside |= !(numbers[i] >= S(0)) | !(numbers[i] <= S(1));
-    return outside == 0;
+    bool inside = true;
+    for (int64_t i = 0; i < count; ++i) inside &= (numbers[i] >= S(0)) & (numbers[i] <= S(1));
+    return inside;
   }
+
+  // Fills x and status of point i; returns whether it needs special treatment.
+  bool settle_point(const S* point, int64_t i) const {
+    uint16_t bits = 0;
+    for (int d = 0; d < grid.dims; ++d) {
+      math::Status s;
+      x[d * pitch + i] = math::settle(point[d], grid.outside, s);
+      bits |= s == math::kClamped ? 1 << d : s == math::kZeroed ? kZeroPoint : s == math::kNotFinite ? kNanPoint : 0;
+    }
+    if (bits & (kZeroPoint | kNanPoint)) {
+      for (int d = 0; d < grid.dims; ++d) x[d * pitch + i] = 0;
+    }
+    status[i] = bits & kNanPoint ? kNanPoint : bits;
+    return bits != 0;
+  }
+
   void zero_padding(S* channel, int64_t end) const {
     if (end == n) std::fill(channel + n, channel + pitch, S(0));
   }

@@ -67,9 +67,8 @@ using accumulator_of = std::conditional_t<std::is_same_v<T, double>, double, flo
 CAMK_HD Vec<Floats, 2> load_pairs(const float* base, const uint32_t* entries) {
 #if defined(__AVX2__)
   const double* pairs = reinterpret_cast<const double*>(base);
-  const auto two = [&](int i, int j) CAMK_INLINED {
-    return _mm_loadh_pd(_mm_load_sd(pairs + entries[i]), pairs + entries[j]);
-  };
+  const auto two = [&](int i, int j)
+                       CAMK_INLINED { return _mm_loadh_pd(_mm_load_sd(pairs + entries[i]), pairs + entries[j]); };
 #endif
 #if defined(__AVX512F__)
   const auto eight = [&](int i) CAMK_INLINED {
@@ -170,7 +169,8 @@ CAMK_HD void add_row(A* row, const A* value) {
   }
 }
 
-// Adds row k to base + stride entries[k], lane after lane; rows outside [first, first + count) belong to another thread.
+// Adds row k to base + stride entries[k], lane after lane; rows outside [first, first + count) belong to another
+// thread.
 template <int F, class C, class A>
 struct RowAdder {
   A* base;

@@ -70,6 +70,14 @@ CAMK_HD C gradient_of(Dual<C> x) {
   return x.along;
 }
 
+// 0, 1, ...
+template <class S>
+CAMK_HD Lanes<S> lane_numbers() {
+  Lanes<S> x;
+  for (int k = 0; k < lanes_of<Lanes<S>>; ++k) x.v[k] = S(k);
+  return x;
+}
+
 template <class C, class S>
 CAMK_HD C constant_pack(Lanes<S> x) {
   if constexpr (std::is_same_v<C, Lanes<S>>) {

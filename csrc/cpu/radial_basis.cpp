@@ -226,24 +226,27 @@ class RadialDerivative {
   Rows<S> grad_rows_;  // of the points at a time, where the tensor's own do not serve
 };
 
-// A tensor for sums, zeros; empty(0) where it is not wanted.
-Tensor zeros_like(const Tensor& like, bool wanted) {
-  if (!wanted) return empty(like, {0});
-  return zeros(like, {like.size(0), like.size(1)}, like.scalar_type());
+// A tensor for a gradient; empty(0) where it is not wanted.
+Tensor fresh(const Tensor& like, bool wanted) { return wanted ? in_large_pages(empty_as(like)) : empty(like, {0}); }
+
+// One for sums, zeros.
+Tensor fresh_zeros(const Tensor& like, bool wanted) {
+  const Tensor made = fresh(like, wanted);
+  char* bytes = static_cast<char*>(made.mutable_data_ptr());
+  torch::stable::parallel_for(0, made.numel() * int64_t(made.element_size()), 1 << 20,
+                              [&](int64_t begin, int64_t end) { std::memset(bytes + begin, 0, size_t(end - begin)); });
+  return made;
 }
 
 RadialResults derivative(const RadialCall& call, const Tensor& grad, const RadialWishes& wishes, bool second) {
   check_call(call);
   check_number(grad, "grad_y", call.features().scalar_type(), {call.x().size(0), call.features().size(1)});
   require(!wishes.phase || call.at.phase, kOp, ": there is no phase");
-  const auto fresh = [](const Tensor& like, bool wanted) {
-    return wanted ? in_large_pages(empty_as(like)) : empty(like, {0});
-  };
   const RadialResults results{fresh(grad, wishes.grad),
                               fresh(call.x(), wishes.x),
-                              zeros_like(*call.at.centers, wishes.centers),
-                              zeros_like(*call.at.shapes, wishes.shapes),
-                              zeros_like(call.features(), wishes.features),
+                              fresh_zeros(*call.at.centers, wishes.centers),
+                              fresh_zeros(*call.at.shapes, wishes.shapes),
+                              fresh_zeros(call.features(), wishes.features),
                               fresh(call.at.phase ? *call.at.phase : call.x(), wishes.phase)};
   with_arithmetic(call, [&]<class S>(Tag<S>) {
     const PreparedCall<S> prepared(call);

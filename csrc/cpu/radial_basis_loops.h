@@ -16,7 +16,7 @@ struct RadialLoops {
   static constexpr int kWidth = lanes_of<Pack>;
   using BlockRows = Vec<int64_t, kWidth>;
   // Blocks of points whose kernels are fetched in advance.
-  static constexpr int64_t kBlocksAhead = 2;
+  static constexpr int64_t kBlocksAhead = 1;
 
   const Problem& problem;
 
@@ -27,7 +27,9 @@ struct RadialLoops {
   CAMK_HD math::RadialKernel<D, C> kernel(const Vec<C, D>& x, const int32_t* kernels) const {
     math::RadialKernel<D, C> found;
     found.kind = problem.kind, found.form = problem.shape, found.x = x;
-    const auto row = [&](int l) CAMK_INLINED { return int64_t(std::max(kernels[l], 0)); };
+    int32_t rows[kWidth];
+    for (int l = 0; l < kWidth; ++l) rows[l] = std::max(kernels[l], 0);
+    const auto row = [&](int l) CAMK_INLINED { return int64_t(rows[l]); };
     gather_operand<D>(problem.centers, row, found.center.v);
     if (math::radial_ignores_shape(problem.kind, problem.shape)) {
       found.form = math::RadialShape::kIsotropic, found.shape[0] = C(1);
@@ -59,7 +61,7 @@ struct RadialLoops {
   // Weights of the points from begin, the first of a block, to end.
   void weigh(Pairs& pairs, int64_t begin, int64_t end) const {
     for (int64_t i = begin; i < end; i += kWidth) {
-      prefetch_points(i + 3 * kBlocksAhead * kWidth);
+      prefetch_points(i + 4 * kBlocksAhead * kWidth);
       prefetch_kernels(i + kBlocksAhead * kWidth);
       const int64_t block = (i - pairs.begin) / kWidth, at = block * problem.per_point;
       int32_t* kernels = pairs.kernels.data() + at * kWidth;
@@ -162,14 +164,19 @@ struct RadialLoops {
   }
   CAMK_HD void prefetch_kernels(int64_t i) const {
     if (!problem.neighbors) return;
+    const S *centers = problem.centers.value, *shapes = problem.shapes.value;
+    const int64_t per_point = problem.per_point, width = problem.shape_width;
     for (int64_t end = std::min(i + kWidth, problem.points); i < end; ++i) {
       const int32_t* kernels = problem.kernels_of(problem.point_at(i));
-      for (int64_t j = 0; j < problem.per_point; ++j) {
-        __builtin_prefetch(problem.centers.value + int64_t(kernels[j]) * D);
-        __builtin_prefetch(problem.shapes.value + int64_t(kernels[j]) * problem.shape_width);
+      for (int64_t j = 0; j < per_point; ++j) {
+        const S* shape = shapes + kernels[j] * width;
+        __builtin_prefetch(centers + int64_t(kernels[j]) * D);
+        __builtin_prefetch(shape);
+        if (width > 4) __builtin_prefetch(shape + width - 1);
       }
     }
   }
+
   // Gradients in the weights u = scale phi of a block of points into those in phi.
   void back_to_kernels(Pairs& pairs, int64_t block) const {
     const C* u = pairs.u.data() + block * problem.per_point;

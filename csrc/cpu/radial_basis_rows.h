@@ -74,8 +74,9 @@ class RadialRows {
     for (int turn = 0; at < end || groups[turn].count > 0; turn = 1 - turn) {
       Group &next = groups[1 - turn], &group = groups[turn];
       next.count = 0, next.within = true;
-      for (; at < end && next.count < kGroup; ++at) list(pairs, pair(at), g, sums, slopes, next);
+      for (; at < end && next.count < kGroup; ++at) list(pairs, pair(at), g, next);
       with_waves(group.within, [&](int64_t c, const auto& waves) CAMK_INLINED {
+        prefetch(next, c, waves, sums, slopes);
         slopes ? add_slopes(group, c, waves, sums, of_phase) : add_features(group, c, waves, sums.features);
       });
       for (int64_t n = 0; weights && n < group.count; ++n) {
@@ -155,21 +156,28 @@ class RadialRows {
     }
   }
 
-  // Adds a pair to a group, unless its point has no value, and fetches its rows.
+  // Adds a pair to a group, unless its point has no value.
   template <class Row>
-  CAMK_HD void list(const Pairs& pairs, uint32_t pair, const Row& g, const RadialSums<S>& sums, bool slopes,
-                    Group& to) const {
-    const int64_t kernel = pairs.kernels[pair], row = kernel * problem_.pitch;
+  CAMK_HD void list(const Pairs& pairs, uint32_t pair, const Row& g, Group& to) const {
+    const int64_t kernel = pairs.kernels[pair];
     if (kernel < 0) return;
     const uint32_t block = pair / pairs.block, lane = pair % kWidth;
-    const S* cotangent = g(pairs.begin + int64_t(block) * kWidth + lane);
-    const bool first_of_point = pair / kWidth == block * uint32_t(problem_.per_point);
-    if (problem_.order && first_of_point) prefetch_row(cotangent);
-    if (sums.features) prefetch_row(sums.features + row);
-    if (slopes) prefetch_row(problem_.features.value + row);
     to.within &= pairs.within[block] != 0;
     to.slopes[to.count] = C(0);
-    to.pairs[to.count++] = {cotangent, row, lane_of(pairs.u[pair / kWidth], lane), pair};
+    to.pairs[to.count++] = {g(pairs.begin + int64_t(block) * kWidth + lane), kernel * problem_.pitch,
+                            lane_of(pairs.u[pair / kWidth], lane), pair};
+  }
+
+  template <class Waves, int kPacks>
+  CAMK_HD void prefetch(const Group& group, int64_t c, const Vec<Waves, kPacks>&, const RadialSums<S>& sums,
+                        bool features) const {
+    const S *values = problem_.features.value + c, *gradients = sums.features + c;
+    for (int64_t n = 0; n < group.count; ++n) {
+      const Listed& pair = group.pairs[n];
+      if (problem_.order) prefetch<kPacks>(pair.g + c);
+      if (sums.features) prefetch<kPacks>(gradients + pair.row);
+      if (features) prefetch<kPacks>(values + pair.row);
+    }
   }
 
   template <class Waves, int kPacks>
@@ -205,22 +213,21 @@ class RadialRows {
     }
   }
 
-  // Addresses that are fetched in advance need not exist.
-  CAMK_HD void prefetch_row(const S* row) const {
-    for (int64_t c = 0; c < problem_.pitch; c += kPerLine) __builtin_prefetch(row + c);
+  // Some packs of a row, which need not exist.
+  template <int kPacks>
+  CAMK_HD static void prefetch(const S* row) {
+    constexpr int kLine = 64 / sizeof(S), kLines = (kPacks * kWidth + kLine - 1) / kLine;
+    unroll<kLines>([&](int line) CAMK_INLINED { __builtin_prefetch(row + line * kLine); });
   }
-  // The features of a point's kernels from c on, as many as `kPacks` packs.
+  // Those of the features of a point's kernels.
   template <int kPacks>
   CAMK_HD void prefetch_features(int64_t i, int64_t c) const {
     if (!problem_.neighbors || i >= problem_.points) return;
     const int32_t* kernels = problem_.kernels_of(problem_.point_at(i));
+    const S* features = problem_.features.value + c;
     const int64_t pitch = problem_.pitch, per_point = problem_.per_point;
-    for (int64_t j = 0; j < per_point; ++j) {
-      const S* row = problem_.features.value + kernels[j] * pitch + c;
-      for (int64_t line = 0; line < kPacks * kWidth; line += kPerLine) __builtin_prefetch(row + line);
-    }
+    for (int64_t j = 0; j < per_point; ++j) prefetch<kPacks>(features + kernels[j] * pitch);
   }
-  static constexpr int64_t kPerLine = 64 / sizeof(S);  // numbers in a line of a cache
 
   const RadialProblem<S>& problem_;
 };

@@ -88,7 +88,7 @@ class RadialRows {
 
  private:
   static constexpr int kWidth = lanes_of<Pack>;
-  // Points whose rows of features are fetched in advance, and pairs whose rows are.
+  // Points whose rows of features are fetched in advance; pairs of a group, whose rows are.
   static constexpr int64_t kRowsAhead = 4, kGroup = 32;
 
   template <bool kWithin, int kPacks>
@@ -174,7 +174,7 @@ class RadialRows {
     const S *values = problem_.features.value + c, *gradients = sums.features + c;
     for (int64_t n = 0; n < group.count; ++n) {
       const Listed& pair = group.pairs[n];
-      if (problem_.order) prefetch<kPacks>(pair.g + c);
+      prefetch<kPacks>(pair.g + c);
       if (sums.features) prefetch<kPacks>(gradients + pair.row);
       if (features) prefetch<kPacks>(values + pair.row);
     }

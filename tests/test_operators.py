@@ -206,9 +206,6 @@ def form(tensor):
 
 @pytest.mark.parametrize(("case", "dtype"), samples())
 def test_unwanted_gradients_are_empty_and_change_nothing(case, dtype):
-    # where no slope is wanted, a radial basis takes another polynomial for the sine of float32: as exact, not the same
-    waves = case.op == "radial_basis" and dtype == torch.float32
-    rounding = {"rtol": 1e-6, "atol": 1e-6} if waves else {"rtol": 0, "atol": 0}
     for operator, calls in recorded(case, dtype).items():
         if not masked(operator):
             continue
@@ -217,7 +214,7 @@ def test_unwanted_gradients_are_empty_and_change_nothing(case, dtype):
         for arguments in wishes(operator, most):
             for wish, some, every in zip(arguments[-1], results_of(operator, arguments), full, strict=True):
                 if wish:
-                    torch.testing.assert_close(some, every, **rounding)
+                    torch.testing.assert_close(some, every, rtol=0, atol=0)
                 else:
                     assert some == [] if isinstance(every, list) else some.shape == (0,)
 

@@ -117,7 +117,9 @@ CAMK_HD Bits load_first(const int32_t* from) {
 template <int F>
 CAMK_HD Vec<Floats, 2> pairs_of_rows(const float* base, Bits index) {
   if constexpr (F == 1) {
-    return load_pairs(base, Words((Words::Raw)index));
+    alignas(64) uint32_t entries[kLanes];
+    Words((Words::Raw)index).store(entries);
+    return load_pairs(base, entries);
   } else {
 #if defined(__AVX512F__)
     const auto pairs = (Floats::Raw)_mm512_i32gather_pd(_mm512_castsi512_si256((__m512i)index), base, 8);

@@ -43,29 +43,49 @@ inline constexpr int64_t kLargeTable = 4 << 20;
 // Points of a cell, on average.
 inline constexpr int64_t kCellPoints = 16;
 
-// The order of points [points, dims] by the cells of a grid over them.
-template <class S>
-Binned order_of_cells(const S* x, int64_t points, int dims) {
-  const int64_t side = int64_t(std::pow(double(points) / kCellPoints, 1.0 / dims)) + 1;
-  std::vector<S> low(dims, std::numeric_limits<S>::max()), high(dims, std::numeric_limits<S>::lowest()), scale(dims);
+// The order of points [points, D] by the cells of a grid over them.
+template <int D, class S>
+Binned order_of_cells(const S* x, int64_t points) {
+  const int64_t side = int64_t(std::pow(double(points) / kCellPoints, 1.0 / D)) + 1;
+  Vec<S, D> low, high, scale;
+  for (int a = 0; a < D; ++a) low[a] = std::numeric_limits<S>::max(), high[a] = std::numeric_limits<S>::lowest();
   for (int64_t i = 0; i < points; ++i) {
-    for (int a = 0; a < dims; ++a) {
-      const S at = x[i * dims + a];
+    for (int a = 0; a < D; ++a) {
+      const S at = x[i * D + a];
       low[a] = at < low[a] ? at : low[a], high[a] = at > high[a] ? at : high[a];  // NaN: neither
     }
   }
   int64_t cells = 1;
-  for (int a = 0; a < dims; ++a) scale[a] = S(side) / (high[a] - low[a]), cells *= side;
-  Binned order;
-  order.sort(points, cells, [&](int64_t i) {
-    int64_t cell = 0;
-    for (int a = 0; a < dims; ++a) {
-      const S at = (x[i * dims + a] - low[a]) * scale[a];
-      cell = cell * side + (at > 0 ? int64_t(std::min(at, S(side - 1))) : 0);
+  for (int a = 0; a < D; ++a) scale[a] = S(side) / (high[a] - low[a]), cells *= side;
+  std::vector<int32_t> cell_of(points);
+  parallel_points(points, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      int32_t cell = 0;
+      for (int a = 0; a < D; ++a) {
+        const S at = (x[i * D + a] - low[a]) * scale[a];
+        cell = cell * int32_t(side) + (at > 0 ? int32_t(std::min(at, S(side - 1))) : 0);
+      }
+      cell_of[i] = cell;
     }
-    return cell;
   });
+  Binned order;
+  order.sort(points, cells, [&](int64_t i) { return cell_of[i]; });
   return order;
+}
+
+// body(Constant<D>) for a number of axes.
+template <class Body>
+void with_dims(int dims, const Body& body) {
+  switch (dims) {
+    case 1:
+      return body(Constant<1>{});
+    case 2:
+      return body(Constant<2>{});
+    case 3:
+      return body(Constant<3>{});
+    default:
+      return body(Constant<4>{});
+  }
 }
 
 // The call as the loops see it, with what they read padded.
@@ -83,7 +103,9 @@ class PreparedCall {
       const Tensor& x = call.x();
       const int64_t count = call.features().size(0), pairs = x.size(0) * call.neighbors->size(1);
       const bool large = count * pitch_ * int64_t(sizeof(S)) >= kLargeTable && pairs >= 2 * count;
-      if (large && x.size(0) < int64_t(1) << 31) order_ = order_of_cells(read<S>(x), x.size(0), int(x.size(1)));
+      if (!large || x.size(0) >= int64_t(1) << 31) return;
+      with_dims(int(x.size(1)),
+                [&](auto dims) { order_ = order_of_cells<decltype(dims)::value>(read<S>(x), x.size(0)); });
       return;
     }
     all_.resize(call.features().size(0));

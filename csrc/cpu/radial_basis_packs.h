@@ -61,6 +61,15 @@ template <class S>
 CAMK_HD Dual<S> sum_of_lanes(Dual<Lanes<S>> x) {
   return {sum_of_lanes(x.value), sum_of_lanes(x.along)};
 }
+
+// 0, 1, ...
+template <class S>
+CAMK_HD Lanes<S> lane_numbers() {
+  Lanes<S> x;
+  for (int k = 0; k < lanes_of<Lanes<S>>; ++k) x.v[k] = S(k);
+  return x;
+}
+
 template <class C, class S>
 CAMK_HD C constant_pack(Lanes<S> x) {
   if constexpr (std::is_same_v<C, Lanes<S>>) {

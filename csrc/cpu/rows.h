@@ -21,16 +21,18 @@ struct Rows {
 };
 
 // Halves are added to halves: a chain of additions would wait for each of them.
-template <class C>
-CAMK_HD C sum_of_lanes(Lanes<C> x) {
-  constexpr int kWidth = lanes_of<Lanes<C>>;
-  C part[kWidth];
-  x.store(part);
+template <class C, int... k>
+CAMK_HD C sum_of_lanes(Lanes<C> x, std::integer_sequence<int, k...>) {
+  constexpr int kWidth = sizeof...(k);
   unroll<4>([&](auto step) CAMK_INLINED {
     constexpr int kHalf = kWidth >> (decltype(step)::value + 1);
-    unroll<kHalf>([&](auto k) CAMK_INLINED { part[k] += part[k + kHalf]; });
+    if constexpr (kHalf > 0) x.v += __builtin_shufflevector(x.v, x.v, (k + kHalf) % kWidth...);
   });
-  return part[0];
+  return x.v[0];
+}
+template <class C>
+CAMK_HD C sum_of_lanes(Lanes<C> x) {
+  return sum_of_lanes(x, std::make_integer_sequence<int, lanes_of<Lanes<C>>>{});
 }
 
 // Zeros, aligned for every load, as long as the object lives.

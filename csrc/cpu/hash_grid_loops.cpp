@@ -68,9 +68,10 @@ struct Loop {
   };
   template <class Stencil, class Number>
   CAMK_HD static void find(const P& p, int64_t i, const Number* rows, Found& found) {
-    const Stencil s(p.level, dims(p), load_point(p, p.x, i), p.interpolation);
+    const Point x = load_point(p, p.x, i);
+    Stencil s(p.level, dims(p), p.interpolation);
+    s.each_axis([&](int d) CAMK_INLINED { found.t[d] = s.locate(p.level, d, x[d]); });
     s.each_corner([&](int c) CAMK_INLINED { store_lanes(found.entries[c], s.index(c)); });
-    found.t = s.t;
     if (!p.beyond_cache) return;
     s.each_corner([&](int c) CAMK_INLINED { prefetch_rows<lanes_of<C>>(rows, stride(p), found.entries[c]); });
   }

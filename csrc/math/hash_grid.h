@@ -84,21 +84,24 @@ struct Stencil : CellCorners<D, C, Nearest, Unrolled> {
 
   bool hashed;
   uint32_t size;
-  Vec<C, kAxes> t;                 // place in the cell
   Vec<Vec<Index, 2>, kAxes> term;  // per axis, lower and upper corner: coordinate times prime or stride
 
   Stencil() = default;
+  CAMK_HD Stencil(const Level& level, int n_dims, Interpolation kind)
+      : Base(n_dims, kind), hashed(level.hashed), size(level.size) {}
   CAMK_HD Stencil(const Level& level, int n_dims, const Vec<C, kAxes>& x, Interpolation kind)
-      : Base(n_dims, kind), hashed(level.hashed), size(level.size) {
-    each_axis([&](int d) CAMK_INLINED {
-      const C pos = multiply_add(x[d], C(Scalar(level.scale[d])), C(Scalar(level.shift)));
-      const C whole = round_down(pos);
-      t[d] = pos - whole;
-      const Index step = Index(level.hashed ? hash_prime(d) : level.stride[d]);
-      term[d][0] = to_cell(whole) * step;
-      term[d][1] = term[d][0] + (level.ceil_corner ? where_positive(t[d], step) : step);
-      weigh(level, d, t[d], kind);
-    });
+      : Stencil(level, n_dims, kind) {
+    each_axis([&](int d) CAMK_INLINED { weigh(level, d, locate(level, d, x[d]), kind); });
+  }
+
+  // Finds the cell along axis d; returns the place in it.
+  CAMK_HD C locate(const Level& level, int d, C x) {
+    const C pos = multiply_add(x, C(Scalar(level.scale[d])), C(Scalar(level.shift)));
+    const C whole = round_down(pos), t = pos - whole;
+    const Index step = Index(level.hashed ? hash_prime(d) : level.stride[d]);
+    term[d][0] = to_cell(whole) * step;
+    term[d][1] = term[d][0] + (level.ceil_corner ? where_positive(t, step) : step);
+    return t;
   }
 
   CAMK_HD Index index(int corner) const {

@@ -249,22 +249,20 @@ struct Far {
 template <class C, class T, int F>
 Numbers far_row(uint32_t row, int64_t stride) {
   using A = accumulator_of<T>;
-  using Index = typename index_of<C>::type;
   const Far memory((size_t(row) + 1) * stride * sizeof(T) + 64), sums((size_t(row) + 1) * stride * sizeof(A) + 64);
   T* table = static_cast<T*>(memory.base);
   A* to = static_cast<A*>(sums.base);
   Vec<C, F> values{};
-  Index index = Index(0u);
+  uint32_t entries[lanes_of<C>] = {};
+  entries[lanes_of<C> - 1] = row;
   if constexpr (lanes_of<C> == 1) {
-    index = row;
     for (int f = 0; f < F; ++f) values[f] = C(f + 1);
   } else {
-    index.v[kLanes - 1] = row;
     for (int f = 0; f < F; ++f) values[f].v[kLanes - 1] = float(f + 1);
   }
-  RowAdder<F, C, A>{to, stride, 0, row + 1}(index, values);
+  RowAdder<F, C, A>{to, stride, 0, row + 1}(entries, values);
   for (int f = 0; f < F; ++f) table[size_t(row) * stride + f] = from_number<T>(to[size_t(row) * stride + f]);
-  const Vec<C, F> loaded = load_rows<F, C, T>(table, stride, index);
+  const Vec<C, F> loaded = load_rows<F, C, T>(table, stride, entries);
   Numbers out;
   for (int f = 0; f < F; ++f) {
     if constexpr (lanes_of<C> == 1) {
@@ -314,8 +312,8 @@ PYBIND11_MODULE(CAMK_PROBE, m) {
   m.def("lanes_to_cell", [](const Floats1& x) { return map_lanes<uint32_t>([](Floats v) { return to_cell(v); }, x); });
   m.def("lanes_round_down",
         [](const Floats1& x) { return map_lanes<float>([](Floats v) { return round_down(v); }, x); });
-  m.def("lanes_one_if_positive",
-        [](const Floats1& x) { return map_lanes<uint32_t>([](Floats v) { return one_if_positive(v); }, x); });
+  m.def("lanes_where_positive",
+        [](const Floats1& x) { return map_lanes<uint32_t>([](Floats v) { return where_positive(v, Words(3u)); }, x); });
   m.def("lanes_remainder_of", [](const Words1& i, uint32_t size) {
     return map_lanes<uint32_t>([=](Words v) { return remainder_of(v, size); }, i);
   });

@@ -70,7 +70,7 @@ def test_lanes_round_and_compare_as_numpy(lanes_probe):
     x = np.array([0.0, -0.0, 0.5, -0.5, 1.0, -1.0, 2.999, -2.001, 1e-30, -1e-30, 8388609.0, -1e20, 7.0, 3e9, -7.5, 1e9])
     x = x.astype(np.float32)
     assert lanes_probe.lanes_round_down(x).tolist() == np.floor(x).tolist()
-    assert lanes_probe.lanes_one_if_positive(x).tolist() == (x > 0).astype(int).tolist()
+    assert lanes_probe.lanes_where_positive(x).tolist() == (3 * (x > 0)).tolist()
 
 
 def exact_multiply_add(x, y, z):

@@ -8,59 +8,102 @@
 
 namespace camk::cpu {
 
-inline constexpr int64_t kTile = 8;
-
-template <class From, class To>
-CAMK_HD void transpose_tile(const From* from, int64_t from_pitch, To* to, int64_t to_pitch) {
+// A square of Side x Side numbers.
+template <int Side, class From, class To>
+struct Tile {
   using Scalar = std::conditional_t<std::is_same_v<From, double> || std::is_same_v<To, double>, double, float>;
-  Scalar tile[kTile][kTile];
-  for (int64_t r = 0; r < kTile; ++r) {
-    for (int64_t c = 0; c < kTile; ++c) tile[c][r] = Scalar(to_number(from[r * from_pitch + c]));
+  CAMK_HD static void transpose(const From* from, int64_t from_pitch, To* to, int64_t to_pitch) {
+    Scalar tile[Side][Side];
+    for (int64_t r = 0; r < Side; ++r) {
+      for (int64_t c = 0; c < Side; ++c) tile[c][r] = Scalar(to_number(from[r * from_pitch + c]));
+    }
+    for (int64_t r = 0; r < Side; ++r) {
+      for (int64_t c = 0; c < Side; ++c) to[r * to_pitch + c] = from_number<To>(tile[r][c]);
+    }
   }
-  for (int64_t r = 0; r < kTile; ++r) {
-    for (int64_t c = 0; c < kTile; ++c) to[r * to_pitch + c] = from_number<To>(tile[r][c]);
-  }
-}
+};
 
+// The tiles that nearly every call consists of: rounds of shuffles.
 #if defined(__AVX2__)
-// The tile that nearly every call consists of: three rounds of shuffles.
 template <>
-inline void transpose_tile(const float* from, int64_t from_pitch, float* to, int64_t to_pitch) {
-  __m256 a[8], b[8];
-  for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(from + i * from_pitch);
-  for (int i = 0; i < 8; i += 2) {
-    b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
-    b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+struct Tile<8, float, float> {
+  CAMK_HD static void transpose(const float* from, int64_t from_pitch, float* to, int64_t to_pitch) {
+    __m256 a[8], b[8];
+    for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(from + i * from_pitch);
+    for (int i = 0; i < 8; i += 2) {
+      b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+      b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+      a[i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44);
+      a[i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xee);
+      a[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
+      a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; ++i) {
+      _mm256_storeu_ps(to + i * to_pitch, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
+      _mm256_storeu_ps(to + (i + 4) * to_pitch, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
+    }
   }
-  for (int i = 0; i < 8; i += 4) {
-    a[i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44);
-    a[i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xee);
-    a[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
-    a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xee);
-  }
-  for (int i = 0; i < 4; ++i) {
-    _mm256_storeu_ps(to + i * to_pitch, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
-    _mm256_storeu_ps(to + (i + 4) * to_pitch, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
-  }
-}
+};
 #endif
 
-// to[c * to_pitch + r] = from[r * from_pitch + c] for r < rows, c < columns.
+#if defined(__AVX512F__)
+template <>
+struct Tile<16, float, float> {
+  CAMK_HD static void transpose(const float* from, int64_t from_pitch, float* to, int64_t to_pitch) {
+    __m512 a[16], b[16];
+    unroll<16>([&](int i) CAMK_INLINED { a[i] = _mm512_loadu_ps(from + i * from_pitch); });
+    unroll<8>([&](int i) CAMK_INLINED {
+      b[2 * i] = _mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]);
+      b[2 * i + 1] = _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]);
+    });
+    unroll<4>([&](int i) CAMK_INLINED {
+      a[4 * i] = _mm512_shuffle_ps(b[4 * i], b[4 * i + 2], 0x44);
+      a[4 * i + 1] = _mm512_shuffle_ps(b[4 * i], b[4 * i + 2], 0xee);
+      a[4 * i + 2] = _mm512_shuffle_ps(b[4 * i + 1], b[4 * i + 3], 0x44);
+      a[4 * i + 3] = _mm512_shuffle_ps(b[4 * i + 1], b[4 * i + 3], 0xee);
+    });
+    unroll<4>([&](int i) CAMK_INLINED {  // columns i, i + 4, i + 8, i + 12
+      const __m512 even = _mm512_shuffle_f32x4(a[i], a[i + 4], 0x88), odd = _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd);
+      const __m512 more_even = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0x88);
+      const __m512 more_odd = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0xdd);
+      _mm512_storeu_ps(to + i * to_pitch, _mm512_shuffle_f32x4(even, more_even, 0x88));
+      _mm512_storeu_ps(to + (i + 4) * to_pitch, _mm512_shuffle_f32x4(odd, more_odd, 0x88));
+      _mm512_storeu_ps(to + (i + 8) * to_pitch, _mm512_shuffle_f32x4(even, more_even, 0xdd));
+      _mm512_storeu_ps(to + (i + 12) * to_pitch, _mm512_shuffle_f32x4(odd, more_odd, 0xdd));
+    });
+  }
+};
+template <class From, class To>
+inline constexpr int kLargestTile = std::is_same_v<From, float> && std::is_same_v<To, float> ? 16 : 8;
+#else
+template <class From, class To>
+inline constexpr int kLargestTile = 8;
+#endif
+
+// to[c * to_pitch + r] = from[r * from_pitch + c] for r < rows, c < columns: by tiles, what remains by smaller ones.
+template <int Side, class From, class To>
+void transpose_by(const From* from, int64_t rows, int64_t columns, int64_t from_pitch, To* to, int64_t to_pitch) {
+  const int64_t whole_rows = rows / Side * Side, whole_columns = columns / Side * Side;
+  for (int64_t r = 0; r < whole_rows; r += Side) {
+    for (int64_t c = 0; c < whole_columns; c += Side) {
+      Tile<Side, From, To>::transpose(from + r * from_pitch + c, from_pitch, to + c * to_pitch + r, to_pitch);
+    }
+  }
+  if constexpr (Side > 1) {
+    constexpr int kSmaller = Side > 8 ? 8 : 1;
+    transpose_by<kSmaller>(from + whole_columns, whole_rows, columns - whole_columns, from_pitch,
+                           to + whole_columns * to_pitch, to_pitch);
+    transpose_by<kSmaller>(from + whole_rows * from_pitch, rows - whole_rows, columns, from_pitch, to + whole_rows,
+                           to_pitch);
+  }
+}
+
 template <class From, class To>
 [[gnu::noinline]] void transpose(const From* from, int64_t rows, int64_t columns, int64_t from_pitch, To* to,
                                  int64_t to_pitch) {
-  const int64_t whole_rows = rows / kTile * kTile, whole_columns = columns / kTile * kTile;
-  for (int64_t r = 0; r < whole_rows; r += kTile) {
-    for (int64_t c = 0; c < whole_columns; c += kTile) {
-      transpose_tile(from + r * from_pitch + c, from_pitch, to + c * to_pitch + r, to_pitch);
-    }
-  }
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t c = r < whole_rows ? whole_columns : 0; c < columns; ++c) {
-      using Scalar = std::conditional_t<std::is_same_v<From, double>, double, float>;
-      to[c * to_pitch + r] = from_number<To>(Scalar(to_number(from[r * from_pitch + c])));
-    }
-  }
+  transpose_by<kLargestTile<From, To>>(from, rows, columns, from_pitch, to, to_pitch);
 }
 
 }  // namespace camk::cpu

@@ -29,22 +29,16 @@ struct Chunk {
   // Fills x and status of [begin, end); returns whether any of these points needs special treatment.
   [[gnu::noinline]] bool settle(const S* rows, int64_t begin, int64_t end) const {
     const int dims = grid.dims;
-    uint16_t any = 0;
-    for (int64_t i = begin; i < end; ++i) {
-      uint16_t bits = 0;
-      for (int d = 0; d < dims; ++d) {
-        math::Status s;
-        x[d * pitch + i] = math::settle(rows[(first + i) * dims + d], grid.outside, s);
-        bits |= s == math::kClamped ? 1 << d : s == math::kZeroed ? kZeroPoint : s == math::kNotFinite ? kNanPoint : 0;
-      }
-      if (bits & (kZeroPoint | kNanPoint)) {
-        for (int d = 0; d < dims; ++d) x[d * pitch + i] = 0;
-      }
-      status[i] = bits & kNanPoint ? kNanPoint : bits;
-      any |= bits;
+    const S* points = rows + (first + begin) * dims;
+    bool special = counts != nullptr;
+    if (all_inside(points, (end - begin) * dims)) {
+      transpose(points, end - begin, dims, dims, x + begin, pitch);
+      std::fill(status + begin, status + end, uint16_t(0));
+    } else {
+      for (int64_t i = begin; i < end; ++i) special |= settle_point(points + (i - begin) * dims, i);
     }
     for (int d = 0; d < dims; ++d) zero_padding(x + d * pitch, end);
-    return any != 0 || counts != nullptr;
+    return special;
   }
 
   // Channels -> rows of out. axes: 0 for values, dims for Jacobians, whose channels run over the axes fastest.
@@ -112,6 +106,28 @@ struct Chunk {
   }
 
  private:
+  // Whether none of these coordinates is changed by math::settle.
+  static bool all_inside(const S* numbers, int64_t count) {
+    bool inside = true;
+    for (int64_t i = 0; i < count; ++i) inside &= (numbers[i] >= S(0)) & (numbers[i] <= S(1));
+    return inside;
+  }
+
+  // Fills x and status of point i; returns whether it needs special treatment.
+  bool settle_point(const S* point, int64_t i) const {
+    uint16_t bits = 0;
+    for (int d = 0; d < grid.dims; ++d) {
+      math::Status s;
+      x[d * pitch + i] = math::settle(point[d], grid.outside, s);
+      bits |= s == math::kClamped ? 1 << d : s == math::kZeroed ? kZeroPoint : s == math::kNotFinite ? kNanPoint : 0;
+    }
+    if (bits & (kZeroPoint | kNanPoint)) {
+      for (int d = 0; d < grid.dims; ++d) x[d * pitch + i] = 0;
+    }
+    status[i] = bits & kNanPoint ? kNanPoint : bits;
+    return bits != 0;
+  }
+
   void zero_padding(S* channel, int64_t end) const {
     if (end == n) std::fill(channel + n, channel + pitch, S(0));
   }

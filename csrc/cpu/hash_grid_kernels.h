@@ -16,6 +16,7 @@ struct Piece {
   int64_t begin, end, pitch;
   const S* x;                // [D] coordinates
   int64_t features;          // row stride of table and sums
+  bool beyond_cache;         // whether many rows are not in the second-level cache
   const T* table = nullptr;  // rows of this level, at the first of the F features
   const S* g = nullptr;      // [F] gradient of the value
   const S* gj = nullptr;     // [F * D] gradient of the Jacobian
@@ -34,15 +35,16 @@ struct ScatterPiece : Piece<S, A> {
 
 template <class S, class T>
 struct Kernels {
-  using Read = void (*)(const Piece<S, T>&);
-  using Scatter = void (*)(const ScatterPiece<S, accumulator_of<T>>&);
+  using Read = void (*)(Piece<S, T>);
+  using Scatter = void (*)(ScatterPiece<S, accumulator_of<T>>);
   int features;  // F
   Read value, jacobian, backward_x, jacobian_backward_x, along, along_backward_x;
   Scatter backward_table, jacobian_backward_table, along_backward_table;
 };
 
-// The loops for as many of the remaining features as they take at once. Instantiated in hash_grid_loops.cpp.
+// The loops for as many of the remaining features, the whole row or the rest of it, as they take at once. Instantiated
+// in hash_grid_loops.cpp.
 template <class S, class T>
-Kernels<S, T> kernels_for(int dims, bool nearest, int features);
+Kernels<S, T> kernels_for(int dims, bool nearest, int features, bool whole);
 
 }  // namespace camk::cpu

@@ -76,6 +76,10 @@ struct scalar_of<Floats> {
   using type = float;
 };
 template <>
+struct scalar_of<Words> {
+  using type = uint32_t;
+};
+template <>
 struct scalar_of<Doubles> {
   using type = double;
 };
@@ -123,7 +127,7 @@ CAMK_HD Words to_cell(Floats whole) {
   return Words((Words::Raw) __builtin_convertvector(w, Lanes<int32_t>::Raw));
 }
 
-CAMK_HD Words one_if_positive(Floats x) { return Words((Words::Raw)(x.v > Floats(0.f).v) & Words(1u).v); }
+CAMK_HD Words where_positive(Floats x, Words n) { return Words((Words::Raw)(x.v > Floats(0.f).v) & n.v); }
 
 // Dense indices of points inside the grid are below 2 size, so that one subtraction is enough and the loop rarely runs.
 CAMK_HD Words remainder_of(Words i, uint32_t size) {

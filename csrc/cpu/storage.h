@@ -62,82 +62,80 @@ CAMK_HD Half from_number<Half>(double x) {
 template <class T>
 using accumulator_of = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// kLanes pairs of float32, pair k at base + 2 index[k].
-CAMK_HD Vec<Floats, 2> load_pairs(const float* base, Words index) {
+// kLanes pairs of float32, pair k at base + 2 entries[k]. One load each: a gather instruction is no faster on rows in
+// the cache, and keeps others waiting on rows that are not.
+CAMK_HD Vec<Floats, 2> load_pairs(const float* base, const uint32_t* entries) {
+#if defined(__AVX2__)
+  const double* pairs = reinterpret_cast<const double*>(base);
+  const auto two = [&](int i, int j)
+                       CAMK_INLINED { return _mm_loadh_pd(_mm_load_sd(pairs + entries[i]), pairs + entries[j]); };
+#endif
 #if defined(__AVX512F__)
-  const __m512i i = (__m512i)index.v;
-  const __m512d a = _mm512_i32gather_pd(_mm512_castsi512_si256(i), base, 8);
-  const __m512d b = _mm512_i32gather_pd(_mm512_extracti64x4_epi64(i, 1), base, 8);
+  const auto eight = [&](int i) CAMK_INLINED {
+    __m512d r = _mm512_castpd128_pd512(two(i, i + 1));
+    r = _mm512_insertf64x2(r, two(i + 2, i + 3), 1);
+    r = _mm512_insertf64x2(r, two(i + 4, i + 5), 2);
+    return _mm512_castpd_ps(_mm512_insertf64x2(r, two(i + 6, i + 7), 3));
+  };
+  const __m512 a = eight(0), b = eight(8);
   const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
-  return {{Floats(_mm512_permutex2var_ps(_mm512_castpd_ps(a), even, _mm512_castpd_ps(b))),
-           Floats(_mm512_permutex2var_ps(_mm512_castpd_ps(a), odd, _mm512_castpd_ps(b)))}};
+  return {{Floats(_mm512_permutex2var_ps(a, even, b)), Floats(_mm512_permutex2var_ps(a, odd, b))}};
 #elif defined(__AVX2__)
-  alignas(32) uint32_t at[kLanes];
-  index.store(at);
-  const double* pairs = reinterpret_cast<const double*>(base);
   const auto four = [&](int i, int j, int k, int l) CAMK_INLINED {
-    const __m128d low = _mm_loadh_pd(_mm_load_sd(pairs + at[i]), pairs + at[j]);
-    const __m128d high = _mm_loadh_pd(_mm_load_sd(pairs + at[k]), pairs + at[l]);
-    return _mm256_castpd_ps(_mm256_insertf128_pd(_mm256_castpd128_pd256(low), high, 1));
+    return _mm256_castpd_ps(_mm256_insertf128_pd(_mm256_castpd128_pd256(two(i, j)), two(k, l), 1));
   };
   const __m256 a = four(0, 1, 4, 5), b = four(2, 3, 6, 7);  // so that the split needs no crossing of 128-bit halves
   return {{Floats(_mm256_shuffle_ps(a, b, 0x88)), Floats(_mm256_shuffle_ps(a, b, 0xdd))}};
 #else
   Vec<Floats, 2> r;
   for (int k = 0; k < kLanes; ++k) {
-    r[0].v[k] = base[2 * size_t(index.v[k])], r[1].v[k] = base[2 * size_t(index.v[k]) + 1];
+    r[0].v[k] = base[2 * size_t(entries[k])], r[1].v[k] = base[2 * size_t(entries[k]) + 1];
   }
   return r;
 #endif
 }
 
-CAMK_HD Vec<Floats, 2> load_pairs(const BFloat16* base, Words index) {
+CAMK_HD Vec<Floats, 2> load_pairs(const BFloat16* base, const uint32_t* entries) {
   Words pairs;
   const char* bytes = reinterpret_cast<const char*>(base);
 #if defined(__AVX512F__)
-  pairs = Words((Words::Raw)_mm512_i32gather_epi32((__m512i)index.v, bytes, 4));
+  pairs = Words((Words::Raw)_mm512_i32gather_epi32((__m512i)Words::load(entries).v, bytes, 4));
 #else
   for (int k = 0; k < kLanes; ++k) {
     uint32_t pair;
-    memcpy(&pair, bytes + 4 * size_t(index.v[k]), 4);
+    memcpy(&pair, bytes + 4 * size_t(entries[k]), 4);
     pairs.v[k] = pair;
   }
 #endif
   return {{Floats((Floats::Raw)(pairs.v << 16)), Floats((Floats::Raw)(pairs.v & 0xffff0000u))}};
 }
 
-// Rows of F numbers, row k at base + stride index[k], as F values of type C.
-template <int F, class C, class T, class Index>
-CAMK_HD Vec<C, F> load_rows(const T* base, int64_t stride, Index index) {
+// Rows of F numbers, row k at base + stride entries[k], as F values of type C.
+template <int F, class C, class T>
+CAMK_HD Vec<C, F> load_rows(const T* base, int64_t stride, const uint32_t* entries) {
   Vec<C, F> r;
   if constexpr (lanes_of<C> == 1) {
-    const T* row = base + size_t(index) * stride;
+    const T* row = base + size_t(*entries) * stride;
     for (int f = 0; f < F; ++f) r[f] = C(to_number(row[f]));
   } else if constexpr (F == 2 && (std::is_same_v<T, float> || std::is_same_v<T, BFloat16>)) {
-    if (stride == 2) return load_pairs(base, index);
+    if (stride == 2) return load_pairs(base, entries);
     unroll<kLanes>([&](int k) CAMK_INLINED {
-      const T* row = base + size_t(index.v[k]) * stride;
+      const T* row = base + size_t(entries[k]) * stride;
       r[0].v[k] = to_number(row[0]), r[1].v[k] = to_number(row[1]);
     });
   } else {
     unroll<kLanes>([&](int k) CAMK_INLINED {
-      const T* row = base + size_t(index.v[k]) * stride;
+      const T* row = base + size_t(entries[k]) * stride;
       unroll<F>([&](auto f) CAMK_INLINED { r[f].v[k] = to_number(row[f]); });
     });
   }
   return r;
 }
 
-template <class T, class Index>
-CAMK_HD void prefetch_rows(const T* base, int64_t stride, Index index) {
-  if constexpr (std::is_same_v<Index, uint32_t>) {
-    __builtin_prefetch(base + size_t(index) * stride);
-  } else {
-    alignas(64) uint32_t at[kLanes];
-    index.store(at);
-    for (int k = 0; k < kLanes; ++k) __builtin_prefetch(base + size_t(at[k]) * stride);
-  }
+template <int Rows, class T>
+CAMK_HD void prefetch_rows(const T* base, int64_t stride, const uint32_t* entries) {
+  for (int k = 0; k < Rows; ++k) __builtin_prefetch(base + size_t(entries[k]) * stride);
 }
 
 // value k of pack f at p[k * F + f]
@@ -171,26 +169,24 @@ CAMK_HD void add_row(A* row, const A* value) {
   }
 }
 
-// Adds row k to base + stride index[k], lane after lane; rows outside [first, first + count) belong to another thread.
+// Adds row k to base + stride entries[k], lane after lane; rows outside [first, first + count) belong to another
+// thread.
 template <int F, class C, class A>
 struct RowAdder {
-  using Index = typename index_of<C>::type;
   A* base;
   int64_t stride;
   uint32_t first, count;
 
-  CAMK_HD void operator()(Index index, const Vec<C, F>& rows) const {
+  CAMK_HD void operator()(const uint32_t* entries, const Vec<C, F>& rows) const {
     if constexpr (lanes_of<C> == 1) {
-      if (index - first >= count) return;
-      A* row = base + size_t(index) * stride;
+      if (*entries - first >= count) return;
+      A* row = base + size_t(*entries) * stride;
       for (int f = 0; f < F; ++f) row[f] += A(rows[f]);
     } else {
-      alignas(64) uint32_t at[kLanes];
       alignas(64) A value[kLanes * F];
-      index.store(at);
       store_interleaved(value, rows);
       for (int k = 0; k < kLanes; ++k) {
-        if (at[k] - first < count) add_row<F>(base + size_t(at[k]) * stride, value + k * F);
+        if (entries[k] - first < count) add_row<F>(base + size_t(entries[k]) * stride, value + k * F);
       }
     }
   }

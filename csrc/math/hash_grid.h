@@ -48,35 +48,60 @@ CAMK_HD C settle(C x, Outside mode, Status& status) {
   return x < C(0) ? C(0) : C(1);
 }
 
-// The corners around a point and the entry of each; Corners has the rest.
+// The weights of the corners around a point, from its place t in the cell.
 template <int D, class C, bool Nearest = false, bool Unrolled = (D > 0 && D <= 4)>
-struct Stencil : Corners<D, C, Nearest, Unrolled> {
+struct CellCorners : Corners<D, C, Nearest, Unrolled> {
   using Base = Corners<D, C, Nearest, Unrolled>;
   using Base::each_axis, Base::kAxes, Base::value, Base::first, Base::second;
-  using Index = typename index_of<C>::type;
   using Scalar = typename scalar_of<C>::type;
+
+  CellCorners() = default;
+  CAMK_HD CellCorners(int n_dims, Interpolation kind)
+      : Base(n_dims, D > 0 ? Nearest : kind == Interpolation::kNearest) {}
+  CAMK_HD CellCorners(const Level& level, int n_dims, const Vec<C, kAxes>& t, Interpolation kind)
+      : CellCorners(n_dims, kind) {
+    each_axis([&](int d) CAMK_INLINED { weigh(level, d, t[d], kind); });
+  }
+
+  CAMK_HD void weigh(const Level& level, int d, C t, Interpolation kind) {
+    const C scale = C(Scalar(level.scale[d]));
+    value[d][1] = blend(kind, t);
+    value[d][0] = C(1) - value[d][1];
+    first[d][1] = scale * blend_first(kind, t);
+    first[d][0] = C(0) - first[d][1];
+    second[d][1] = scale * scale * blend_second(kind, t);
+    second[d][0] = C(0) - second[d][1];
+  }
+};
+
+// The same and the entry of each corner.
+template <int D, class C, bool Nearest = false, bool Unrolled = (D > 0 && D <= 4)>
+struct Stencil : CellCorners<D, C, Nearest, Unrolled> {
+  using Base = CellCorners<D, C, Nearest, Unrolled>;
+  using Base::each_axis, Base::kAxes, Base::weigh;
+  using typename Base::Scalar;
+  using Index = typename index_of<C>::type;
 
   bool hashed;
   uint32_t size;
   Vec<Vec<Index, 2>, kAxes> term;  // per axis, lower and upper corner: coordinate times prime or stride
 
   Stencil() = default;
+  CAMK_HD Stencil(const Level& level, int n_dims, Interpolation kind)
+      : Base(n_dims, kind), hashed(level.hashed), size(level.size) {}
   CAMK_HD Stencil(const Level& level, int n_dims, const Vec<C, kAxes>& x, Interpolation kind)
-      : Base(n_dims, D > 0 ? Nearest : kind == Interpolation::kNearest), hashed(level.hashed), size(level.size) {
-    each_axis([&](int d) CAMK_INLINED {
-      const C scale = C(Scalar(level.scale[d]));
-      const C pos = multiply_add(x[d], scale, C(Scalar(level.shift)));
-      const C whole = round_down(pos), t = pos - whole;
-      const Index step = Index(level.hashed ? hash_prime(d) : level.stride[d]);
-      term[d][0] = to_cell(whole) * step;
-      term[d][1] = term[d][0] + (level.ceil_corner ? one_if_positive(t) * step : step);
-      value[d][1] = blend(kind, t);
-      value[d][0] = C(1) - value[d][1];
-      first[d][1] = scale * blend_first(kind, t);
-      first[d][0] = C(0) - first[d][1];
-      second[d][1] = scale * scale * blend_second(kind, t);
-      second[d][0] = C(0) - second[d][1];
-    });
+      : Stencil(level, n_dims, kind) {
+    each_axis([&](int d) CAMK_INLINED { weigh(level, d, locate(level, d, x[d]), kind); });
+  }
+
+  // Finds the cell along axis d; returns the place in it.
+  CAMK_HD C locate(const Level& level, int d, C x) {
+    const C pos = multiply_add(x, C(Scalar(level.scale[d])), C(Scalar(level.shift)));
+    const C whole = round_down(pos), t = pos - whole;
+    const Index step = Index(level.hashed ? hash_prime(d) : level.stride[d]);
+    term[d][0] = to_cell(whole) * step;
+    term[d][1] = term[d][0] + (level.ceil_corner ? where_positive(t, step) : step);
+    return t;
   }
 
   CAMK_HD Index index(int corner) const {

@@ -100,10 +100,10 @@ CAMK_HD uint32_t to_cell(C whole) {
 // i mod size for any size.
 CAMK_HD uint32_t remainder_of(uint32_t i, uint32_t size) { return i < size ? i : i % size; }
 
-// 1 where x is above zero, else 0.
+// n where x is above zero, else 0.
 template <class C>
-CAMK_HD uint32_t one_if_positive(C x) {
-  return x > C(0) ? 1u : 0u;
+CAMK_HD uint32_t where_positive(C x, uint32_t n) {
+  return x > C(0) ? n : 0u;
 }
 
 // a < b ? yes : no

@@ -229,22 +229,23 @@ def basis(
     *,
     features: int = 8,
     dims: int = 2,
+    keep: int = 1,
     wide: bool = False,
     **options: Any,
 ) -> testing.Call:
-    """Random points and kernels away from them, each point with random neighbours or all; waves from the second feature
-    on. wide: points in float64 beside features of another dtype."""
+    """Random points and kernels away from them, each point with random neighbours or all; waves behind the features
+    that are kept. wide: points in float64 beside features of another dtype."""
     generator = torch.Generator().manual_seed(points + kernels)
 
     def draw(*shape: int) -> Tensor:
         return torch.rand(shape, generator=generator, dtype=torch.float64)
 
-    inputs = {"centers": draw(kernels, dims) - 2, "shapes": draw(kernels, dims), "phase": draw(features - 1)}
+    inputs = {"centers": draw(kernels, dims) - 2, "shapes": draw(kernels, dims), "phase": draw(features - keep)}
     inputs = {name: t.to(dtype) for name, t in inputs.items()}
     inputs["x"] = draw(points, dims).to(torch.float64 if wide or dtype == torch.float64 else torch.float32)
     inputs["features"] = (draw(kernels, features) * 2 - 1).to(dtype)
-    options = {"shape": "diagonal", "detach_normalizer": False, "keep": 1} | options
-    options["frequencies"] = torch.linspace(0.5, 4, features - 1).to(inputs["x"].dtype)
+    options = {"shape": "diagonal", "detach_normalizer": False, "keep": keep} | options
+    options["frequencies"] = torch.linspace(0.5, 4, features - keep).to(inputs["x"].dtype)
     if per_point is not None:
         options["neighbors"] = (draw(points, per_point) * kernels).int()
     return testing.Call(inputs, options)

@@ -222,6 +222,11 @@ def all_steps(folder: Path = Path("FOLDER")) -> list[Step]:
         perceptron("mlp-narrow", "2^20 points, 64 wide, modulated", "narrow", "n20", "bfloat16"),
         perceptron("mlp-wide", "2^17 points, 256 wide, modulated", "wide", "n17", "bfloat16"),
         perceptron("mlp-ngp", "2^20 points, 64 wide", "instant-ngp", "n20", "float16"),
+        benchmark(
+            "radial-basis", "2^20 points, 4 and 10 kernels each", 60,
+            "radial_basis/2d-k4-f32-20k/float32/n20,radial_basis/2d-k10-f64-100k/float32/n20",
+            "forward,fb-features,fb-all", MLP_PROVIDERS,
+        ),
         Step(
             "nearest", "nearest centres of 10^6 points beside SciPy's tree on all cores",
             (*PYTHON, "bench.nearest", "--device", "cuda", "--points", "1000000", "--seconds", "6"), 45, 20,

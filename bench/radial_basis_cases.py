@@ -42,7 +42,7 @@ KERNELS = {
     "3d-k8-f32-100k": Kernels(3, 8, 32, 100_000),
     "2d-k10-f64-100k": Kernels(2, 10, 64, 100_000),
 }
-SIZES = (14, 17)
+SIZES = (14, 17, 20)
 PASSES = {
     task.name: task
     for task in (
@@ -115,7 +115,7 @@ def _case(name: str, log2_points: int) -> Case:
         passes=PASSES,
         scratch=plain_pytorch_bytes(kernels),
         tolerances=TOLERANCES,
-        tags=frozenset({"radial_basis", name} | {14: {"quick"}, 17: {"default", "gate"}}[log2_points]),
+        tags=frozenset({"radial_basis", name} | {14: {"quick"}, 17: {"default", "gate"}}.get(log2_points, set())),
         options=kernels.options,
         make_parameters=functools.partial(draw_parameters, kernels),
         make_points=functools.partial(draw_points, kernels),

@@ -33,7 +33,7 @@ def case(request):
 
 def test_cases_cover_what_is_promised():
     found = {c.name for c in cases.all_cases() if c.op == "radial_basis"}
-    assert found == {f"radial_basis/{name}/float32/n{size}" for name in NAMES for size in (14, 17)}
+    assert found == {f"radial_basis/{name}/float32/n{size}" for name in NAMES for size in (14, 17, 20)}
     assert tuple(radial_basis_cases.KERNELS) == NAMES
 
 

@@ -81,6 +81,15 @@ def test_neighbors_are_exact(monkeypatch, method, cloud, dims, dtype):
         assert torch.equal(rows.long(), wanted[0]) and torch.equal(squares, wanted[1].to(dtype))
 
 
+def test_centers_that_span_more_than_the_largest_number():
+    """All squares are infinite but those of a center itself: ties go by row."""
+    centers = 1.7e308 * torch.linspace(-1, 1, 300, dtype=torch.float64).unsqueeze(-1)
+    rows, squares = nearest(centers, centers, 2, return_squared_distances=True)
+    others = torch.where(torch.arange(300) == 0, 1, 0)
+    assert torch.equal(rows.long(), torch.stack([torch.arange(300), others], 1))
+    assert (squares[:, 0] == 0).all() and squares[:, 1].isinf().all()
+
+
 @needs_kernels
 @pytest.mark.slow
 @pytest.mark.parametrize(("dims", "count", "k"), [(2, 20_000, 4), (3, 100_000, 8)])

@@ -175,14 +175,17 @@ def test_kernel_and_definition_agree(dtype, width, share, listed):
         assert torch.equal(got[untouched], before[untouched])
 
 
-def test_any_number_of_threads_gives_the_same_bits():
-    gradient = torch.randn(70_000, 2, generator=torch.Generator().manual_seed(5))
-    gradient[torch.rand(70_000, generator=torch.Generator().manual_seed(6)) < 0.7] = 0
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [1, 2, 5])
+def test_any_number_of_threads_gives_the_same_bits(width, dtype):
+    rows = 70_003  # the last pack of no share is whole
+    gradient = torch.randn(rows, width, generator=torch.Generator().manual_seed(5)).to(dtype)
+    gradient[torch.rand(rows, generator=torch.Generator().manual_seed(6)) < 0.7] = 0
     found, before = [], torch.get_num_threads()
-    for threads in (1, 2):
+    for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         try:
-            parameter = torch.nn.Parameter(torch.zeros(70_000, 2))
+            parameter = torch.nn.Parameter(torch.zeros(rows, width, dtype=dtype))
             optimizer = SparseRowAdam([parameter], lr=0.1)
             for g in (gradient, gradient.roll(1, 0)):
                 parameter.grad = g
@@ -190,7 +193,8 @@ def test_any_number_of_threads_gives_the_same_bits():
             found.append((parameter.detach(), optimizer.state[parameter]["step"]))
         finally:
             torch.set_num_threads(before)
-    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+    for one, *others in zip(*found, strict=True):
+        assert all(torch.equal(one, other) for other in others)
 
 
 def as_sparse(gradient):
@@ -237,6 +241,41 @@ def test_a_parameter_that_is_not_contiguous(backend):
             p.grad = gradient
             optimizer.step()
     assert torch.equal(turned, other)
+
+
+def test_moments_in_the_layout_of_the_parameter_are_taken_over(backend):
+    """As earlier versions saved them: transposed, in bfloat16."""
+    parameter = torch.nn.Parameter(torch.zeros(3, 5, dtype=torch.bfloat16).t())
+    optimizer = SparseRowAdam([parameter], lr=0.1)
+    parameter.grad = torch.ones(5, 3, dtype=torch.bfloat16)
+    optimizer.step()
+    state = optimizer.state_dict()
+    for name in ("exp_avg", "exp_avg_sq"):
+        state["state"][0][name] = state["state"][0][name].bfloat16().t().contiguous().t()
+    optimizer.load_state_dict(state)
+    before = parameter.detach().clone()
+    optimizer.step()
+    assert (parameter.detach() != before).all() and optimizer.state[parameter]["exp_avg"].dtype == torch.float32
+
+
+def test_betas_of_a_loaded_state_are_looked_at():
+    parameter = torch.nn.Parameter(torch.zeros(4, 2))
+    optimizer = SparseRowAdam([parameter])
+    optimizer.param_groups[0]["betas"] = (0.9, 1.0)
+    parameter.grad = torch.ones(4, 2)
+    with pytest.raises(
+        ValueError, match=r"betas must be at least 0 and at most 0\.99999, got \(0\.9, 1\.0\); for slower"
+    ):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("forced", ["triton", "cuda"])
+def test_a_backend_that_is_forced_on_the_ops_does_not_stop_it(forced, monkeypatch):
+    monkeypatch.setenv("CAMKERNELS_BACKEND", forced)
+    parameter = torch.nn.Parameter(torch.zeros(4, 2))
+    parameter.grad = torch.ones(4, 2)
+    SparseRowAdam([parameter], lr=0.1).step()
+    assert torch.allclose(parameter.detach(), torch.tensor(-0.1))
 
 
 def test_the_table_of_corrections_ends_where_both_are_one():

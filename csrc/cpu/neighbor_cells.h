@@ -30,8 +30,12 @@ class Axis : public math::Slabs {
   }
 
  private:
-  // Equal parts of the axis: a coordinate in a lower one is less, so that only the cuts in its own need a look.
-  int64_t bin(double at) const { return int64_t(std::clamp((at - low_) * scale_, 0.0, double(count - 1))); }
+  // Equal parts of the axis: a coordinate in a lower one is less, so that only the cuts in its own need a look. The
+  // first for what is no number, as infinity times a scale of 0.
+  int64_t bin(double at) const {
+    const double part = (at - low_) * scale_;
+    return part > 0 ? int64_t(std::min(part, double(count - 1))) : 0;
+  }
 
   double low_ = 0, scale_ = 0;
   std::vector<int32_t> bins_;  // [slabs + 1] how many cuts lie in lower bins

@@ -73,21 +73,6 @@ Binned order_of_cells(const S* x, int64_t points) {
   return order;
 }
 
-// body(Constant<D>) for a number of axes.
-template <class Body>
-void with_dims(int dims, const Body& body) {
-  switch (dims) {
-    case 1:
-      return body(Constant<1>{});
-    case 2:
-      return body(Constant<2>{});
-    case 3:
-      return body(Constant<3>{});
-    default:
-      return body(Constant<4>{});
-  }
-}
-
 // The call as the loops see it, with what they read padded.
 template <class S>
 class PreparedCall {
@@ -123,7 +108,7 @@ class PreparedCall {
             .normalize = options.normalize,
             .detach = options.detach,
             .eps = S(options.eps),
-            .fast_below = (S(kWaveBound) - largest(phase_)) / largest(rates_),
+            .fast_below = fast_below(),
             .points = x.size(0),
             .count = count,
             .per_point = call.neighbors ? call.neighbors->size(1) : count,
@@ -150,9 +135,16 @@ class PreparedCall {
   PaddedRows<S> padded_features(const RadialCall& call, const OptionalTensor& t) const {
     return {t, call.features().size(0), call.features().size(1), pitch_};
   }
+  // Weights below it have phases within the bound of the fast waves, whatever the rounding.
+  S fast_below() const {
+    constexpr S kMargin = 1 - 4 * std::numeric_limits<S>::epsilon();
+    return (S(kWaveBound) - largest(phase_)) / largest(rates_) * kMargin;
+  }
   static S largest(const std::vector<S>& numbers) {
     S most(0);
-    for (S number : numbers) most = std::max(most, std::abs(number));
+    for (S number : numbers) {
+      most = std::max(most, std::isnan(number) ? std::numeric_limits<S>::infinity() : std::abs(number));
+    }
     return most;
   }
   // [pitch], a wave where its feature is.

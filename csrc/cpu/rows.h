@@ -24,9 +24,11 @@ struct Rows {
 template <class C, int... k>
 CAMK_HD C sum_of_lanes(Lanes<C> x, std::integer_sequence<int, k...>) {
   constexpr int kWidth = sizeof...(k);
+  using Index = std::conditional_t<sizeof(C) == 8, int64_t, int32_t>;
+  typedef Index Order __attribute__((vector_size(sizeof(C) * kWidth)));
   unroll<4>([&](auto step) CAMK_INLINED {
     constexpr int kHalf = kWidth >> (decltype(step)::value + 1);
-    if constexpr (kHalf > 0) x.v += __builtin_shufflevector(x.v, x.v, (k + kHalf) % kWidth...);
+    if constexpr (kHalf > 0) x.v += __builtin_shuffle(x.v, Order{(k + kHalf) % kWidth...});
   });
   return x.v[0];
 }

@@ -40,8 +40,7 @@ void step(Tensor values, Tensor first, Tensor second, Tensor steps, Tensor gradi
           Tensor corrections, double lr, double beta1, double beta2, double eps) {
   const AdamTensors tensors{values, first, second, steps, gradient, rows, corrections};
   tensors.check();
-  for (const Tensor& t : {first, second, steps, gradient, corrections}) check_same_device(t, values, kAdam, "a tensor");
-  if (rows) check_same_device(*rows, values, kAdam, "rows");
+  tensors.each([&](const Tensor& t, const char* name) { check_same_device(t, values, kAdam, name, "the parameter"); });
   if (gradient.numel() == 0) return;
   const CurrentStream stream(values);
   const auto run = [&]<class C>(Tag<C>) {

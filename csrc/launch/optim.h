@@ -15,11 +15,16 @@ struct AdamTensors {
   int64_t width() const { return values.numel() / values.size(0); }
   int64_t count() const { return rows ? rows->numel() : values.size(0); }
 
+  // body(tensor, its name in the state or the schema)
+  template <class Body>
+  void each(const Body& body) const {
+    body(values, "values"), body(first, "exp_avg"), body(second, "exp_avg_sq"), body(steps, "step");
+    body(gradient, "gradient"), body(corrections, "corrections");
+    if (rows) body(*rows, "rows");
+  }
+
   void check() const {
-    const std::pair<const Tensor&, const char*> all[] = {{values, "values"},     {first, "exp_avg"},
-                                                         {second, "exp_avg_sq"}, {steps, "step"},
-                                                         {gradient, "gradient"}, {corrections, "corrections"}};
-    for (const auto& [tensor, name] : all) check_contiguous(tensor, kAdam, name);
+    each([](const Tensor& tensor, const char* name) { check_contiguous(tensor, kAdam, name); });
     const auto kind = values.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
     for (const Tensor* moment : {&first, &second}) {
       require(moment->numel() == values.numel() && moment->scalar_type() == kind, kAdam,
@@ -32,9 +37,9 @@ struct AdamTensors {
             kAdam, ": corrections must be [steps, 2], of the dtype of the moments");
     require(gradient.scalar_type() == values.scalar_type(), kAdam,
             ": the gradient must have the dtype of the parameter");
-    require(gradient.numel() * values.size(0) == values.numel() * count(), kAdam, ": shape of the gradient");
+    const bool fits = values.size(0) == 0 ? gradient.numel() == 0 : gradient.numel() == count() * width();
+    require(fits, kAdam, ": shape of the gradient");
     if (!rows) return;
-    check_contiguous(*rows, kAdam, "rows");
     require(rows->scalar_type() == ScalarType::Long, kAdam, ": rows must be int64");
   }
 };

@@ -63,7 +63,8 @@ class RadialCall {
     check_tensors(along);
     check(frequencies, "frequencies", number(), {width() - options.keep});
     require(!at.phase || frequencies, kOp, ": a phase needs frequencies");
-    require(!neighbors || neighbors->dim() == 2, kOp, ": neighbors must have 2 dimensions");
+    require(!neighbors || (neighbors->dim() == 2 && neighbors->size(1) > 0), kOp,
+            ": neighbors must have shape [points, K] with K > 0");
     if (neighbors) check(neighbors, "neighbors", ScalarType::Int, {x().size(0), neighbors->size(1)});
   }
   void check_gradients(const Tensor& grad, const RadialWishes& wishes) const {

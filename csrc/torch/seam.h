@@ -79,9 +79,10 @@ inline void check_contiguous(const Tensor& t, const char* op, const char* name) 
   require(t.is_contiguous(), op, ": ", name, " must be contiguous");
 }
 
-inline void check_same_device(const Tensor& t, const Tensor& like, const char* op, const char* name) {
+inline void check_same_device(const Tensor& t, const Tensor& like, const char* op, const char* name,
+                              const char* like_name = "x") {
   require(t.is_cuda() == like.is_cuda() && t.get_device_index() == like.get_device_index(), op, ": ", name,
-          " is on another device than x; move it with .to(x.device)");
+          " is on another device than ", like_name, "; move it with .to(", like_name, ".device)");
 }
 
 inline void check_mask(const char* op, const std::vector<bool>& mask, size_t gradients) {

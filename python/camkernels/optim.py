@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import _ops, reference
-from ._backends import Call, choose
+from ._backends import Call, can_run
 from ._checks import check_floating, check_number
 
 __all__ = ["SparseRowAdam"]
@@ -31,12 +32,12 @@ _STEP = _ops.declare(
 )
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=4)
 def _corrections(betas: tuple[float, float], dtype: torch.dtype, device: torch.device) -> Tensor:
     """[steps, 2]: 1 / (1 - b1^t) and 1 / sqrt(1 - b2^t) for t = 0, 1, ..., until both are 1 in that dtype."""
     smallest = math.log(torch.finfo(dtype).eps / 4)
     count = max([2, *(math.ceil(smallest / math.log(beta)) + 1 for beta in betas if beta > 0)])
-    t = torch.arange(count, dtype=torch.float64)
+    t = torch.arange(count, dtype=torch.float64, device="cpu")
     first, second = (1 / (1 - beta**t) for beta in betas)
     return torch.stack([first, second.sqrt()], 1).to(device, dtype)
 
@@ -56,8 +57,9 @@ class SparseRowAdam(Optimizer):
     int32 [rows], `exp_avg` and `exp_avg_sq`, these in float32, or in float64 for a float64 parameter, which is also
     what is computed in.
 
-    Runs where the parameters are: one pass of a kernel on the CPU and on CUDA, else `camkernels.reference`; the
-    environment variable CAMKERNELS_BACKEND forces one.
+    Runs where the parameters are: one pass of a kernel on the CPU and on CUDA; `camkernels.reference` where there is
+    none, or with CAMKERNELS_BACKEND=reference in the environment. betas are at most 0.99999, which bounds the table of
+    corrections that the kernels read.
 
     Raises ValueError for options out of range, parameters of no axis and gradients of more sparse axes, TypeError for
     parameters that are not floating-point.
@@ -79,8 +81,7 @@ class SparseRowAdam(Optimizer):
     ):
         check_number(OP, "lr", lr, least=0.0)
         check_number(OP, "eps", eps, least=0.0)
-        if not all(0 <= beta <= LARGEST_BETA for beta in betas):
-            raise ValueError(f"{OP}: betas must be at least 0 and at most {LARGEST_BETA}, got {betas}")
+        _check_betas(betas)
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps})
         for parameter in chain.from_iterable(group["params"] for group in self.param_groups):
             check_floating(OP, "parameters", parameter)
@@ -109,7 +110,8 @@ class SparseRowAdam(Optimizer):
         gradient, rows = _listed(parameter.grad)
         moments = state["exp_avg"], state["exp_avg_sq"], state["step"]
         options = {"lr": group["lr"], "betas": tuple(group["betas"]), "eps": group["eps"]}
-        if choose(Call("sparse_row_adam", parameter.device.type, parameter.device.index), None) == "reference":
+        _check_betas(options["betas"])  # which a loaded state or a schedule may have changed
+        if not _has_kernel(parameter.device):
             reference.sparse_row_adam(parameter, *moments, gradient, rows, **options)
             return
         values = parameter.contiguous()
@@ -128,7 +130,21 @@ class SparseRowAdam(Optimizer):
         for parameter, number in zip(own, given, strict=True):
             for name, value in state_dict["state"].get(number, {}).items():
                 dtype = torch.int32 if name == "step" else _moment_dtype(parameter)
-                self.state[parameter][name] = value.to(parameter.device, dtype)
+                self.state[parameter][name] = value.to(parameter.device, dtype).contiguous()
+
+
+def _check_betas(betas: tuple[float, float]) -> None:
+    if not all(0 <= beta <= LARGEST_BETA for beta in betas):
+        raise ValueError(
+            f"{OP}: betas must be at least 0 and at most {LARGEST_BETA}, got {tuple(betas)}; for slower averages use "
+            "torch.optim.Adam"
+        )
+
+
+def _has_kernel(device: torch.device) -> bool:
+    if os.environ.get("CAMKERNELS_BACKEND") == "reference" or device.type not in ("cpu", "cuda"):
+        return False
+    return can_run(device.type, Call("sparse_row_adam", device.type, device.index)) is None
 
 
 def _moment_dtype(parameter: Tensor) -> torch.dtype:

@@ -79,7 +79,8 @@ def test_the_readme_quotes_its_result_file():
     sys.path.insert(0, str(ROOT))
     from bench import gate, report
 
-    (name,) = set(re.findall(r"`(bench/results/[^`]+\.jsonl)`", README))
+    name = "bench/results/cpu-zen5-avx512.jsonl"
+    assert f"`{name}`" in README
     records = report.load([ROOT / name])
     for case, task, title in (
         (gate.GRID_3D, "forward", "3-D forward"),
@@ -99,3 +100,24 @@ def test_the_readme_quotes_its_result_file():
                 for provider in (gate.PROVIDER, "eager")
             ]
             assert f"{row}{held[0]:.0f} ({held[1]:.0f}) |" in README
+
+
+def test_the_readme_quotes_the_results_of_the_radial_basis():
+    sys.path.insert(0, str(ROOT))
+    from bench import gate, report
+
+    name = "bench/results/cpu-zen5-avx512-radial-basis.jsonl"
+    assert f"`{name}`" in README
+    records = report.load([ROOT / name])
+    titles = ("2-D, 4 of 20,000, 32 features", "3-D, 8 of 100,000, 32 features", "2-D, 10 of 100,000, 64 features")
+    for case, title in zip((gate.RBF_SMALL, gate.RBF_3D, gate.RBF_WIDE), titles, strict=True):
+        cells = [title]
+        for task in ("forward", "fb-features", "fb-all"):
+            found = gate.find(records, case, task, gate.PROVIDER, kind="time", regime=gate.REGIME, variant="warm")
+            ratios = [found["speedup"][other]["median"] for other in ("eager", "compile")]
+            cells.append(", ".join(f"{ratio:.1f}" if ratio < 9.95 else f"{ratio:.0f}" for ratio in ratios))
+        held = [
+            gate.find(records, case, "fb-features", provider, kind="memory", regime="default")["bytes_per_point"]
+            for provider in (gate.PROVIDER, "eager")
+        ]
+        assert f"| {' | '.join(cells)} | 1/{held[1] / held[0]:.0f} |" in README

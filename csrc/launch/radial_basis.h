@@ -53,7 +53,11 @@ class RadialCall {
     require(x().dim() == 2 && x().size(1) >= 1 && x().size(1) <= math::kMaxRadialDims && features().dim() == 2, kOp,
             ": x must have shape [points, d] with d from 1 to 4, features [kernels, F]");
     require(number() == ScalarType::Double || number() == ScalarType::Float, kOp, ": x must be float32 or float64");
-    require(number() == ScalarType::Double || features().scalar_type() != ScalarType::Double, kOp,
+    const ScalarType stored = features().scalar_type();
+    require(stored == ScalarType::Half || stored == ScalarType::BFloat16 || stored == ScalarType::Float ||
+                stored == ScalarType::Double,
+            kOp, ": features must be float16, bfloat16, float32 or float64");
+    require(number() == ScalarType::Double || stored != ScalarType::Double, kOp,
             ": x must be float64 beside float64 features");
     require(options.kind >= 0 && options.kind < math::kRadialKinds && options.shape >= 0 &&
                 options.shape < math::kRadialShapes && options.keep >= 0 && options.keep <= width(),

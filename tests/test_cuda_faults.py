@@ -24,8 +24,10 @@ from sim import build, library, toolkit
 from simulated import Simulated, basis, lookup_call, network, regular_call
 from test_neighbors import CLOUDS, queries
 
+SECONDS = 1800  # for a build of all kernels and a run for each fault, on a slow machine
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(SECONDS),
     pytest.mark.skipif(toolkit.why_no_simulator() is not None, reason=str(toolkit.why_no_simulator())),
     pytest.mark.skipif(library.why_no_asan() is not None, reason=str(library.why_no_asan())),
 ]
@@ -385,7 +387,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("faults")
     build.build(recipe())  # not under AddressSanitizer
     code = "import sys, test_cuda_faults; test_cuda_faults.trial(*sys.argv[1:])"
-    done = library.run_under_asan(code, str(folder), OMP_NUM_THREADS="1")
+    done = library.run_under_asan(code, str(folder), timeout=SECONDS, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr[-3000:]
     return {name: (folder / f"{number}.txt").read_text() for number, name in enumerate(NAMES)}
 

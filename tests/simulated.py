@@ -25,10 +25,8 @@ from conftest import require
 from sim import build, library
 
 CASES = testing.cases("hash_grid")
-MODULES = [
-    sys.modules[f"camkernels.{op}"]
-    for op in ("hash_grid", "modulated_mlp", "modulate", "coordinate_modulation", "radial_basis")
-]
+OPS = ("hash_grid", "modulated_mlp", "modulate", "coordinate_modulation", "radial_basis")
+MODULES = [sys.modules[f"camkernels.{op}"] for op in OPS]
 
 
 def chain(operator: Operator) -> Iterator[Operator]:

@@ -18,8 +18,6 @@ from simulated import CASES, Simulated, deterministic, production, regular_call,
 
 pytestmark = pytest.mark.skipif(toolkit.why_no_simulator() is not None, reason=str(toolkit.why_no_simulator()))
 
-HALF = (torch.float16, torch.bfloat16)
-
 
 @pytest.fixture(scope="module")
 def sim() -> Simulated:
@@ -27,24 +25,6 @@ def sim() -> Simulated:
 
 
 # ---- Agreement with the definition -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_case_in_three_schedules(sim: Simulated, case: testing.Case, dtype: torch.dtype) -> None:
-    sim.check(case, dtype, library.SCHEDULES)
-
-
-@pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("case", CASES[::3], ids=str)
-def test_half_precision(sim: Simulated, case: testing.Case, dtype: torch.dtype) -> None:
-    sim.check(case, dtype)
-
-
-@pytest.mark.parametrize("case", CASES[::8], ids=str)
-def test_sm_80(sim: Simulated, case: testing.Case) -> None:
-    with sim.library.architecture(80):
-        sim.check(case, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

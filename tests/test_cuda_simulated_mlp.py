@@ -26,24 +26,6 @@ def sim() -> Simulated:
 # ---- agreement with the definition -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_case_in_three_schedules(sim: Simulated, case: testing.Case, dtype: torch.dtype) -> None:
-    sim.check(case, dtype, library.SCHEDULES)
-
-
-@pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("case", CASES[::2], ids=str)
-def test_half_precision(sim: Simulated, case: testing.Case, dtype: torch.dtype) -> None:
-    sim.check(case, dtype)
-
-
-@pytest.mark.parametrize("case", CASES[::8], ids=str)
-def test_sm_80(sim: Simulated, case: testing.Case) -> None:
-    with sim.library.architecture(80):
-        sim.check(case, torch.float32)
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_layers_too_wide_for_shared_memory(sim: Simulated, dtype: torch.dtype) -> None:
     """Two tiles of 64 points and slabs of several columns; the rows of the forward pass are in global memory."""

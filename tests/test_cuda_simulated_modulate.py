@@ -15,7 +15,6 @@ pytestmark = pytest.mark.skipif(toolkit.why_no_simulator() is not None, reason=s
 
 OP = "modulate"
 CASES = testing.cases(OP)
-HALF = (torch.float16, torch.bfloat16)
 
 
 @pytest.fixture(scope="module")
@@ -30,18 +29,6 @@ def call_of(shape, gamma, beta, dtype=torch.float32, **options) -> testing.Call:
 
 
 # ---- agreement with the definition -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_case_in_three_schedules(sim: Simulated, case: testing.Case, dtype: torch.dtype) -> None:
-    sim.check(case, dtype, library.SCHEDULES)
-
-
-@pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("case", CASES[::2], ids=str)
-def test_half_precision(sim: Simulated, case: testing.Case, dtype: torch.dtype) -> None:
-    sim.check(case, dtype)
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -18,7 +18,6 @@ pytestmark = pytest.mark.skipif(toolkit.why_no_simulator() is not None, reason=s
 
 OP = "radial_basis"
 CASES = testing.cases(OP)
-HALF = (torch.float16, torch.bfloat16)
 DIFFERENCES = [case for case in CASES if case.options["normalize"] != "detached"]  # see tests/test_gradients.py
 
 
@@ -28,24 +27,6 @@ def sim() -> Simulated:
 
 
 # ---- agreement with the definition -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_case_in_three_schedules(sim: Simulated, case: testing.Case, dtype: torch.dtype) -> None:
-    sim.check(case, dtype, library.SCHEDULES)
-
-
-@pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("case", CASES[::2], ids=str)
-def test_half_precision(sim: Simulated, case: testing.Case, dtype: torch.dtype) -> None:
-    sim.check(case, dtype)
-
-
-@pytest.mark.parametrize("case", CASES[::4], ids=str)
-def test_sm_80(sim: Simulated, case: testing.Case) -> None:
-    with sim.library.architecture(80):
-        sim.check(case, torch.float32)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -6,13 +6,6 @@
 #include "launch/neighbors.h"
 #include "torch/seam.h"
 
-#ifndef CAMK_NAMESPACE
-#define CAMK_NAMESPACE camkernels
-#endif
-#ifndef CAMK_DISPATCH_KEY
-#define CAMK_DISPATCH_KEY CUDA
-#endif
-
 namespace camk::cuda {
 namespace {
 

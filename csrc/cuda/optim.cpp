@@ -5,13 +5,6 @@
 #include "cuda/stream.h"
 #include "launch/optim.h"
 
-#ifndef CAMK_NAMESPACE
-#define CAMK_NAMESPACE camkernels
-#endif
-#ifndef CAMK_DISPATCH_KEY
-#define CAMK_DISPATCH_KEY CUDA
-#endif
-
 namespace camk::cuda {
 namespace {
 

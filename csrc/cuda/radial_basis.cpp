@@ -7,13 +7,6 @@
 #include "cuda/radial_basis.h"
 #include "cuda/stream.h"
 
-#ifndef CAMK_NAMESPACE
-#define CAMK_NAMESPACE camkernels
-#endif
-#ifndef CAMK_DISPATCH_KEY
-#define CAMK_DISPATCH_KEY CUDA
-#endif
-
 namespace camk::cuda {
 namespace {
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
-// What the CUDA operators need of PyTorch beyond tensors: the current stream, the device, and errors as sentences.
+// What the CUDA operators need of PyTorch beyond tensors: where they are registered, the current stream, the device,
+// and errors as sentences.
 #pragma once
 #include <cuda_runtime_api.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -9,6 +10,14 @@
 
 #include "cuda/storage.h"
 #include "torch/seam.h"
+
+// Where operators are registered; the simulator's build names a place of its own.
+#ifndef CAMK_NAMESPACE
+#define CAMK_NAMESPACE camkernels
+#endif
+#ifndef CAMK_DISPATCH_KEY
+#define CAMK_DISPATCH_KEY CUDA
+#endif
 
 #ifndef CAMK_SIMULATE
 // Lives in libtorch_cuda; weak, so that the library also loads into a PyTorch without CUDA.

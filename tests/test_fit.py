@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -374,6 +375,23 @@ def test_bad_checkpoints(tmp_path, photo, fitted, capsys):
     for changes in ({"training": {}}, {"optimizer": {}}, {"rng": torch.zeros(3)}):
         save_checkpoint(path, load_checkpoint(fitted / "checkpoint.pt") | changes)
         expect_error(capsys, resume, "c.pt is damaged")
+
+
+def test_a_checkpoint_with_damaged_numbers(tmp_path, photo, fitted, capsys):
+    path = tmp_path / "c.pt"
+    path.write_bytes((fitted / "checkpoint.pt").read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+        data = archive.read(largest)
+    content = path.read_bytes()
+    at = content.index(data) + len(data) // 2
+    path.write_bytes(content[:at] + bytes(255 - byte for byte in content[at : at + 64]) + content[at + 64 :])
+    assert torch.load(path, weights_only=True)["step"] == 12  # PyTorch sees nothing
+    for command in (
+        ["render", path, "--size", "4x4"],
+        ["fit", "image", photo, "--out", tmp_path / "o", "--resume", path],
+    ):
+        expect_error(capsys, command, "c.pt is damaged", "check sum")
 
 
 def test_what_no_memory_holds(tmp_path, photo, fitted, capsys):

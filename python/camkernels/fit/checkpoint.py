@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,10 @@ KEYS = {
     "training": dict,
     "task": dict,
 }
+# What reading a file of any content may raise.
+UNREADABLE = (
+    zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError
+)  # fmt: skip
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
@@ -53,8 +59,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path} is not a file; give the checkpoint.pt that a fit wrote")
     try:
+        _check_sums(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except UNREADABLE as error:
         if isinstance(error, pickle.UnpicklingError):  # PyTorch's own text recommends to trust the file
             reason = "it does not hold tensors, numbers and strings alone"
         else:
@@ -71,6 +78,14 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if odd:
         raise UserError(f"{path} is damaged: {', '.join(odd)} missing or of the wrong type; fit again")
     return content
+
+
+def _check_sums(path: Path) -> None:
+    """ValueError if a tensor's bytes are not those that were written; PyTorch itself reads them unchecked."""
+    with zipfile.ZipFile(path) as archive:
+        broken = archive.testzip()
+    if broken is not None:
+        raise ValueError(f"the check sum of {broken} is wrong")
 
 
 def build_model(path: str | Path, content: dict[str, Any], backend: str | None) -> nn.Module:

@@ -259,7 +259,7 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, fitted, monkeypatch)
 @pytest.mark.parametrize("size", ["20x14", "1x1", "37x11", "900X200"])
 def test_render(tmp_path, fitted, size, monkeypatch):
     monkeypatch.setattr(image_module, "CHUNK", 50_000)
-    out = tmp_path / "drawn.png"
+    out = tmp_path / "new" / "drawn.png"
     assert main(["render", str(fitted / "checkpoint.pt"), "--size", size, "--out", str(out)]) == 0
     values = read_picture(out).values
     width, height = map(int, size.lower().split("x"))
@@ -303,6 +303,33 @@ def test_bad_pictures(tmp_path, capsys):
     expect("float.tif", "floating-point pixels")
     Image.fromarray(np.full((4, 4), 70000, np.int32)).save(tmp_path / "long.tif")
     expect("long.tif", "more than 16 bits")
+    assert not (tmp_path / "out").exists()
+
+
+def refusing(path: Path, method):
+    """The method of Path, which says of that path what the system says where rights are missing."""
+
+    def refuse(self, *arguments, **options):
+        if self == path:
+            raise PermissionError(13, "Permission denied")
+        return method(self, *arguments, **options)
+
+    return refuse
+
+
+@pytest.mark.parametrize("command", ["image", "resume", "render"])
+def test_paths_that_may_not_be_read(tmp_path, photo, capsys, monkeypatch, command):
+    def arguments(path):
+        if command == "render":
+            return ["render", path, "--size", "4x4"]
+        read = ["--resume", path] if command == "resume" else []
+        return ["fit", "image", photo if read else path, "--out", tmp_path / "out", *read]
+
+    expect_error(capsys, arguments(tmp_path / ("long" * 100)), "File name too long")
+    path = tmp_path / "file"
+    for name in ("stat", "open"):  # root may read anything: chmod would not do
+        monkeypatch.setattr(Path, name, refusing(path, getattr(Path, name)))
+    expect_error(capsys, arguments(path), "cannot be read: you may not", "Permission denied")
     assert not (tmp_path / "out").exists()
 
 
@@ -354,7 +381,7 @@ def test_bad_checkpoints(tmp_path, photo, fitted, capsys):
         ):
             expect_error(capsys, command, "c.pt", *words)
 
-    expect("is not a file")
+    expect("does not exist", "checkpoint.pt")
     for content in (b"", b"PK nonsense", good[: len(good) // 2], good[:2000] + bytes(500) + good[2500:]):
         path.write_bytes(content)
         expect("is damaged")
@@ -392,6 +419,7 @@ def test_a_checkpoint_with_damaged_numbers(tmp_path, photo, fitted, capsys):
         ["fit", "image", photo, "--out", tmp_path / "o", "--resume", path],
     ):
         expect_error(capsys, command, "c.pt is damaged", "check sum")
+    assert not (tmp_path / "o").exists()
 
 
 def test_what_no_memory_holds(tmp_path, photo, fitted, capsys):
@@ -420,3 +448,4 @@ def test_resume_on_something_else(tmp_path, fitted, capsys):
     for name, values in (("size", smooth(21)), ("channels", smooth(channels=1))):
         base[2] = save(values, tmp_path / "other.png")
         expect_error(capsys, base, name, "give the same picture")
+    assert not (tmp_path / "o").exists()

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from ..fields import MODELS, SHAPE_MODELS
-from .errors import UserError
+from .errors import UserError, check_file
 
 FORMAT, VERSION = "camkernels.fit", 1
 KEYS = {
@@ -56,8 +56,7 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Reads and checks a checkpoint, tensors on the CPU; UserError if it is damaged, foreign or of another version."""
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path} is not a file; give the checkpoint.pt that a fit wrote")
+    check_file(path, "the checkpoint.pt that a fit wrote")
     try:
         _check_sums(path)
         content = torch.load(path, map_location="cpu", weights_only=True)

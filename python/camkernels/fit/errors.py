@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -27,3 +28,19 @@ def require(module: str) -> ModuleType:
     except ImportError as error:
         package = PACKAGES.get(module.split(".")[0], module.split(".")[0])
         raise UserError(f"{package} is needed here ({error}); install it with: pip install {package}") from error
+
+
+def check_file(path: Path, what: str) -> None:
+    """UserError unless there is a file, `what` names which is meant, that this user may read."""
+    try:
+        path.open("rb").close()
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist; give the path of {what}") from error
+    except IsADirectoryError as error:
+        raise UserError(f"{path} is a folder; give the path of {what} in it") from error
+    except PermissionError as error:
+        raise UserError(
+            f"{path} may not be read by you: {error.strerror}; change its rights or its folder's"
+        ) from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; give the path of {what}") from error

@@ -112,7 +112,6 @@ def fit_image(path: Path, options: Options, say: Callable[[str], None] = print) 
         require(module)  # now rather than after the training
     picture = read_picture(path)
     device = check_device(options.device)
-    check_folder(options.out)
     saved = load_checkpoint(options.resume) if options.resume else None
     if saved is None:
         name = options.model or DEFAULT_MODEL
@@ -123,6 +122,7 @@ def fit_image(path: Path, options: Options, say: Callable[[str], None] = print) 
         settings, name = settings_of(options, saved), saved["model"]
         model = build_model(options.resume, saved, options.backend)
     backend = check_backend(model.ops, options.backend, device)
+    check_folder(options.out)
     model.to(device)
     pixels = Pixels(picture, settings.batch, device)
     start = time.monotonic()

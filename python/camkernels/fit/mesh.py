@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import UserError, require
+from .errors import UserError, check_file, require
 
 RADIUS = 0.495  # of the sphere about the middle of the unit cube that a mesh is scaled into
 
@@ -50,10 +50,7 @@ def read_mesh(path: str | Path) -> Mesh:
     """
     trimesh = require("trimesh")
     path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path} does not exist; give the path of a mesh file")
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; give the path of a mesh file in it")
+    check_file(path, "a mesh file")
     try:
         loaded = trimesh.load_mesh(path, process=False)
         finite = bool(np.isfinite(loaded.vertices).all())

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import UserError, require
+from .errors import UserError, check_file, require
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,7 @@ def read_picture(path: str | Path) -> Picture:
     """
     image_module = require("PIL.Image")
     path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path} does not exist; give the path of an image file")
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; give the path of an image file in it")
+    check_file(path, "an image file")
     try:
         with image_module.open(path) as image:
             notes = _notes(image)

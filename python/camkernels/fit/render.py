@@ -10,7 +10,7 @@ from .errors import UserError, require
 from .image import draw
 from .picture import write_picture
 from .shape import draw_shape
-from .start import check_backend, check_device
+from .start import check_backend, check_device, check_folder
 
 
 def render(
@@ -24,10 +24,9 @@ def render(
         raise UserError(f"{checkpoint} is a fit of kind {kind!r}; render draws images and shapes")
     place = check_device(device)
     out = out or checkpoint.with_name(f"render_{size[0]}x{size[1]}.png")
-    if not out.parent.is_dir():
-        raise UserError(f"{out} cannot be written: there is no folder {out.parent}; create it or choose another --out")
     model = build_model(checkpoint, saved, backend).to(place)
     check_backend(model.ops, backend, place)
+    check_folder(out.parent)
     if kind == "image":
         values = draw(model, *size, saved["task"].get("bits", 8), place)
     else:

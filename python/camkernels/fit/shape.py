@@ -161,7 +161,6 @@ def fit_shape(path: Path, options: ShapeOptions, say: Callable[[str], None] = pr
     given = read_mesh(path)
     mesh, placement = place(given)
     device = check_device(options.device)
-    check_folder(options.out)
     saved = load_checkpoint(options.resume) if options.resume else None
     count = options.samples or (saved["task"].get("samples") if saved else None) or DEFAULT_SAMPLES
     task = _task(mesh, placement, count)
@@ -174,6 +173,7 @@ def fit_shape(path: Path, options: ShapeOptions, say: Callable[[str], None] = pr
         settings, name = settings_of(options, saved), saved["model"]
         model = build_model(options.resume, saved, options.backend)
     backend = check_backend(model.ops, options.backend, device)
+    check_folder(options.out)
     say(f"{path}: {given.describe()}")
     for note in given.notes:
         say(f"note: {note}")

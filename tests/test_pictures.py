@@ -11,28 +11,50 @@ import numpy as np
 import pytest
 import torch
 
+from camkernels.fit.errors import UserError
 from camkernels.fit.metrics import psnr, ssim
-from camkernels.fit.picture import quantize, read_picture
+from camkernels.fit.picture import quantize, read_picture, write_picture
 from pictures import save, smooth
 
 Image = pytest.importorskip("PIL.Image")
+ImageOps = pytest.importorskip("PIL.ImageOps")
 pytest.importorskip("scipy")
 
 
 # ---- reading pictures ------------------------------------------------------------------------------------------------
 
 
-def deep_png(values: np.ndarray, path: Path) -> Path:
-    """A PNG of 16-bit RGB, which Pillow cannot write."""
+def filtered(rows: np.ndarray, size: int, kinds: list[int]) -> bytes:
+    """Rows of bytes [height, width * size] as a PNG file has them, row y filtered by kinds[y % len(kinds)]."""
+    result, above = b"", [0] * rows.shape[1]
+    for y, row in enumerate(rows.tolist()):
+        kind = kinds[y % len(kinds)]
+        result += bytes([kind])
+        for i, value in enumerate(row):
+            a, c = (row[i - size], above[i - size]) if i >= size else (0, 0)
+            b = above[i]
+            paeth = min((a, b, c), key=lambda near: abs(a + b - c - near))
+            result += bytes([(value - (0, a, b, (a + b) // 2, paeth)[kind]) % 256])
+        above = row
+    return result
+
+
+def deep_png(values: np.ndarray, path: Path, interlaced: bool = False, extra: tuple = ()) -> Path:
+    """A PNG of 16 bits per channel, in which every filter occurs and the data are cut in two chunks."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    height, width, _ = values.shape
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    head = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
-    body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+    height, width, channels = values.shape
+    passes = [values]
+    if interlaced:
+        starts = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)]
+        passes = [part for y, x, down, across in starts if (part := values[y::down, x::across]).size]
+    rows = [part.astype(">u2").view(np.uint8).reshape(len(part), -1) for part in passes]
+    data = zlib.compress(b"".join(filtered(part, 2 * channels, [4, 3, 1, 2, 0, 4, 3]) for part in rows))
+    head = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, int(interlaced))
+    body = [(b"IHDR", head), *extra, (b"IDAT", data[:99]), (b"IDAT", data[99:]), (b"IEND", b"")]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in body))
     return path
 
 
@@ -65,11 +87,81 @@ def test_other_modes(tmp_path):
     assert "2 frames" in read_picture(tmp_path / "film.gif").notes[0]
 
 
-def test_16_bit_colour_says_what_is_lost(tmp_path):
+def noise(width: int, height: int, channels: int) -> np.ndarray:
+    return np.random.default_rng(width).integers(0, 65536, (height, width, channels), dtype=np.uint16)
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+@pytest.mark.parametrize("channels", [2, 3, 4])
+@pytest.mark.parametrize("size", [(23, 17), (1, 1), (1, 9), (9, 1), (3, 2)])
+def test_16_bit_colour_of_png_is_read_exactly(tmp_path, size, channels, interlaced):
+    values = noise(*size, channels)
+    path = deep_png(values, tmp_path / "deep.png", interlaced)
+    picture = read_picture(path)
+    assert picture.bits == 16 and np.array_equal(picture.values, values) and picture.notes == ()
+    if channels > 2:  # Pillow, which has the upper halves alone, sees the same file
+        assert np.array_equal(np.asarray(Image.open(path)), values >> 8)
+
+
+def test_a_clear_16_bit_colour_becomes_alpha(tmp_path):
+    values = noise(5, 4, 3)
+    values[0, :2] = values[3, 4]
+    path = deep_png(values, tmp_path / "deep.png", extra=((b"tRNS", values[3, 4].astype(">u2").tobytes()),))
+    expected = np.full((4, 5, 1), 65535, np.uint16)
+    expected[0, :2] = expected[3, 4] = 0
+    assert np.array_equal(read_picture(path).values, np.concatenate([values, expected], -1))
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_16_bit_colour_is_written_as_it_is(tmp_path, channels):
+    values = noise(23, 17, channels)
+    write_picture(values, tmp_path / "deep.png")
+    assert np.array_equal(read_picture(tmp_path / "deep.png").values, values)
+    if channels > 2:
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "deep.png")), values >> 8)
+    with pytest.raises(UserError, match=r"deep.tif cannot be written: 16-bit colour is written as PNG only"):
+        write_picture(values, tmp_path / "deep.tif")
+
+
+def test_a_damaged_16_bit_picture_is_refused(tmp_path):
+    path = deep_png(noise(23, 17, 3), tmp_path / "deep.png")
+    content = path.read_bytes()
+    for damaged in (content[:900], content[:500] + bytes(100) + content[600:]):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="cannot be read"):
+            read_picture(path)
+
+
+def test_16_bit_colour_of_tiff_says_what_is_lost(tmp_path):
     values = smooth(peak=65535)
-    picture = read_picture(deep_png(values, tmp_path / "deep.png"))
+    tags = {256: 20, 257: 14, 258: 16, 259: 1, 262: 2, 273: 8, 277: 3, 278: 14, 279: values.nbytes}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    entries = entries.replace(struct.pack("<HHII", 258, 4, 1, 16), struct.pack("<HHII", 258, 3, 3, 8 + values.nbytes))
+    folder = struct.pack("<3HH", 16, 16, 16, len(tags)) + entries + bytes(4)
+    head = b"II*\0" + struct.pack("<I", 8 + values.nbytes + 6)
+    (tmp_path / "deep.tif").write_bytes(head + values.astype("<u2").tobytes() + folder)
+    picture = read_picture(tmp_path / "deep.tif")
     assert picture.bits == 8 and np.array_equal(picture.values, values >> 8)
     assert "16-bit colour is read as 8 bits" in picture.notes[0]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_turned_as_pillow_turns_it(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for suffix in (".png", ".tif", ".jpg"):
+        path = save(smooth(), tmp_path / f"turned{suffix}", exif=exif)
+        with Image.open(path) as image:
+            expected = np.asarray(ImageOps.exif_transpose(image))
+        assert np.array_equal(read_picture(path).values, expected)
+
+
+def test_a_16_bit_picture_is_turned_too(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    values = noise(5, 4, 3)
+    path = deep_png(values, tmp_path / "deep.png", extra=((b"eXIf", exif.tobytes()[6:]),))
+    assert np.array_equal(read_picture(path).values, np.rot90(values, -1))
 
 
 def test_exif_orientation(tmp_path):

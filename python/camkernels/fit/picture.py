@@ -11,7 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import png
 from .errors import UserError, check_file, require
+
+ORIENTATION = 0x0112  # the EXIF tag
 
 
 @dataclass(frozen=True)
@@ -55,18 +58,21 @@ def quantize(values: Tensor, bits: int) -> np.ndarray:
 def read_picture(path: str | Path) -> Picture:
     """Reads an image file, turned upright as its EXIF data say. UserError if it cannot be read as a picture.
 
-    Palettes become RGB, other colour spaces too; transparency of any kind becomes an alpha channel; 16 bits are kept
-    for grey. Pillow reads 16-bit colour as 8 bits, which `notes` then says.
+    Palettes become RGB, other colour spaces too; transparency of any kind becomes an alpha channel. 16 bits are kept
+    for grey, and for colour in PNG files; in others Pillow reads 16-bit colour as 8 bits, which `notes` then says.
     """
     image_module = require("PIL.Image")
     path = Path(path)
     check_file(path, "an image file")
     try:
         with image_module.open(path) as image:
-            notes = _notes(image)
+            colour = image.mode in ("RGB", "RGBA", "LA")
+            deep = colour and any("16" in str(part) for tile in image.tile for part in tile[3:])
+            by_pillow = not (deep and image.format == "PNG")
+            notes = _notes(image, lost=deep and by_pillow)
             image.load()
-            upright = require("PIL.ImageOps").exif_transpose(image)
-            return Picture(_to_array(upright, path), notes)
+            values = _to_array(image, path) if by_pillow else png.decode(path.read_bytes())
+            return Picture(_upright(values, image.getexif().get(ORIENTATION, 1)), notes)
     except image_module.DecompressionBombError as error:
         raise UserError(f"{path} is too large for Pillow ({error}); scale it down first") from error
     except image_module.UnidentifiedImageError as error:
@@ -75,15 +81,23 @@ def read_picture(path: str | Path) -> Picture:
         raise UserError(f"{path} cannot be read: {error}; the file is damaged or of an unusual kind") from error
 
 
-def _notes(image: Any) -> tuple[str, ...]:
-    notes = []
-    deep = any("16" in str(part) for tile in image.tile for part in tile[3:])
-    if image.mode in ("RGB", "RGBA", "LA") and deep:
-        notes.append("16-bit colour is read as 8 bits, the upper half, because Pillow has no deeper colour")
+def _notes(image: Any, lost: bool) -> tuple[str, ...]:
+    notes = ["16-bit colour is read as 8 bits, the upper half, because Pillow has no deeper colour"] if lost else []
     frames = getattr(image, "n_frames", 1)
     if frames > 1:
         notes.append(f"of {frames} frames the first is taken")
     return tuple(notes)
+
+
+def _upright(values: np.ndarray, orientation: int) -> np.ndarray:
+    """Turns and mirrors [height, width, channels] as an EXIF orientation, 1 to 8, asks for."""
+    if orientation in (5, 6, 7, 8):
+        values = values.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        values = values[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        values = values[::-1]
+    return np.ascontiguousarray(values)
 
 
 def _to_array(image: Any, path: Path) -> np.ndarray:
@@ -104,11 +118,17 @@ def _to_array(image: Any, path: Path) -> np.ndarray:
 
 
 def write_picture(values: np.ndarray, path: str | Path) -> None:
-    """Writes [height, width, channels] uint8, or uint16 of one channel, as the file type its suffix names."""
+    """Writes [height, width, channels] uint8 or uint16 as the file type its suffix names; uint16 of colours as PNG."""
     image_module = require("PIL.Image")
+    path = Path(path)
+    deep = values.dtype == np.uint16 and values.shape[2] > 1
+    if deep and path.suffix.lower() != ".png":
+        raise UserError(f"{path} cannot be written: 16-bit colour is written as PNG only; choose a file *.png")
     flat = values[..., 0] if values.shape[2] == 1 else values
-    image = image_module.fromarray(np.ascontiguousarray(flat))
     try:
-        image.save(path)
+        if deep:
+            path.write_bytes(png.encode(values))
+        else:
+            image_module.fromarray(np.ascontiguousarray(flat)).save(path)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path} cannot be written: {error}; choose another file or type, such as .png") from error

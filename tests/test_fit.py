@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from camkernels.fit.checkpoint import load_checkpoint, save_checkpoint
 from camkernels.fit.errors import UserError
 from camkernels.fit.metrics import psnr
 from camkernels.fit.picture import read_picture, write_picture
+from camkernels.fit.plots import write_error_picture, write_loss_curve
 from camkernels.fit.trainer import Stop, Trainer
 from pictures import save, smooth
 
@@ -95,9 +97,35 @@ def test_files_and_report(fitted):
     assert found["points_per_second"] == pytest.approx(12 * 256 / found["seconds"])
     assert found["torch"] == torch.__version__ and found["backend"] in ("cpu", "cuda", "triton", "reference")
     assert 5 < found["psnr"] < 60 and -1 <= found["ssim"] <= 1
-    for name in ("error.png", "loss.png"):
-        with Image.open(fitted / name) as image:
-            assert min(image.size) >= 200
+
+
+def test_the_error_picture_is_bright_where_the_error_is(tmp_path):
+    original = smooth(40, 40)
+    fitted = original.copy()
+    fitted[:, 20:] -= 25
+    write_error_picture(original, fitted, 255, tmp_path / "error.png")
+    with Image.open(tmp_path / "error.png") as image:
+        grey = np.asarray(image.convert("L"), dtype=float)
+    assert min(grey.shape) >= 200
+    left, right = (grey[100:400, start : start + 100].mean() for start in (60, 300))
+    assert left < 20 and right > left + 100
+
+
+def test_the_loss_picture_shows_the_losses(tmp_path):
+    def drawn(losses):
+        write_loss_curve(losses, tmp_path / "loss.png")
+        with Image.open(tmp_path / "loss.png") as image:
+            return np.asarray(image.convert("RGB"), dtype=int)
+
+    falling, flat = drawn([0.1 / (1 + step) for step in range(300)]), drawn([0.1] * 299 + [0.1 / 300])
+    assert min(falling.shape[:2]) >= 200
+
+    def height_of_the_curve(picture):
+        """Mean row of the bluish pixels of the middle columns."""
+        blue = picture[:, 300:500, 2] - picture[:, 300:500, 0] > 60
+        return np.nonzero(blue)[0].mean()
+
+    assert height_of_the_curve(falling) > height_of_the_curve(flat) + 100
 
 
 def test_quality_on_a_smooth_picture(tmp_path):
@@ -117,6 +145,11 @@ def test_odd_sizes(tmp_path, size):
     if size == (1, 1):
         assert np.array_equal(read_picture(tmp_path / "out" / "reconstruction.png").values, smooth(1, 1))
         assert report(tmp_path / "out")["psnr"] is None  # identical
+
+
+def test_the_progress_bar_says_how_far_how_good_and_how_fast(tmp_path, photo, capfd):
+    assert fit(photo, tmp_path / "out") == 0
+    assert re.search(r"12/12 steps, PSNR \d+\.\d\d dB, \d+\.\d\d M points/s", capfd.readouterr().err)
 
 
 def test_same_seed_same_result(tmp_path, photo):

@@ -103,7 +103,11 @@ def test_mixed_points_contain_the_awkward_ones():
 def test_safe_points_are_safe(case):
     call = case.make(torch.float64, points="safe")
     x, geometry = call.inputs["x"], call.options["geometry"]
-    assert ((x > 1e-4) & (x < 1 - 1e-4)).all()
+    outside = ((x < 0) | (x > 1)).any(-1)
+    assert 0 < outside.sum() <= x[..., 0].numel() / 2
+    assert ((x.abs() > 1e-4) & ((x - 1).abs() > 1e-4)).all()
+    if geometry.outside == "clamp":  # a coordinate that is clamped moves nothing, and may be on a face
+        x = x[~outside]
     assert testing.face_distance(x, geometry).min() >= 1e-3
 
 

@@ -127,7 +127,11 @@ def make(
     """(inputs x and table, remaining arguments). x is float64 for a float64 table, else float32."""
     geometry = build_geometry(options)
     generator = torch.Generator().manual_seed(seed)
-    x = safe_points(geometry, 24, seed) if points == "safe" else mixed_points(geometry, generator)
+    if points == "safe":  # every second one outside, where a rule of its own applies
+        around = [safe_points(geometry, 12, seed, outside=outside) for outside in (False, True)]
+        x = torch.stack(around, 1).flatten(0, 1)
+    else:
+        x = mixed_points(geometry, generator)
     x = x.to(torch.float64 if dtype == torch.float64 else torch.float32)
     layout = options.get("layout", "flat")
     if layout == "grid":
@@ -166,17 +170,22 @@ def _vertices(geometry: GridGeometry, level: int, n: int, generator: torch.Gener
     return ((cell - geometry.shift) / scale).float().double()
 
 
-def safe_points(geometry: GridGeometry, n: int, seed: int = 0, margin: float = 1e-3) -> Tensor:
+def safe_points(geometry: GridGeometry, n: int, seed: int = 0, margin: float = 1e-3, outside: bool = False) -> Tensor:
     """Points [n, D] float64 inside [0, 1], at least `margin` cells from every cell face, and 1e-3 from 0 and 1.
 
-    Finite differences are meaningful there. Raises RuntimeError if the lattice leaves no such points.
+    outside: the coordinates lie in [-1.5, 2.5]; one that is clamped may be on a face, where it moves nothing. Finite
+    differences are meaningful at these points. Raises RuntimeError if the lattice leaves no such points.
     """
+    low, high = (-1.5, 2.5) if outside else (1e-3, 1 - 1e-3)
     generator = torch.Generator().manual_seed(seed)
     found = torch.empty(0, geometry.dims, dtype=torch.float64)
     for _ in range(100):
         x = torch.rand(4 * n, geometry.dims, generator=generator, dtype=torch.float64)
-        x = (x * (1 - 2e-3) + 1e-3).float().double()
-        found = torch.cat([found, x[(face_distance(x, geometry) >= margin).all(-1)]])
+        x = (x * (high - low) + low).float().double()
+        clamped = ((x < 0) | (x > 1)) & (geometry.outside == "clamp")
+        clear = ((_face_distances(x, geometry) >= margin) | clamped.unsqueeze(-2)).all(-1).all(-1)
+        clear &= ((x - x.clamp(0, 1).round()).abs() >= 1e-3 - 1e-7).all(-1)
+        found = torch.cat([found, x[clear]])
         if len(found) >= n:
             return found[:n]
     raise RuntimeError(f"safe_points: found {len(found)} of {n} points {margin:g} cells away from every face")
@@ -191,9 +200,14 @@ def _positions(x: Tensor, geometry: GridGeometry) -> tuple[Tensor, Tensor]:
 
 def face_distance(x: Tensor, geometry: GridGeometry) -> Tensor:
     """Distance in cells from the nearest cell face, over all axes: [..., L]; NaN where the position is not finite."""
+    return _face_distances(x, geometry).amin(-1)
+
+
+def _face_distances(x: Tensor, geometry: GridGeometry) -> Tensor:
+    """Distance in cells from the nearest cell face along each axis: [..., L, D]."""
     position, scales = _positions(x, geometry)
     distance = (position - position.round()).abs()
-    return torch.where(scales > 0, distance, 0.5).amin(-1)  # x moves nothing on an axis of scale 0
+    return torch.where(scales > 0, distance, 0.5)  # x moves nothing on an axis of scale 0
 
 
 def face_width(x: Tensor, geometry: GridGeometry) -> Tensor:

@@ -255,7 +255,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
     parser.add_argument("--base", type=Path, metavar="FILE", help="compare with this result")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="default: the first FILE with the ending .png")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="also draw the times into this file")
     parser.add_argument("--gate", action="store_true", help="the verdicts of the gate")
     options = parser.parse_args(arguments)
     try:
@@ -270,10 +270,9 @@ def main(arguments: list[str] | None = None) -> int:
         print("\n" + "\n".join(gate.lines(records)))
     if base is not None:
         print(changes(base, records))
-    if headline(records):
-        target = options.plot or options.files[0].with_suffix(".png")
-        plot(records, target)
-        print(f"\nplot: {target}")
+    if options.plot is not None:
+        plot(records, options.plot)
+        print(f"\nplot: {options.plot}")
     return 0
 
 

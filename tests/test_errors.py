@@ -26,6 +26,22 @@ CALLS = {
         {"x": (X * 9).long()},
     ),
     "complex coordinates": (TypeError, r"^hash_grid: x must be float32.*got torch\.complex64", {"x": X + 0j}),
+    "sparse coordinates": (
+        TypeError,
+        r"^hash_grid: x must be a dense tensor, got torch\.sparse_coo; convert with \.to_dense\(\)",
+        {"x": X.to_sparse()},
+    ),
+    "nested coordinates": (
+        TypeError,
+        r"^hash_grid: x must be a dense tensor, got a nested one; convert with .* or pad it",
+        {"x": torch.nested.nested_tensor([X, X[:2]])},
+    ),
+    "sparse table": (TypeError, r"^hash_grid: table must be a dense tensor", {"table": TABLE.to_sparse()}),
+    "a word for a flag": (
+        TypeError,
+        r"^hash_grid: return_jacobian must be True or False, got 'yes'",
+        {"return_jacobian": "yes"},
+    ),
     "a list of coordinates": (
         TypeError,
         r"^hash_grid: x must be a torch\.Tensor, got list; use torch\.as_tensor",

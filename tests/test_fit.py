@@ -432,6 +432,9 @@ def test_bad_checkpoints(tmp_path, photo, fitted, capsys):
     expect("another architecture", config=config | {"n_levels": 3})
     expect("another architecture", config=config | {"colour": 3})
     expect("of kind 'sound'", task={"kind": "sound"})
+    task = load_checkpoint(fitted / "checkpoint.pt")["task"]
+    save_checkpoint(path, load_checkpoint(fitted / "checkpoint.pt") | {"task": task | {"bits": 7}})
+    expect_error(capsys, ["render", path, "--size", "4x4"], "c.pt is damaged", "7 bits")
     resume = ["fit", "image", fitted.parent / "photo.png", "--out", tmp_path / "o", "--resume", path]
     for changes in ({"training": {}}, {"optimizer": {}}, {"rng": torch.zeros(3)}):
         save_checkpoint(path, load_checkpoint(fitted / "checkpoint.pt") | changes)

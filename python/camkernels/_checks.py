@@ -15,9 +15,12 @@ FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_floating(op: str, name: str, tensor: Tensor) -> None:
-    """TypeError unless the tensor is float64, float32, bfloat16 or float16."""
+    """TypeError unless the tensor is dense and float64, float32, bfloat16 or float16."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}; use torch.as_tensor")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "a nested one" if tensor.is_nested else str(tensor.layout)
+        raise TypeError(f"{op}: {name} must be a dense tensor, got {kind}; convert with .to_dense() or pad it")
     if tensor.dtype not in FLOATING:
         raise TypeError(
             f"{op}: {name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}; convert with .float()"
@@ -49,6 +52,12 @@ def check_same_device(op: str, **tensors: Tensor | None) -> None:
     if len(set(given.values())) > 1:
         places = ", ".join(f"{name} on {device}" for name, device in given.items())
         raise ValueError(f"{op}: all tensors must be on one device, got {places}; move them with .to(device)")
+
+
+def check_flag(op: str, name: str, value: object) -> None:
+    """TypeError unless value is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be True or False, got {value!r}")
 
 
 def check_size(op: str, name: str, value: object, least: int = 1) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import reference, triton
 from ._autograd import Argument, Operator
 from ._backends import BACKENDS, Call, choose, round_to_autocast
-from ._checks import check_choice, check_dtype, check_floating, check_number, check_same_device, check_shape
+from ._checks import check_choice, check_dtype, check_flag, check_floating, check_number, check_same_device, check_shape
 from ._geometry import GridGeometry
 from ._layers import KeepsGeometry
 from .reference.hash_grid import count_levels
@@ -105,7 +105,8 @@ def hash_grid(
 
     interpolation: "linear", "smoothstep" (3t^2 - 2t^3, continuous first derivative) or "nearest".
     max_level: an int n computes the first n levels; a float m in [0, 1] the levels l < m*L + 1e-3; a float Tensor
-    [...] is m per point. Other levels give 0 and receive no gradient.
+    [...] is m per point, which counts as the nearest number in [0, 1], NaN as 0: refusing would wait for the device.
+    Other levels give 0 and receive no gradient.
     backend: "cpu", "cuda", "triton", "reference"; None takes the best that can run.
     return_jacobian: also J [..., L*F, D] = dy/dx from the same pass, in x's dtype (at least float32), itself
     differentiable once: eikonal losses and normals need no second backward and compile with fullgraph=True.
@@ -125,6 +126,7 @@ def hash_grid(
     torch.Size([100, 8])
     """
     check_hash_grid(x, table, geometry, interpolation, max_level)
+    check_flag("hash_grid", "return_jacobian", return_jacobian)
     chosen = choose(Call("hash_grid", x.device.type, x.device.index), backend)
     if chosen == "reference":
         options = {"interpolation": interpolation, "max_level": max_level, "return_jacobian": return_jacobian}

@@ -22,13 +22,16 @@ def render(
     kind = saved["task"].get("kind")
     if kind not in ("image", "shape"):
         raise UserError(f"{checkpoint} is a fit of kind {kind!r}; render draws images and shapes")
+    bits = saved["task"].get("bits", 8)
+    if bits not in (8, 16):
+        raise UserError(f"{checkpoint} is damaged: a picture of {bits!r} bits; fit again")
     place = check_device(device)
     out = out or checkpoint.with_name(f"render_{size[0]}x{size[1]}.png")
     model = build_model(checkpoint, saved, backend).to(place)
     check_backend(model.ops, backend, place)
     check_folder(out.parent)
     if kind == "image":
-        values = draw(model, *size, saved["task"].get("bits", 8), place)
+        values = draw(model, *size, bits, place)
     else:
         values = draw_shape(model, *size, place)
     write_picture(values, out)

@@ -253,7 +253,7 @@ def test_leading_dimensions(leading, backend):
 
 
 LAYOUTS = {
-    "transposed": lambda t: t.t().contiguous().t(),
+    "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
     "every second": lambda t: torch.stack([t, t.neg()], 1).flatten(0, 1)[::2],
     "columns of a wider one": lambda t: torch.cat([t, t], 1)[:, : t.shape[1]],
     "shifted": lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape),
@@ -280,6 +280,25 @@ def test_strided_tensors(backend, layout):
     ):
         for found, wanted in zip([run(a, b), *gradients(run, a, b, c)], expected, strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("backend", GRID_BACKENDS)
+def test_strided_cotangents_of_second_order_and_of_the_jacobian(backend, layout):
+    geometry, change = grid(), LAYOUTS[layout]
+    leaves = [t.requires_grad_() for t in (*arguments(40, geometry, torch.float64), torch.rand(40, 6).double())]
+    x, table, ct = leaves
+    function = function_of("hash_grid", backend)
+    first = torch.autograd.grad(function(x, table, geometry), (x, table), ct, create_graph=True)
+    outputs = function(x, table, geometry, return_jacobian=True)
+    for results, inputs in ((first, leaves), (outputs, leaves[:2])):
+        cotangents = [torch.rand_like(t) for t in results]
+        found, expected = (
+            torch.autograd.grad(results, inputs, given, retain_graph=True)
+            for given in ([change(t) for t in cotangents], cotangents)
+        )
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("backend", GRID_BACKENDS)

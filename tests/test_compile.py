@@ -164,6 +164,24 @@ def test_eikonal_loss_equals_double_backward():
     assert counter.frame_count == 1
 
 
+def test_a_new_batch_size_of_values_and_jacobians_compiles_nothing():
+    grid, head, x = distance_field()
+    parameters = [grid.table, *head.parameters()]
+
+    def loss(x):
+        y, jacobian = camkernels.hash_grid(x, grid.table, grid.geometry, return_jacobian=True)
+        return head(y).square().mean() + (head.weight @ jacobian).norm(dim=-1).mean()
+
+    compiled, counter = counted(loss, dynamic=True)
+    counts = []
+    for n in (7, 20, 12, 2):
+        found, expected = (torch.autograd.grad(f(x[:n]), parameters) for f in (compiled, loss))
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+        counts.append(counter.frame_count)
+    assert counts == [counts[0]] * 4
+
+
 # ---- export ----------------------------------------------------------------------------------------------------------
 
 BATCH = torch.export.Dim("n", min=2)

@@ -296,6 +296,15 @@ def test_a_coordinate_that_is_nan_makes_its_point_nan_and_touches_nothing(backen
 # ---- backends --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("backend", backends("hash_grid"))
+def test_the_level_of_a_point_may_be_any_number_and_nan_is_no_level(backend):
+    y = camkernels.hash_grid(
+        X, TABLE, GEOMETRY, max_level=torch.tensor([torch.nan, -0.3, 1.7, torch.inf, -torch.inf]), backend=backend
+    )
+    whole = camkernels.hash_grid(X, TABLE, GEOMETRY, backend=backend)
+    assert torch.equal(y, whole * torch.tensor([0, 0, 1, 1, 0]).unsqueeze(-1))
+
+
 def test_a_backend_that_cannot_run_says_why_and_what_can():
     able = ", ".join(b for b in _backends.BACKENDS if _backends.can_run(b, _backends.Call("hash_grid", "cpu")) is None)
     for backend, reason in (

@@ -136,6 +136,18 @@ def test_quality_on_a_smooth_picture(tmp_path):
     assert found["psnr"] > 38 and found["ssim"] > 0.98
 
 
+@pytest.mark.slow
+def test_the_demo_reaches_33_db(tmp_path, monkeypatch):
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "bench" / "data" / "photo.jpg").exists():
+        pytest.skip("the photograph is not here")
+    monkeypatch.chdir(root)
+    (given,) = re.findall(r"-m camkernels (fit image .*?)\n[^\t]", (root / "Makefile").read_text(), re.DOTALL)
+    arguments = given.replace("\\\n", "").replace("--out demo", "").replace("--compare", "").split()
+    assert main([*arguments, "--out", str(tmp_path)]) == 0
+    assert report(tmp_path)["psnr"] >= 33
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 30), (300, 2)])
 def test_odd_sizes(tmp_path, size):
     path = save(smooth(*size), tmp_path / "p.png")

@@ -197,6 +197,25 @@ def test_without_torch(mini: Path, command: str) -> None:
     assert_one_sentence(done, "PyTorch", "pip install --no-build-isolation .")
 
 
+def test_with_an_old_torch(mini: Path) -> None:
+    (mini / "torch").mkdir()
+    (mini / "torch/__init__.py").write_text("")
+    (mini / "torch/version.py").write_text('__version__ = "2.4.1"\ncuda = None\n')
+    assert_one_sentence(python(mini, "setup.py", "-q", "build_ext"), "2.4.1", "2.11 or later")
+
+
+def test_libraries_that_cannot_be_loaded(tmp_path: Path) -> None:
+    package = tmp_path / "camkernels"
+    shutil.copytree(ROOT / "python/camkernels", package, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    for name in CPU_LIBRARIES:
+        (package / name).write_text("no library")
+    program = "import camkernels as c, torch; print(c._ops.cpu_missing); print(c.HashGrid(2)(torch.rand(5, 2)).shape)"
+    done = python(tmp_path, "-c", program)
+    assert done.returncode == 0, done.stderr
+    reason, shape = done.stdout.splitlines()
+    assert "_cpu_baseline.so cannot be loaded: " in reason and shape == "torch.Size([5, 32])"
+
+
 def test_cuda_demanded_without_nvcc(mini: Path, tmp_path: Path) -> None:
     done = python(mini, "setup.py", "-q", "build_ext", CAMKERNELS_CUDA="1", PATH="", CUDA_HOME=str(tmp_path))
     assert_one_sentence(done, "CAMKERNELS_CUDA=1", "nvcc")
@@ -245,6 +264,9 @@ def test_wheel_serves_every_python(real: Path, tmp_path: Path) -> None:
         needed = printed("readelf", "-d", library)
         assert "[libtorch_cpu.so]" in needed
         assert not [other for other in ("libpython", "libtorch_python", "libtorch_cuda") if other in needed]
+    program = "import camkernels as c, torch; c.HashGrid(2, backend='cpu')(torch.rand(5, 2)).sum().backward(); print(c)"
+    done = python(tmp_path / "out", "-c", program, PYTHONPATH=str(tmp_path / "site"))
+    assert done.returncode == 0 and str(tmp_path / "site") in done.stdout, done.stderr
 
 
 def test_pure_wheel_imports(real: Path, tmp_path: Path) -> None:

@@ -105,8 +105,7 @@ def hash_grid(
 
     interpolation: "linear", "smoothstep" (3t^2 - 2t^3, continuous first derivative) or "nearest".
     max_level: an int n computes the first n levels; a float m in [0, 1] the levels l < m*L + 1e-3; a float Tensor
-    [...] is m per point, which counts as the nearest number in [0, 1], NaN as 0: refusing would wait for the device.
-    Other levels give 0 and receive no gradient.
+    [...] is m per point, which may be any number; NaN computes no level. Other levels give 0 and receive no gradient.
     backend: "cpu", "cuda", "triton", "reference"; None takes the best that can run.
     return_jacobian: also J [..., L*F, D] = dy/dx from the same pass, in x's dtype (at least float32), itself
     differentiable once: eikonal losses and normals need no second backward and compile with fullgraph=True.

@@ -150,7 +150,7 @@ def count_levels(
     if isinstance(max_level, Tensor):
         _check_level_tensor(max_level, leading)
         # l < m L + 1e-3 for ceil(m L + 1e-3) levels
-        counts = (max_level.detach().to(dtype).nan_to_num(0.0) * n_levels + 1e-3).ceil().clamp(0, n_levels)
+        counts = (max_level.detach().to(dtype).nan_to_num(-1.0) * n_levels + 1e-3).ceil().clamp(0, n_levels)
         return counts.to(torch.int32).expand(leading)
     if isinstance(max_level, bool) or not isinstance(max_level, Real):
         raise TypeError(f"hash_grid: max_level must be an int, a float or a float tensor, got {max_level!r}")

@@ -28,7 +28,7 @@ def test_json(capsys):
     assert facts["cpu"]["library"] == _ops.cpu_isa and facts["cpu"]["reason"] == _ops.cpu_missing
     assert facts["cuda"]["library"] == (_ops.cuda_missing is None)
     assert facts["hash_grid_geometries"] == geometry_table()
-    assert set(facts["ops"]) == {*testing.CASES, "sparse_row_adam"}
+    assert set(facts["ops"]) == {*testing.CASES, "hash_grid_mlp", "sparse_row_adam"}
     for op, backends in facts["ops"].items():
         assert set(backends) == set(BACKENDS) and backends["reference"] is None
         assert backends["cpu"] == can_run("cpu", Call(op, "cpu"))
@@ -119,6 +119,17 @@ def test_check_agrees(few, monkeypatch, capsys):
     assert _check.check_backends(few) == 0
     out = capsys.readouterr().out
     assert "2 cases agree" in out and "all 8 comparisons agree" in out and "triton   not here: not in this test" in out
+
+
+def test_check_compares_the_pair_of_two_ops(few, monkeypatch, capsys):
+    pair = {"hash_grid_mlp": testing.PAIRED["hash_grid_mlp"]}
+    reference = camkernels.reference.hash_grid_mlp
+    monkeypatch.setattr(camkernels, "hash_grid_mlp", lambda *args, backend, **options: reference(*args, **options))
+    assert _check.check_backends(pair) == 0
+    assert "all 36 comparisons agree" in capsys.readouterr().out
+    monkeypatch.setattr(camkernels, "hash_grid_mlp", lambda *args, backend, **rest: 1.01 * reference(*args, **rest))
+    assert _check.check_backends(pair) == 1
+    assert "hash_grid_mlp" in capsys.readouterr().out
 
 
 def test_check_finds_a_difference(few, monkeypatch, capsys):

@@ -13,13 +13,13 @@ import camkernels
 from . import reference
 from ._backends import BACKENDS
 from ._info import home_of, reason_against
-from .testing import CASES, Case, check, has_jacobian
+from .testing import CASES, PAIRED, Case, check, has_jacobian
 
 SHOWN = 3  # failures of one line that are spelled out
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def check_backends(ops: dict[str, tuple[Case, ...]] = CASES) -> int:
+def check_backends(ops: dict[str, tuple[Case, ...]] = CASES | PAIRED) -> int:
     """Compares values, Jacobians, gradients and second derivatives over the case registry; 0 if all agree, else 1."""
     failed = compared = 0
     for op, cases in ops.items():

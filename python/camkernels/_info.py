@@ -16,10 +16,10 @@ from ._backends import BACKENDS, Call, can_run
 from ._geometry import geometry_table
 from ._gpu import build_facts
 from .neighbors import search_method
-from .testing import CASES
+from .testing import CASES, PAIRED
 from .triton import SECOND_ORDER as TRITON_SECOND_ORDER
 
-OPS = (*CASES, "sparse_row_adam")
+OPS = (*CASES, *PAIRED, "sparse_row_adam")
 KNOWN_VARIABLES = ("CAMKERNELS_BACKEND", "CAMKERNELS_CPU_ISA")
 
 

@@ -33,7 +33,7 @@ def make_mlp(options: dict[str, Any], dtype: torch.dtype, device: torch.device |
 
 
 MLPS = [testing.Case("modulated_mlp", name, make_mlp, options) for name, options in SIZES.items()]
-FUSED = testing.PAIRED["hash_grid_mlp"]
+FUSED = list(testing.PAIRED["hash_grid_mlp"])
 
 
 def agree(

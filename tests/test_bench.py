@@ -257,8 +257,7 @@ def test_report_shows_rows_and_reasons(records, tmp_path):
     file = tmp_path / "result.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
     assert report.load([file]) == records and report.load([file, file]) == records
-    assert report.main([str(file), "--base", str(file)]) == 0
-    assert list(file.parent.glob("*.png")) == []
+    assert report.main([str(file), "--base", str(file)]) == 0 and list(tmp_path.glob("*.png")) == []
     assert report.main([str(file), "--plot", str(tmp_path / "plot.png")]) == 0
     assert (tmp_path / "plot.png").stat().st_size > 10_000
     file.write_text("not a record\n")

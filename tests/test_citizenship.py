@@ -292,13 +292,10 @@ def test_strided_cotangents_of_second_order_and_of_the_jacobian(backend, layout)
     first = torch.autograd.grad(function(x, table, geometry), (x, table), ct, create_graph=True)
     outputs = function(x, table, geometry, return_jacobian=True)
     for results, inputs in ((first, leaves), (outputs, leaves[:2])):
-        cotangents = [torch.rand_like(t) for t in results]
-        found, expected = (
-            torch.autograd.grad(results, inputs, given, retain_graph=True)
-            for given in ([change(t) for t in cotangents], cotangents)
-        )
-        for a, b in zip(found, expected, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+        ct = [torch.rand_like(t) for t in results]
+        both = ([change(t) for t in ct], ct)
+        found, expected = (torch.autograd.grad(results, inputs, each, retain_graph=True) for each in both)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("backend", GRID_BACKENDS)

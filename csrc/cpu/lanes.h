@@ -55,6 +55,16 @@ struct Lanes {
     return r;
   }
   CAMK_HD void store(T* p) const { memcpy(p, &v, sizeof(v)); }
+  // Past the caches, to where nobody reads soon; p as aligned as the pack is wide.
+  CAMK_HD void store_far(T* p) const {
+#if defined(__AVX512F__)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+#elif defined(__AVX2__)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
+#else
+    store(p);
+#endif
+  }
   CAMK_HD friend Lanes operator+(Lanes a, Lanes b) { return a.v + b.v; }
   CAMK_HD friend Lanes operator-(Lanes a, Lanes b) { return a.v - b.v; }
   CAMK_HD friend Lanes operator*(Lanes a, Lanes b) { return a.v * b.v; }

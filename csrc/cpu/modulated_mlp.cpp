@@ -173,10 +173,9 @@ std::tuple<Tensor, Tensor> forward(Tensor x, TensorList weights, TensorList bias
     y = in_large_pages(empty(weights[0], {net.points, net.out}));
     kept = in_large_pages(empty(x, {keep ? net.points * net.kept_values() : 0}, number_type<C>()));
     torch::stable::parallel_for(0, round_up(net.points, kTile) / kTile, 4, [&](int64_t first, int64_t last) {
-      ForwardTile<C> tile(net);
-      each_tile(first * kTile, std::min(net.points, last * kTile), [&](int64_t begin, int64_t count) {
-        tile.run(x, modulation, begin, count, y, keep ? write<C>(kept) : nullptr);
-      });
+      ForwardTile<C> tile(net, modulation);
+      each_tile(first * kTile, std::min(net.points, last * kTile),
+                [&](int64_t begin, int64_t count) { tile.run(x, begin, count, y, keep ? write<C>(kept) : nullptr); });
     });
   });
   return {y, kept};
@@ -200,10 +199,9 @@ std::tuple<Tensor, TensorList, TensorList, Tensor> backward(Tensor grad, Tensor 
     const Gradients<C> gradients(net, gm, mask);
     const Parts<C> parts(net, x, mask[1] || mask[2], mask[3]);
     parts.each([&](int64_t first, int64_t last, const PartSums<C>& sums) {
-      BackwardTile<C> tile(net);
+      BackwardTile<C> tile(net, modulation);
       each_tile(first, last, [&](int64_t begin, int64_t count) {
-        tile.run(grad, x, modulation, begin, count, fits ? read<C>(kept) : nullptr, gradients, sums,
-                 mask[0] ? &gx : nullptr);
+        tile.run(grad, x, begin, count, fits ? read<C>(kept) : nullptr, gradients, sums, mask[0] ? &gx : nullptr);
       });
     });
     add_up_all(net, parts, gw, gb);
@@ -239,10 +237,9 @@ std::tuple<Tensor, Tensor, TensorList, TensorList, Tensor> backward_backward(
     const Gradients<C> gradients(net, gm, {mask[1], mask[2], mask[3], mask[4]});
     const Parts<C> parts(net, x, mask[2] || mask[3], mask[4]);
     parts.each([&](int64_t first, int64_t last, const PartSums<C>& sums) {
-      TangentTile<C> tile(net, along);
+      TangentTile<C> tile(net, modulation, along);
       each_tile(first, last, [&](int64_t begin, int64_t count) {
-        tile.run(grad, x, modulation, panels, begin, count, gradients, sums, mask[0] ? &dy : nullptr,
-                 mask[1] ? &gx : nullptr);
+        tile.run(grad, x, panels, begin, count, gradients, sums, mask[0] ? &dy : nullptr, mask[1] ? &gx : nullptr);
       });
     });
     add_up_all(net, parts, gw, gb);

@@ -17,7 +17,7 @@ constexpr ScalarType number_type() {
 }
 
 // Points that pass through all layers together; a multiple of kBlockRows on every instruction set.
-inline constexpr int64_t kTile = 48;
+inline constexpr int64_t kTile = 96;
 
 // A weight in panels, its transpose, the bias [padded]; null where there is none or nobody reads it.
 template <class C>
@@ -29,6 +29,7 @@ template <class C>
 struct Layer : RowLayer<C> {
   int64_t in, next;  // values that it takes and gives, x of a skip included
   bool skip, modulated;
+  bool kept;  // whether z of all points stays for the backward pass, if that keeps any
   Panels<C> panels;
   int64_t sums;  // where the gradients of weight, then bias, begin among a part's sums
 };
@@ -108,13 +109,14 @@ struct Net {
       layers.push_back(layer), given = layer.next;
     }
     out = given;
+    choose_kept();
   }
 
   // A plain output layer, whose result is the network's; of all others derivatives need z.
   bool is_plain(const Layer<C>& layer) const { return !layer.modulated && layer.activation == math::Activation::kNone; }
   int64_t kept_values() const {
     int64_t sum = 0;
-    for (const Layer<C>& layer : layers) sum += is_plain(layer) ? 0 : layer.padded;
+    for (const Layer<C>& layer : layers) sum += layer.kept ? layer.padded : 0;
     return sum;
   }
   // The longest row that a tile holds.
@@ -126,6 +128,23 @@ struct Net {
   // Whether points share rows of the modulation, or there are rows and no points: then gradients are sums.
   bool shares_rows() const { return groups != points; }
   int64_t group_of(int64_t point) const { return shares_rows() ? point / (points / groups) : point; }
+
+ private:
+  // Leaves out a quarter or more, the layers of fewest inputs: computing z again takes little longer there than to
+  // write and read it, and memory stays below a quarter of what PyTorch keeps. As in
+  // python/camkernels/modulated_mlp.py.
+  void choose_kept() {
+    std::vector<Layer<C>*> order;
+    int64_t all = 0, left_out = 0;
+    for (Layer<C>& layer : layers) {
+      if (!is_plain(layer)) order.push_back(&layer), all += layer.padded;
+    }
+    std::stable_sort(order.begin(), order.end(), [](Layer<C>* a, Layer<C>* b) { return a->in < b->in; });
+    for (Layer<C>* layer : order) {
+      layer->kept = 4 * left_out >= all;
+      if (!layer->kept) left_out += layer->padded;
+    }
+  }
 };
 
 }  // namespace camk::cpu

@@ -29,8 +29,8 @@ std::vector<Panels<C>> pack_directions(const Net<C>& net, const Directions& alon
 template <class C>
 class TangentTile {
  public:
-  TangentTile(const Net<C>& net, const Directions& along)
-      : net_(net), along_(along), modulation_(net, memory_), direction_(net, memory_, 0) {
+  TangentTile(const Net<C>& net, const OptionalTensor& modulation, const Directions& along)
+      : net_(net), along_(along), modulation_(net, modulation, memory_), direction_(net, along.modulation, memory_, 0) {
     for (size_t l = 0; l < net.layers.size(); ++l) {
       const Layer<C>& layer = net.layers[l];
       TangentRows<C> t{};
@@ -46,13 +46,14 @@ class TangentTile {
   }
 
   // panels: of the directions of the weights. Gives dy, and gradients of <grad, dy>.
-  void run(const Tensor& grad, const Tensor& x, const OptionalTensor& modulation, const std::vector<Panels<C>>& panels,
-           int64_t begin, int64_t count, const Gradients<C>& gradients, const PartSums<C>& sums, const Tensor* dy,
-           const Tensor* gx) {
+  void run(const Tensor& grad, const Tensor& x, const std::vector<Panels<C>>& panels, int64_t begin, int64_t count,
+           const Gradients<C>& gradients, const PartSums<C>& sums, const Tensor* dy, const Tensor* gx) {
     const Rows<C> input = tile_of(x, begin, count, x_, true);
     const Rows<C> tangent = along_.x ? tile_of(*along_.x, begin, count, dx_, true) : dx_;
-    modulation_.read(modulation, begin, count);
-    direction_.read(along_.modulation, begin, count);
+    modulation_.read(begin, count);
+    direction_.read(begin, count);
+    ahead_.clear();
+    fetch_next(grad, begin, ahead_), fetch_next(x, begin, ahead_);
     forward(input, tangent, panels, count);
     if (dy) write_rows(dh_.back(), begin, count, net_.out, *dy);
 
@@ -91,8 +92,9 @@ class TangentTile {
     return t;
   }
 
-  static void back(const Layer<C>& layer, const C* panels, Rows<C> d, Rows<C> below, bool add) {
-    multiply(d.data, d.stride, kTile, panels, layer.width, layer.in, (const C*)nullptr, below.data, below.stride, add);
+  void back(const Layer<C>& layer, const C* panels, Rows<C> d, Rows<C> below, bool add) {
+    multiply(d.data, d.stride, kTile, panels, layer.width, layer.in, (const C*)nullptr, below.data, below.stride,
+             ahead_, add);
   }
 
   void forward(Rows<C> input, Rows<C> tangent, const std::vector<Panels<C>>& panels, int64_t count) {
@@ -103,7 +105,7 @@ class TangentTile {
       const bool plain = net_.is_plain(layer);
       const Rows<C> z = plain ? h_[l] : t.n, dz = plain ? dh_[l] : t.dn;
       const auto product = [&](Rows<C> a, const C* matrix, const C* bias, Rows<C> c, bool add) {
-        multiply(a.data, a.stride, kTile, matrix, layer.in, layer.width, bias, c.data, c.stride, add);
+        multiply(a.data, a.stride, kTile, matrix, layer.in, layer.width, bias, c.data, c.stride, ahead_, add);
       };
       product(h, layer.panels.forward, layer.panels.bias, z, false);
       product(dh, layer.panels.forward, panels[l].bias, dz, false);
@@ -125,6 +127,7 @@ class TangentTile {
   std::vector<Rows<C>> h_, dh_;
   std::vector<Modulation<C>> change_;
   Rows<C> x_, dx_, gx_, unused_, d_[2], e_[2];
+  Ahead ahead_;
 };
 
 }  // namespace camk::cpu

@@ -38,7 +38,8 @@ __all__ = ["ModulatedMLP", "modulated_mlp"]
 # biases [out] each, or no item, of one dtype; frequencies [width] in C. Of each linear layer, the output layer last:
 # the number of its activation (as csrc/math/activation.h), its omega, and whether x is appended behind it.
 # keep: the linear layers' results may be kept for the backward pass, in C: [N, out rounded up to PADDING] of each layer
-# whose derivative needs them, one after the other. On other devices than the CPU nothing is kept.
+# whose derivative needs them, one after the other; those of few inputs are left out. On other devices than the CPU
+# nothing is kept.
 
 PADDING = 16
 KEPT_BYTES = 2 << 30  # values are kept up to this size, beyond it computed again; CAMKERNELS_RECOMPUTE=0|1 overrides
@@ -57,9 +58,13 @@ _SETTINGS = (
 
 
 def _kept_values(x: Tensor, weights: Sequence[Tensor], activations: Sequence[int], output_layer: bool) -> int:
-    """How many values a call keeps at most."""
-    needed = len(weights) - (output_layer and activations[-1] == 0)
-    return x.shape[0] * sum((w.shape[0] + PADDING - 1) // PADDING * PADDING for w in weights[:needed])
+    """How many values a call keeps at most: as choose_kept in csrc/cpu/modulated_mlp_net.h."""
+    needed = weights[: len(weights) - (output_layer and activations[-1] == 0)]
+    sizes = [(w.shape[0] + PADDING - 1) // PADDING * PADDING for w in sorted(needed, key=lambda w: w.shape[1])]
+    left_out = 0
+    for size in sizes:
+        left_out += size * (4 * left_out < sum(sizes))
+    return x.shape[0] * (sum(sizes) - left_out)
 
 
 def _meta(
@@ -176,7 +181,7 @@ def modulated_mlp(
 
     First and second derivatives in x, weights, biases and modulation; call backward outside of autocast, as PyTorch
     advises: inside, the products of its own backward are rounded.
-    Hidden values are float32, or float64 if a tensor is float64. On the CPU those that the backward pass needs are kept
+    Hidden values are float32, or float64 if a tensor is float64. On the CPU three quarters of them are kept for backward
     up to 2 GiB per call and computed again beyond; the environment variable CAMKERNELS_RECOMPUTE=0|1 overrides that.
 
     Raises ValueError for shapes, values and mixed devices, TypeError for dtypes, RuntimeError where a

@@ -259,16 +259,18 @@ Results derivatives(Call& call, Order order, const Tensor& g, const Tangents* al
 
 std::tuple<Tensor, Tensor> forward(Tensor x, Tensors weights, Tensors biases, OptionalTensor modulation,
                                    OptionalTensor frequencies, Ints activations, Doubles omegas, Bools skips,
-                                   bool output_layer, bool point_norm, double eps, bool, bool) {
-  Call call(x, weights, biases, modulation, frequencies, {activations, omegas, skips, output_layer, point_norm, eps});
+                                   bool output_layer, bool point_norm, double eps, bool tf32, bool, bool) {
+  Call call(x, weights, biases, modulation, frequencies,
+            {activations, omegas, skips, output_layer, point_norm, eps, tf32});
   return {call.is_wide() ? value<double>(call) : value<float>(call), empty(x, {0}, call.number_type())};
 }
 
 std::tuple<Tensor, Tensors, Tensors, Tensor> backward(Tensor g, Tensor x, Tensors weights, Tensors biases,
                                                       OptionalTensor modulation, OptionalTensor frequencies, Tensor,
                                                       Ints activations, Doubles omegas, Bools skips, bool output_layer,
-                                                      bool point_norm, double eps, bool, bool, Bools mask) {
-  Call call(x, weights, biases, modulation, frequencies, {activations, omegas, skips, output_layer, point_norm, eps});
+                                                      bool point_norm, double eps, bool tf32, bool, bool, Bools mask) {
+  Call call(x, weights, biases, modulation, frequencies,
+            {activations, omegas, skips, output_layer, point_norm, eps, tf32});
   call.check_gradient(g);
   Results found = derivatives(call, Order::kGradients, g, nullptr, {false, mask[0], mask[1], mask[2], mask[3]});
   if (!mask[3]) found.modulation = empty(modulation ? *modulation : g, {0});
@@ -278,9 +280,10 @@ std::tuple<Tensor, Tensors, Tensors, Tensor> backward(Tensor g, Tensor x, Tensor
 std::tuple<Tensor, Tensor, Tensors, Tensors, Tensor> backward_backward(
     OptionalTensor x_tangent, Tensors weight_tangents, Tensors bias_tangents, OptionalTensor modulation_tangent,
     Tensor g, Tensor x, Tensors weights, Tensors biases, OptionalTensor modulation, OptionalTensor frequencies, Tensor,
-    Ints activations, Doubles omegas, Bools skips, bool output_layer, bool point_norm, double eps, bool, bool,
-    Bools mask) {
-  Call call(x, weights, biases, modulation, frequencies, {activations, omegas, skips, output_layer, point_norm, eps});
+    Ints activations, Doubles omegas, Bools skips, bool output_layer, bool point_norm, double eps, bool tf32, bool,
+    bool, Bools mask) {
+  Call call(x, weights, biases, modulation, frequencies,
+            {activations, omegas, skips, output_layer, point_norm, eps, tf32});
   call.check_gradient(g);
   call.check_like(x_tangent, x, "grad_x");
   call.check_like(weight_tangents, weights, "grad_weights");

@@ -25,6 +25,7 @@ import camkernels
 from camkernels import _backends, _gpu, _ops, testing
 
 torch.set_num_threads(1)  # calls are small: a second thread costs more than it gives; tests of threads set their own
+torch.backends.cuda.matmul.fp32_precision = "ieee"  # some environments allow TF32
 
 OPS = tuple(testing.CASES)
 CASES = [case for op in OPS for case in testing.cases(op)]

@@ -116,12 +116,7 @@ def test_opcheck(case):
         torch.library.opcheck(operator, arguments[0])
 
 
-@pytest.mark.parametrize(("allowed", "precision"), [("highest", "tf32x3"), ("high", "tf32")])
+@pytest.mark.parametrize(("allowed", "precision"), [(False, "tf32x3"), (True, "tf32")])
 def test_float32_is_exact_unless_tf32_is_allowed(allowed, precision):
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(allowed)
-    try:
-        assert kernels.precision_of(torch.float32) == precision
-        assert kernels.precision_of(torch.float64) == "ieee"
-    finally:
-        torch.set_float32_matmul_precision(before)
+    assert kernels.precision_of(torch.float32, allowed) == precision
+    assert kernels.precision_of(torch.float64, allowed) == "ieee"

@@ -164,7 +164,7 @@ void add_up_all(const Net<C>& net, const Parts<C>& parts, const TensorList& weig
 
 std::tuple<Tensor, Tensor> forward(Tensor x, TensorList weights, TensorList biases, OptionalTensor modulation,
                                    OptionalTensor frequencies, Ints activations, Doubles1 omegas, Bools skips,
-                                   bool output_layer, bool point_norm, double eps, bool keep, bool) {
+                                   bool output_layer, bool point_norm, double eps, bool, bool keep, bool) {
   const NetLists lists{activations, omegas, skips, output_layer, point_norm, eps};
   check(x, weights, biases, modulation, frequencies, lists);
   Tensor y, kept;
@@ -185,7 +185,7 @@ std::tuple<Tensor, TensorList, TensorList, Tensor> backward(Tensor grad, Tensor 
                                                             TensorList biases, OptionalTensor modulation,
                                                             OptionalTensor frequencies, Tensor kept, Ints activations,
                                                             Doubles1 omegas, Bools skips, bool output_layer,
-                                                            bool point_norm, double eps, bool, bool, Bools mask) {
+                                                            bool point_norm, double eps, bool, bool, bool, Bools mask) {
   const NetLists lists{activations, omegas, skips, output_layer, point_norm, eps};
   check(x, weights, biases, modulation, frequencies, lists);
   check_mask(kMlp, mask, 4);
@@ -213,7 +213,7 @@ std::tuple<Tensor, TensorList, TensorList, Tensor> backward(Tensor grad, Tensor 
 std::tuple<Tensor, Tensor, TensorList, TensorList, Tensor> backward_backward(
     OptionalTensor ggx, TensorList ggweights, TensorList ggbiases, OptionalTensor ggmodulation, Tensor grad, Tensor x,
     TensorList weights, TensorList biases, OptionalTensor modulation, OptionalTensor frequencies, Tensor,
-    Ints activations, Doubles1 omegas, Bools skips, bool output_layer, bool point_norm, double eps, bool, bool,
+    Ints activations, Doubles1 omegas, Bools skips, bool output_layer, bool point_norm, double eps, bool, bool, bool,
     Bools mask) {
   const NetLists lists{activations, omegas, skips, output_layer, point_norm, eps};
   check(x, weights, biases, modulation, frequencies, lists);

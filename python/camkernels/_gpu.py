@@ -100,6 +100,14 @@ def reason_against(index: int | None = None) -> str | None:
 reason_against._dynamo_marked_constant = True
 
 
+def allows_tf32() -> bool:
+    """Whether PyTorch lets products of float32 on a GPU be those of TF32, by whichever of its settings."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"  # allow_tf32 raises where this one was set
+
+
+allows_tf32._dynamo_marked_constant = True  # torch.compile compiles again when the setting changes
+
+
 @cache
 def _cached(index: int) -> str | None:
     """A GPU does not change, and every call asks."""

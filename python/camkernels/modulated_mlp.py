@@ -15,6 +15,7 @@ from . import reference, triton
 from ._autograd import Argument, Operator
 from ._backends import BACKENDS, Call, choose, define, round_to_autocast
 from ._checks import check_choice, check_dtype, check_floating, check_size
+from ._gpu import allows_tf32
 from ._modulation import (
     ACTIVATIONS,
     Activation,
@@ -37,6 +38,7 @@ __all__ = ["ModulatedMLP", "modulated_mlp"]
 # [M, hidden, 2, width] are in C or the weights' dtype; M divides N, point i has row i // (N // M). weights [out, in],
 # biases [out] each, or no item, of one dtype; frequencies [width] in C. Of each linear layer, the output layer last:
 # the number of its activation (as csrc/math/activation.h), its omega, and whether x is appended behind it.
+# tf32: products of float32 may be those of TF32, which is for GPUs.
 # keep: the linear layers' results may be kept for the backward pass, in C: [N, out rounded up to PADDING] of each layer
 # whose derivative needs them, one after the other; those of few inputs are left out. On other devices than the CPU
 # nothing is kept.
@@ -52,8 +54,8 @@ _TENSORS = (
     Argument("frequencies", "Tensor?", differentiable=False),
 )
 _SETTINGS = (
-    "int[] activations, float[] omegas, bool[] skips, bool output_layer, bool point_norm, float eps, bool keep, "
-    "bool deterministic"
+    "int[] activations, float[] omegas, bool[] skips, bool output_layer, bool point_norm, float eps, bool tf32, "
+    "bool keep, bool deterministic"
 )
 
 
@@ -71,7 +73,7 @@ def _meta(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], modulation: Tensor | None,
     frequencies: Tensor | None, *settings: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    activations, _, skips, output_layer, _, _, keep, _ = settings
+    activations, _, skips, output_layer, *_, keep, _ = settings
     width = weights[-1].shape[0] + (x.shape[1] if skips[-1] else 0)
     kept = _kept_values(x, weights, activations, output_layer) if keep else 0
     dtype = compute_dtype(x, modulation, frequencies, *weights)
@@ -102,7 +104,7 @@ def mlp_settings(plan: Plan) -> tuple:
         names, omegas = [*names, plan.output_activation], [*omegas, plan.output_omega]
     skips = [i in plan.skips for i in range(len(names))]
     numbers = [ACTIVATIONS.index(name) for name in names]
-    return (numbers, omegas, skips, plan.output_layer, plan.norm == "point", plan.eps)
+    return (numbers, omegas, skips, plan.output_layer, plan.norm == "point", plan.eps, allows_tf32())
 
 
 def _keep(tensors: Sequence[Tensor | None], values: int, dtype: torch.dtype) -> bool:
@@ -178,6 +180,13 @@ def modulated_mlp(
     names in `camkernels.reference.modulate`. output_layer: the last weight is a plain linear layer, with
     output_activation; False: it is a hidden layer too. omega: of "sine", a number or one per hidden layer. frequencies
     [width]: constants of "residual_sine". backend: "cpu", "cuda", "reference"; None takes the best.
+
+    On a GPU hidden values are multiplied as exactly as float32 allows, unless PyTorch allows TF32 when this function is
+    called (`torch.backends.cuda.matmul.allow_tf32` or `.fp32_precision`, `torch.set_float32_matmul_precision`): then
+    "cuda" rounds both factors to the 10 bits behind the leading one that TF32 has, "triton" cuts them, and both add in
+    float32. Derivatives do as their call did, and an exported program as at its export; torch.compile compiles again
+    where the setting has changed. "reference", and "triton" in second derivatives, multiply by PyTorch, which asks for
+    its setting at every product. Float64 stays float64.
 
     First and second derivatives in x, weights, biases and modulation; call backward outside of autocast, as PyTorch
     advises: inside, the products of its own backward are rounded.

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -51,6 +52,7 @@ __all__ = [
     "pairwise",
     "safe_points",
     "spread",
+    "tf32",
     "tolerance",
 ]
 
@@ -95,11 +97,38 @@ TOLERANCES: dict[torch.dtype, dict[str, tuple[float, float]]] = {
         "second": (1.6e-2, 1e-4),
     },
 }
+# Where PyTorch allows TF32, at least so much, whatever the parameters are stored in. A factor of 10 bits is off by up
+# to 2^-11 of itself, a product by 2^-10. A value comes from as many products in a row as there are layers (4 in the
+# cases), a gradient from twice, a second derivative from four times as many: errors of either sign add up, and steep
+# activations multiply those of derivatives, SIREN's first sine by up to 30.
+TF32: dict[str, tuple[float, float]] = {
+    "value": (2e-3, 2e-3),
+    "grad.points": (1.5e-2, 1.5e-2),
+    "grad.parameters": (1.5e-2, 1.5e-2),
+    "second": (3e-2, 3e-2),
+}
 
 
-def tolerance(dtype: torch.dtype, quantity: str) -> tuple[float, float]:
-    """(rtol, atol) of a quantity: "value" | "jacobian" | "grad.points" | "grad.parameters" | "second"."""
-    return TOLERANCES[dtype][quantity]
+def tolerance(dtype: torch.dtype, quantity: str, *, tf32: bool = False) -> tuple[float, float]:
+    """(rtol, atol) of a quantity: "value" | "jacobian" | "grad.points" | "grad.parameters" | "second".
+
+    tf32: where products of float32 may be those of TF32; products of float64 never are."""
+    rtol, atol = TOLERANCES[dtype][quantity]
+    if not tf32 or dtype == torch.float64:
+        return rtol, atol
+    return max(rtol, TF32[quantity][0]), max(atol, TF32[quantity][1])
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """PyTorch's setting for products of float32 on a GPU."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32" if allowed else "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 # ---- registry --------------------------------------------------------------------------------------------------------
@@ -288,8 +317,9 @@ def compare(
     dtype: torch.dtype | None = None,
     seed: int = 0,
     max_flips: float = 0.02,
+    tf32: bool = False,
 ) -> None:
-    """Compare results of `evaluate` at the tolerances of the parameters' dtype (or of `dtype`).
+    """Compare results of `evaluate` at the tolerances of the parameters' dtype (or of `dtype`); tf32: see `tolerance`.
 
     Second derivatives at points that are not finite are undefined and not compared.
     Of the ops in SIDED, at points within rounding of a cell face a derivative in the points (or a nearest value) may be
@@ -302,7 +332,7 @@ def compare(
             stored_half = call.inputs[call.points].dtype in (torch.float16, torch.bfloat16)
             of_points = name == f"grad.{call.points}" and not stored_half
             quantity = "grad.points" if of_points else "grad.parameters"
-        rtol, atol = tolerance(dtype, quantity)
+        rtol, atol = tolerance(dtype, quantity, tf32=tf32)
         got, label = actual[name], f"{case.op} {case.name} {dtype} {name}"
         if name == f"second.{call.points}":
             # autograd of the definition gives NaN there or, where the first derivative is constant, 0

@@ -19,7 +19,7 @@ GRID = (
 MLP = (
     "Tensor x, Tensor[] weights, Tensor[] biases, Tensor? modulation, Tensor? frequencies, "
     "{}int[] activations, float[] omegas, bool[] skips, bool output_layer, bool point_norm, float eps, bool tf32, "
-    "bool keep, bool deterministic"
+    "bool bfloat16, bool keep, bool deterministic"
 )
 LOOKUP = "Tensor coords, Tensor grids, bool zeros, bool align_corners, bool planes, bool deterministic"
 GROUPS = (

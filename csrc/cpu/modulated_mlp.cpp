@@ -164,8 +164,9 @@ void add_up_all(const Net<C>& net, const Parts<C>& parts, const TensorList& weig
 
 std::tuple<Tensor, Tensor> forward(Tensor x, TensorList weights, TensorList biases, OptionalTensor modulation,
                                    OptionalTensor frequencies, Ints activations, Doubles1 omegas, Bools skips,
-                                   bool output_layer, bool point_norm, double eps, bool, bool keep, bool) {
-  const NetLists lists{activations, omegas, skips, output_layer, point_norm, eps};
+                                   bool output_layer, bool point_norm, double eps, bool, bool bfloat16, bool keep,
+                                   bool) {
+  const NetLists lists{activations, omegas, skips, output_layer, point_norm, eps, bfloat16};
   check(x, weights, biases, modulation, frequencies, lists);
   Tensor y, kept;
   with_arithmetic(any_wide(x, weights, modulation, frequencies), [&]<class C>(Tag<C>) {
@@ -185,8 +186,9 @@ std::tuple<Tensor, TensorList, TensorList, Tensor> backward(Tensor grad, Tensor 
                                                             TensorList biases, OptionalTensor modulation,
                                                             OptionalTensor frequencies, Tensor kept, Ints activations,
                                                             Doubles1 omegas, Bools skips, bool output_layer,
-                                                            bool point_norm, double eps, bool, bool, bool, Bools mask) {
-  const NetLists lists{activations, omegas, skips, output_layer, point_norm, eps};
+                                                            bool point_norm, double eps, bool, bool bfloat16, bool,
+                                                            bool, Bools mask) {
+  const NetLists lists{activations, omegas, skips, output_layer, point_norm, eps, bfloat16};
   check(x, weights, biases, modulation, frequencies, lists);
   check_mask(kMlp, mask, 4);
   const Tensor gx = empty_or_like(x, mask[0]), gm = empty_or_like(modulation ? *modulation : x, mask[3]);
@@ -213,9 +215,9 @@ std::tuple<Tensor, TensorList, TensorList, Tensor> backward(Tensor grad, Tensor 
 std::tuple<Tensor, Tensor, TensorList, TensorList, Tensor> backward_backward(
     OptionalTensor ggx, TensorList ggweights, TensorList ggbiases, OptionalTensor ggmodulation, Tensor grad, Tensor x,
     TensorList weights, TensorList biases, OptionalTensor modulation, OptionalTensor frequencies, Tensor,
-    Ints activations, Doubles1 omegas, Bools skips, bool output_layer, bool point_norm, double eps, bool, bool, bool,
-    Bools mask) {
-  const NetLists lists{activations, omegas, skips, output_layer, point_norm, eps};
+    Ints activations, Doubles1 omegas, Bools skips, bool output_layer, bool point_norm, double eps, bool, bool bfloat16,
+    bool, bool, Bools mask) {
+  const NetLists lists{activations, omegas, skips, output_layer, point_norm, eps, bfloat16};
   check(x, weights, biases, modulation, frequencies, lists);
   check_mask(kMlp, mask, 5);
   require(ggweights.empty() || ggweights.size() == weights.size(), kMlp, ": grad_weights of another number of layers");

@@ -19,10 +19,19 @@ constexpr ScalarType number_type() {
 // Points that pass through all layers together; a multiple of kBlockRows on every instruction set.
 inline constexpr int64_t kTile = 96;
 
-// A weight in panels, its transpose, the bias [padded]; null where there is none or nobody reads it.
+// A matrix in panels: as it is, or of pairs of rows rounded to bfloat16.
+template <class C>
+struct Matrix {
+  const C* exact = nullptr;
+  const uint32_t* rounded = nullptr;
+  explicit operator bool() const { return exact || rounded; }
+};
+
+// A weight, its transpose, the bias [padded]; null where there is none or nobody reads it.
 template <class C>
 struct Panels {
-  const C *forward = nullptr, *backward = nullptr, *bias = nullptr;
+  Matrix<C> forward, backward;
+  const C* bias = nullptr;
 };
 
 template <class C>
@@ -41,23 +50,37 @@ struct NetLists {
   const std::vector<bool>& skips;
   bool output_layer, point_norm;
   double eps;
+  bool bfloat16;  // whether products may round their factors
 };
 
-// Panels of weight [out, in]; centred: of W - mean(W) over its rows, which makes the mean of z = W h + b zero. Those of
-// the transpose are of W as it is: gradients that come through a norm have mean zero, too.
+// value(k, j) of a [depth, columns] matrix
+template <class C, class Value>
+Matrix<C> pack(int64_t depth, int64_t columns, bool rounded, Scratch<C>& memory, const Value& value) {
+  const int64_t pairs = (depth + 1) / 2;
+  C* made = memory.take((rounded ? pairs : depth) * padded(columns));
+  if (!rounded) {
+    fill_panels(depth, columns, made, value);
+    return {made, nullptr};
+  }
+  uint32_t* to = reinterpret_cast<uint32_t*>(made);
+  const auto bits = [&](int64_t k, int64_t j) {
+    return k < depth ? uint32_t(from_number<BFloat16>(value(k, j)).bits) : 0u;
+  };
+  fill_panels(pairs, columns, to, [&](int64_t k, int64_t j) { return bits(2 * k, j) | bits(2 * k + 1, j) << 16; });
+  return {nullptr, to};
+}
+
+// Weight [out, in]; centred: W - mean(W) over its rows, which makes the mean of z = W h + b zero. The transpose is of W
+// as it is: gradients that come through a norm have mean zero, too.
 template <class C>
-void pack_weight(const Tensor& weight, bool centred, bool transposed, Scratch<C>& memory, Panels<C>& to) {
+void pack_weight(const Tensor& weight, bool centred, bool transposed, bool rounded, Scratch<C>& memory, Panels<C>& to) {
   const int64_t out = weight.size(0), in = weight.size(1);
   std::vector<C> w(out * in), mean(in);
   read_rows(weight, 0, 1, out * in, Rows<C>{w.data()});
   for (int64_t i = 0; centred && i < out * in; ++i) mean[i % in] += w[i] / C(out);
-  C* forward = memory.take(in * padded(out));
-  fill_panels(in, out, forward, [&](int64_t k, int64_t o) { return w[o * in + k] - mean[k]; });
-  to.forward = forward;
+  to.forward = pack(in, out, rounded, memory, [&](int64_t k, int64_t o) { return w[o * in + k] - mean[k]; });
   if (!transposed) return;
-  C* backward = memory.take(out * padded(in));
-  fill_panels(out, in, backward, [&](int64_t o, int64_t k) { return w[o * in + k]; });
-  to.backward = backward;
+  to.backward = pack(out, in, rounded, memory, [&](int64_t o, int64_t k) { return w[o * in + k]; });
 }
 
 template <class C>
@@ -77,6 +100,7 @@ struct Net {
   std::vector<Layer<C>> layers;
   int64_t sums = 0;    // numbers that the gradients of weights and biases take
   bool skips = false;  // whether any layer has one
+  bool rounds;         // whether products are of bfloat16
   Scratch<C> memory;
 
   Net(const Tensor& x, const TensorList& weights, const TensorList& biases, const OptionalTensor& modulation,
@@ -85,7 +109,8 @@ struct Net {
         in(x.size(1)),
         hidden(int64_t(weights.size()) - lists.output_layer),
         groups(modulation ? modulation->size(0) : 1),
-        values(modulation && modulation->dim() == 4 ? modulation->size(3) : 1) {
+        values(modulation && modulation->dim() == 4 ? modulation->size(3) : 1),
+        rounds(std::is_same_v<C, float> && lists.bfloat16 && multiplies_bfloat16()) {
     C* waves = nullptr;
     if (frequencies) {
       waves = memory.take(padded(frequencies->numel()));
@@ -102,7 +127,7 @@ struct Net {
       layer.frequencies = waves, layer.eps = C(lists.eps);
       layer.norm = lists.point_norm && layer.modulated;
       layer.per_channel = modulation && modulation->dim() == 4 && layer.modulated;
-      pack_weight(weights[l], layer.norm, transposed || l > 0, memory, layer.panels);
+      pack_weight(weights[l], layer.norm, transposed || l > 0, rounds, memory, layer.panels);
       if (!biases.empty()) layer.panels.bias = pack_bias(biases[l], layer.norm, memory);
       layer.sums = sums;
       sums += width * padded(given) + padded(width);

@@ -39,6 +39,46 @@ void write_far(Rows<C> from, int64_t columns, int64_t count, C* to) {
   }
 }
 
+// Products of a tile's rows with the matrices of layers, and what is fetched while they run.
+template <class C>
+class TileProducts {
+ public:
+  Ahead ahead;
+
+  TileProducts(const Net<C>& net, Scratch<C>& memory) : stride_(round_up((net.widest() + 1) / 2, kPanel)) {
+    if (net.rounds) pairs_ = reinterpret_cast<uint32_t*>(memory.take(kTile * stride_));
+  }
+
+  // c = a B + bias, or c += a B
+  void operator()(Rows<C> a, Matrix<C> b, int64_t depth, int64_t columns, const C* bias, Rows<C> c, bool add = false) {
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<C, float>) {
+      if (b.rounded) {
+        round_rows(a, depth);
+        return multiply(pairs_, stride_, kTile, b.rounded, (depth + 1) / 2, columns, bias, c.data, c.stride, ahead,
+                        add);
+      }
+    }
+#endif
+    multiply(a.data, a.stride, kTile, b.exact, depth, columns, bias, c.data, c.stride, ahead, add);
+  }
+
+ private:
+#if defined(__AVX512F__)
+  void round_rows(Rows<C> a, int64_t depth) {
+    for (int64_t i = 0; i < kTile; ++i) {
+      for (int64_t k = 0; k < depth; k += 2 * kLanes) {
+        const auto some = [&](int64_t first) CAMK_INLINED { return load_first(a[i] + first, depth - first); };
+        to_bfloat16(some(k), some(k + kLanes)).store(pairs_ + i * stride_ + k / 2);
+      }
+    }
+  }
+#endif
+
+  int64_t stride_;
+  uint32_t* pairs_ = nullptr;
+};
+
 // Scale and shift of every layer for the points of a tile: where they lie if they can stay there, or a copy. Where
 // there is no tensor: 1 and 0, or 0 and 0.
 template <class C>
@@ -156,7 +196,8 @@ class Gradients {
 template <class C>
 class ForwardTile {
  public:
-  ForwardTile(const Net<C>& net, const OptionalTensor& modulation) : net_(net), modulation_(net, modulation, memory_) {
+  ForwardTile(const Net<C>& net, const OptionalTensor& modulation)
+      : net_(net), modulation_(net, modulation, memory_), products_(net, memory_) {
     const int64_t widest = net.widest();
     x_ = memory_.rows(net.in, kTile), z_ = memory_.rows(widest, kTile);
     h_[0] = memory_.rows(widest, kTile), h_[1] = memory_.rows(widest, kTile);
@@ -167,14 +208,13 @@ class ForwardTile {
   void run(const Tensor& x, int64_t begin, int64_t count, const Tensor& y, C* kept) {
     const Rows<C> input = tile_of(x, begin, count, x_, false);
     modulation_.read(begin, count);
-    ahead_.clear();
-    fetch_next(x, begin, ahead_);
+    products_.ahead.clear();
+    fetch_next(x, begin, products_.ahead);
     Rows<C> h = input;
     for (size_t l = 0; l < net_.layers.size(); ++l) {
       const Layer<C>& layer = net_.layers[l];
       const Rows<C> z{z_.data, layer.padded};
-      multiply(h.data, h.stride, kTile, layer.panels.forward, layer.in, layer.width, layer.panels.bias, z.data,
-               z.stride, ahead_);
+      products_(h, layer.panels.forward, layer.in, layer.width, layer.panels.bias, z);
       if (kept && layer.kept) {
         write_far(z, layer.padded, count, kept + begin * layer.padded);
         kept += net_.points * layer.padded;
@@ -193,9 +233,9 @@ class ForwardTile {
   const Net<C>& net_;
   Scratch<C> memory_;
   TileModulation<C> modulation_;
+  TileProducts<C> products_;
   Rows<C> x_, z_, h_[2];
   C* r_;
-  Ahead ahead_;
 };
 
 // ---- backward -------------------------------------------------------------------------------------------------------
@@ -203,7 +243,8 @@ class ForwardTile {
 template <class C>
 class BackwardTile {
  public:
-  BackwardTile(const Net<C>& net, const OptionalTensor& modulation) : net_(net), modulation_(net, modulation, memory_) {
+  BackwardTile(const Net<C>& net, const OptionalTensor& modulation)
+      : net_(net), modulation_(net, modulation, memory_), products_(net, memory_) {
     for (const Layer<C>& layer : net.layers) {
       z_.push_back(memory_.rows(layer.width, kTile)), slope_.push_back(memory_.rows(layer.width, kTile));
       h_.push_back(memory_.rows(layer.next, kTile)), r_.push_back(memory_.take(kTile));
@@ -218,8 +259,8 @@ class BackwardTile {
            const Gradients<C>& gradients, const PartSums<C>& sums, const Tensor* gx) {
     const Rows<C> input = tile_of(x, begin, count, x_, true);
     modulation_.read(begin, count);
-    ahead_.clear();
-    fetch_next(x, begin, ahead_), fetch_next(grad, begin, ahead_);
+    products_.ahead.clear();
+    fetch_next(x, begin, products_.ahead), fetch_next(grad, begin, products_.ahead);
     activate(input, begin, count, kept);
     Rows<C> d = widened(d_[0], net_.out);
     read_rows(grad, begin, count, net_.out, d);
@@ -235,8 +276,7 @@ class BackwardTile {
       gradients.add(layer, d, l ? h_[l - 1] : input, count, sums);
       if (l == 0 && !gx) return;
       const Rows<C> below = widened(d_[d.data == d_[0].data], layer.in);
-      multiply(d.data, d.stride, kTile, layer.panels.backward, layer.width, layer.in, (const C*)nullptr, below.data,
-               below.stride, ahead_);
+      products_(d, layer.panels.backward, layer.width, layer.in, nullptr, below);
       d = below;
     }
     for (int64_t i = 0; net_.skips && i < count; ++i) {
@@ -266,11 +306,10 @@ class BackwardTile {
       } else if (kept && layer.kept) {
         seen_[l] = {const_cast<C*>(kept) + begin * layer.padded, layer.padded};
         const int64_t left = net_.points - begin - kTile;
-        ahead_.add(seen_[l][kTile], std::min(kTile, left) * layer.padded * int64_t(sizeof(C)));
+        products_.ahead.add(seen_[l][kTile], std::min(kTile, left) * layer.padded * int64_t(sizeof(C)));
         kept += net_.points * layer.padded;
       } else {
-        multiply(h.data, h.stride, kTile, layer.panels.forward, layer.in, layer.width, layer.panels.bias, z_[l].data,
-                 z_[l].stride, ahead_);
+        products_(h, layer.panels.forward, layer.in, layer.width, layer.panels.bias, z_[l]);
       }
       h = h_[l];
       activate_rows<1>(layer, count, seen_[l], modulation_[l], r_[l], h, slope_[l]);
@@ -281,11 +320,11 @@ class BackwardTile {
   const Net<C>& net_;
   Scratch<C> memory_;
   TileModulation<C> modulation_;
+  TileProducts<C> products_;
   std::vector<Rows<C>> z_, seen_, slope_, h_;  // per layer; h_: what it gives to the next
   std::vector<C*> r_;
   std::vector<Modulation<C>> change_;
   Rows<C> x_, gx_, d_[2];
-  Ahead ahead_;
 };
 
 }  // namespace camk::cpu

@@ -64,8 +64,8 @@ class Ahead {
   size_t next_ = 0;
 };
 
-template <int Rows, int Vectors, class C>
-CAMK_HD void multiply_block(const C* a, int64_t a_stride, const C* const (&b)[Vectors], int64_t depth, const C* start,
+template <int Rows, int Vectors, class E, class C>
+CAMK_HD void multiply_block(const E* a, int64_t a_stride, const E* const (&b)[Vectors], int64_t depth, const C* start,
                             C* c, int64_t c_stride, bool add, Ahead& ahead) {
   auto [line, step] = ahead.take(depth);
   using Pack = Lanes<C>;
@@ -78,11 +78,11 @@ CAMK_HD void multiply_block(const C* a, int64_t a_stride, const C* const (&b)[Ve
     });
   });
   for (int64_t k = 0; k < depth; ++k) {
-    Pack x[Vectors];
-    unroll<Vectors>([&](auto v) CAMK_INLINED { x[v] = Pack::load(b[v] + k * kPanel); });
+    Lanes<E> x[Vectors];
+    unroll<Vectors>([&](auto v) CAMK_INLINED { x[v] = Lanes<E>::load(b[v] + k * kPanel); });
     __builtin_prefetch(line + k * step, 0, 2);
     unroll<Rows>([&](auto r) CAMK_INLINED {
-      const Pack scalar(a[r * a_stride + k]);
+      const Lanes<E> scalar(a[r * a_stride + k]);
       unroll<Vectors>([&](auto v) CAMK_INLINED { sum[r][v] = multiply_add(scalar, x[v], sum[r][v]); });
     });
   }
@@ -91,11 +91,11 @@ CAMK_HD void multiply_block(const C* a, int64_t a_stride, const C* const (&b)[Ve
   });
 }
 
-template <int Vectors, class C>
-void multiply_columns(const C* a, int64_t a_stride, int64_t rows, const C* panels, int64_t depth, int64_t k0,
+template <int Vectors, class E, class C>
+void multiply_columns(const E* a, int64_t a_stride, int64_t rows, const E* panels, int64_t depth, int64_t k0,
                       int64_t column, const C* bias, C* c, int64_t c_stride, bool add, Ahead& ahead) {
   constexpr int kWidth = lanes_of<Lanes<C>>;
-  const C* b[Vectors];
+  const E* b[Vectors];
   for (int v = 0; v < Vectors; ++v) b[v] = panels + in_panels(depth, k0, column + v * kWidth);
   const int64_t some = std::min(kDepth, depth - k0);
   const C* start = bias ? bias + column : nullptr;
@@ -106,9 +106,9 @@ void multiply_columns(const C* a, int64_t a_stride, int64_t rows, const C* panel
 }
 
 // c = a B + bias, or c += a B: a [rows, depth], rows a multiple of kBlockRows, B in panels, c [rows, padded(columns)].
-// bias [padded(columns)] or null.
-template <class C>
-void multiply(const C* a, int64_t a_stride, int64_t rows, const C* panels, int64_t depth, int64_t columns,
+// bias [padded(columns)] or null. E: C, or pairs of bfloat16 (uint32_t), of which `depth` counts the pairs.
+template <class E, class C>
+void multiply(const E* a, int64_t a_stride, int64_t rows, const E* panels, int64_t depth, int64_t columns,
               const C* bias, C* c, int64_t c_stride, Ahead& ahead, bool add = false) {
   constexpr int64_t kWidth = lanes_of<Lanes<C>>;
   const int64_t end = padded(columns);

@@ -268,7 +268,7 @@ Results derivatives(Call& call, Order order, const Tensor& g, const Tangents* al
 
 std::tuple<Tensor, Tensor> forward(Tensor x, Tensors weights, Tensors biases, OptionalTensor modulation,
                                    OptionalTensor frequencies, Ints activations, Doubles omegas, Bools skips,
-                                   bool output_layer, bool point_norm, double eps, bool tf32, bool, bool) {
+                                   bool output_layer, bool point_norm, double eps, bool tf32, bool, bool, bool) {
   Call call(x, weights, biases, modulation, frequencies,
             {activations, omegas, skips, output_layer, point_norm, eps, tf32});
   return {value(call), empty(x, {0}, call.number_type())};
@@ -277,7 +277,8 @@ std::tuple<Tensor, Tensor> forward(Tensor x, Tensors weights, Tensors biases, Op
 std::tuple<Tensor, Tensors, Tensors, Tensor> backward(Tensor g, Tensor x, Tensors weights, Tensors biases,
                                                       OptionalTensor modulation, OptionalTensor frequencies, Tensor,
                                                       Ints activations, Doubles omegas, Bools skips, bool output_layer,
-                                                      bool point_norm, double eps, bool tf32, bool, bool, Bools mask) {
+                                                      bool point_norm, double eps, bool tf32, bool, bool, bool,
+                                                      Bools mask) {
   Call call(x, weights, biases, modulation, frequencies,
             {activations, omegas, skips, output_layer, point_norm, eps, tf32});
   call.check_gradient(g);
@@ -290,7 +291,7 @@ std::tuple<Tensor, Tensor, Tensors, Tensors, Tensor> backward_backward(
     OptionalTensor x_tangent, Tensors weight_tangents, Tensors bias_tangents, OptionalTensor modulation_tangent,
     Tensor g, Tensor x, Tensors weights, Tensors biases, OptionalTensor modulation, OptionalTensor frequencies, Tensor,
     Ints activations, Doubles omegas, Bools skips, bool output_layer, bool point_norm, double eps, bool tf32, bool,
-    bool, Bools mask) {
+    bool, bool, Bools mask) {
   Call call(x, weights, biases, modulation, frequencies,
             {activations, omegas, skips, output_layer, point_norm, eps, tf32});
   call.check_gradient(g);

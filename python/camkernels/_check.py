@@ -13,7 +13,7 @@ import camkernels
 from . import reference
 from ._backends import BACKENDS
 from ._info import home_of, reason_against
-from .testing import CASES, Case, check, has_jacobian, tf32
+from .testing import CASES, Case, bfloat16, check, has_jacobian, tf32
 
 SHOWN = 3  # failures of one line that are spelled out
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -22,8 +22,8 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 def check_backends(ops: dict[str, tuple[Case, ...]] = CASES) -> int:
     """Compares values, Jacobians, gradients and second derivatives over the case registry; 0 if all agree, else 1.
 
-    Without TF32, which some environments allow."""
-    with tf32(False):
+    Without TF32 and bfloat16, which some environments allow."""
+    with tf32(False), bfloat16(False):
         return _check_all(ops)
 
 

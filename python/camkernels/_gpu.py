@@ -108,6 +108,14 @@ def allows_tf32() -> bool:
 allows_tf32._dynamo_marked_constant = True  # torch.compile compiles again when the setting changes
 
 
+def allows_bfloat16() -> bool:
+    """Whether PyTorch lets products of float32 on the CPU be those of bfloat16."""
+    return torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+
+
+allows_bfloat16._dynamo_marked_constant = True
+
+
 @cache
 def _cached(index: int) -> str | None:
     """A GPU does not change, and every call asks."""

@@ -35,7 +35,7 @@ _TENSORS = (
 _SETTINGS = (
     "float[] scales, float shift, int[] layout, bool ceil_corner, int outside, int interpolation, int active_levels, "
     "bool deterministic, int[] activations, float[] omegas, bool[] skips, bool output_layer, bool point_norm, "
-    "float eps, bool tf32"
+    "float eps, bool tf32, bool bfloat16"
 )
 
 

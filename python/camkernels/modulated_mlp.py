@@ -15,7 +15,7 @@ from . import reference, triton
 from ._autograd import Argument, Operator
 from ._backends import BACKENDS, Call, choose, define, round_to_autocast
 from ._checks import check_choice, check_dtype, check_floating, check_size
-from ._gpu import allows_tf32
+from ._gpu import allows_bfloat16, allows_tf32
 from ._modulation import (
     ACTIVATIONS,
     Activation,
@@ -38,7 +38,7 @@ __all__ = ["ModulatedMLP", "modulated_mlp"]
 # [M, hidden, 2, width] are in C or the weights' dtype; M divides N, point i has row i // (N // M). weights [out, in],
 # biases [out] each, or no item, of one dtype; frequencies [width] in C. Of each linear layer, the output layer last:
 # the number of its activation (as csrc/math/activation.h), its omega, and whether x is appended behind it.
-# tf32: products of float32 may be those of TF32, which is for GPUs.
+# tf32, bfloat16: products of float32 may be those of TF32, which is for GPUs, or of bfloat16, which is for the CPU.
 # keep: the linear layers' results may be kept for the backward pass, in C: [N, out rounded up to PADDING] of each layer
 # whose derivative needs them, one after the other; those of few inputs are left out. On other devices than the CPU
 # nothing is kept.
@@ -55,7 +55,7 @@ _TENSORS = (
 )
 _SETTINGS = (
     "int[] activations, float[] omegas, bool[] skips, bool output_layer, bool point_norm, float eps, bool tf32, "
-    "bool keep, bool deterministic"
+    "bool bfloat16, bool keep, bool deterministic"
 )
 
 
@@ -104,7 +104,7 @@ def mlp_settings(plan: Plan) -> tuple:
         names, omegas = [*names, plan.output_activation], [*omegas, plan.output_omega]
     skips = [i in plan.skips for i in range(len(names))]
     numbers = [ACTIVATIONS.index(name) for name in names]
-    return (numbers, omegas, skips, plan.output_layer, plan.norm == "point", plan.eps, allows_tf32())
+    return (numbers, omegas, skips, plan.output_layer, plan.norm == "point", plan.eps, allows_tf32(), allows_bfloat16())
 
 
 def _keep(tensors: Sequence[Tensor | None], values: int, dtype: torch.dtype) -> bool:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -39,6 +39,7 @@ __all__ = [
     "Golden",
     "assert_close",
     "assert_close_golden",
+    "bfloat16",
     "cases",
     "check",
     "compare",
@@ -107,28 +108,41 @@ TF32: dict[str, tuple[float, float]] = {
     "grad.parameters": (1.5e-2, 1.5e-2),
     "second": (3e-2, 3e-2),
 }
+# Where it allows bfloat16: two bits fewer.
+BFLOAT16 = {quantity: (4 * rtol, 4 * atol) for quantity, (rtol, atol) in TF32.items()}
 
 
-def tolerance(dtype: torch.dtype, quantity: str, *, tf32: bool = False) -> tuple[float, float]:
+def tolerance(
+    dtype: torch.dtype, quantity: str, *, tf32: bool = False, bfloat16: bool = False
+) -> tuple[float, float]:  # fmt: skip
     """(rtol, atol) of a quantity: "value" | "jacobian" | "grad.points" | "grad.parameters" | "second".
 
-    tf32: where products of float32 may be those of TF32; products of float64 never are."""
+    tf32, bfloat16: where products of float32 may be of those; products of float64 never are."""
     rtol, atol = TOLERANCES[dtype][quantity]
-    if not tf32 or dtype == torch.float64:
+    if not (tf32 or bfloat16) or dtype == torch.float64:
         return rtol, atol
-    return max(rtol, TF32[quantity][0]), max(atol, TF32[quantity][1])
+    least = (BFLOAT16 if bfloat16 else TF32)[quantity]
+    return max(rtol, least[0]), max(atol, least[1])
 
 
 @contextmanager
-def tf32(allowed: bool) -> Iterator[None]:
-    """PyTorch's setting for products of float32 on a GPU."""
-    matmul = torch.backends.cuda.matmul
+def _precision(matmul: Any, name: str) -> Iterator[None]:
     before = matmul.fp32_precision
-    matmul.fp32_precision = "tf32" if allowed else "ieee"
+    matmul.fp32_precision = name
     try:
         yield
     finally:
         matmul.fp32_precision = before
+
+
+def tf32(allowed: bool) -> AbstractContextManager[None]:
+    """PyTorch's setting for products of float32 on a GPU."""
+    return _precision(torch.backends.cuda.matmul, "tf32" if allowed else "ieee")
+
+
+def bfloat16(allowed: bool) -> AbstractContextManager[None]:
+    """PyTorch's setting for products of float32 on the CPU."""
+    return _precision(torch.backends.mkldnn.matmul, "bf16" if allowed else "ieee")
 
 
 # ---- registry --------------------------------------------------------------------------------------------------------
@@ -317,9 +331,9 @@ def compare(
     dtype: torch.dtype | None = None,
     seed: int = 0,
     max_flips: float = 0.02,
-    tf32: bool = False,
+    **products: bool,
 ) -> None:
-    """Compare results of `evaluate` at the tolerances of the parameters' dtype (or of `dtype`); tf32: see `tolerance`.
+    """Compare results of `evaluate` at the tolerances of the parameters' dtype (or of `dtype`); products: of `tolerance`.
 
     Second derivatives at points that are not finite are undefined and not compared.
     Of the ops in SIDED, at points within rounding of a cell face a derivative in the points (or a nearest value) may be
@@ -332,7 +346,7 @@ def compare(
             stored_half = call.inputs[call.points].dtype in (torch.float16, torch.bfloat16)
             of_points = name == f"grad.{call.points}" and not stored_half
             quantity = "grad.points" if of_points else "grad.parameters"
-        rtol, atol = tolerance(dtype, quantity, tf32=tf32)
+        rtol, atol = tolerance(dtype, quantity, **products)
         got, label = actual[name], f"{case.op} {case.name} {dtype} {name}"
         if name == f"second.{call.points}":
             # autograd of the definition gives NaN there or, where the first derivative is constant, 0

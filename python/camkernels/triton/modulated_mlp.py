@@ -35,6 +35,7 @@ class Settings(NamedTuple):
     point_norm: bool
     eps: float
     tf32: bool
+    bfloat16: bool
     keep: bool
     deterministic: bool
 

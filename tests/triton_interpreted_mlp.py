@@ -120,3 +120,13 @@ def test_opcheck(case):
 def test_float32_is_exact_unless_tf32_is_allowed(allowed, precision):
     assert kernels.precision_of(torch.float32, allowed) == precision
     assert kernels.precision_of(torch.float64, allowed) == "ieee"
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+@pytest.mark.parametrize("case", [MLPS[0], FUSED[0]], ids=str)
+def test_kernels_learn_whether_tf32_is_allowed(case, allowed, monkeypatch):
+    told, precision_of = [], kernels.precision_of
+    monkeypatch.setattr(kernels, "precision_of", lambda number, tf32: told.append(tf32) or precision_of(number, tf32))
+    with testing.tf32(allowed):
+        testing.evaluate(functions_of(case)[0], case.make())
+    assert told == [allowed, allowed]  # value, gradients

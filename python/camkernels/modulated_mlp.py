@@ -181,17 +181,21 @@ def modulated_mlp(
     output_activation; False: it is a hidden layer too. omega: of "sine", a number or one per hidden layer. frequencies
     [width]: constants of "residual_sine". backend: "cpu", "cuda", "reference"; None takes the best.
 
-    On a GPU hidden values are multiplied as exactly as float32 allows, unless PyTorch allows TF32 when this function is
-    called (`torch.backends.cuda.matmul.allow_tf32` or `.fp32_precision`, `torch.set_float32_matmul_precision`): then
-    "cuda" rounds both factors to the 10 bits behind the leading one that TF32 has, "triton" cuts them, and both add in
-    float32. Derivatives do as their call did, and an exported program as at its export; torch.compile compiles again
-    where the setting has changed. "reference", and "triton" in second derivatives, multiply by PyTorch, which asks for
-    its setting at every product. Float64 stays float64.
+    Hidden values are multiplied as exactly as float32 allows, unless PyTorch allows less when this function is called
+    (`torch.set_float32_matmul_precision`, or the two settings below). All add in float32, float64 stays float64.
+    GPU, `torch.backends.cuda.matmul.fp32_precision = "tf32"`: "cuda" rounds both factors to the 10 bits behind the
+        leading one that TF32 has, "triton" cuts them.
+    CPU with AVX512_BF16, `torch.backends.mkldnn.matmul.fp32_precision = "bf16"`: "cpu" rounds both factors of a layer's
+        products and of those that lead gradients back through it to bfloat16; sums over points stay exact.
+    Derivatives do as their call did, and an exported program as at its export; torch.compile compiles again where
+    `torch.set_float32_matmul_precision`, or the setting for GPUs, has changed. "reference", and "triton" in second
+    derivatives, multiply by PyTorch, which asks for its setting at every product.
 
     First and second derivatives in x, weights, biases and modulation; call backward outside of autocast, as PyTorch
     advises: inside, the products of its own backward are rounded.
-    Hidden values are float32, or float64 if a tensor is float64. On the CPU three quarters of them are kept for backward
-    up to 2 GiB per call and computed again beyond; the environment variable CAMKERNELS_RECOMPUTE=0|1 overrides that.
+    Hidden values are float32, or float64 if a tensor is float64. On the CPU three quarters of those that the backward
+    pass needs are kept up to 2 GiB per call, all are computed again beyond; the environment variable
+    CAMKERNELS_RECOMPUTE=0|1 overrides that.
 
     Raises ValueError for shapes, values and mixed devices, TypeError for dtypes, RuntimeError where a
     backend that was asked for cannot run.

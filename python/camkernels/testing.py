@@ -333,7 +333,7 @@ def compare(
     max_flips: float = 0.02,
     **products: bool,
 ) -> None:
-    """Compare results of `evaluate` at the tolerances of the parameters' dtype, or of `dtype`; products: see `tolerance`.
+    """Compare results of `evaluate` at the tolerances of the parameters' dtype, or `dtype`; products: see `tolerance`.
 
     Second derivatives at points that are not finite are undefined and not compared.
     Of the ops in SIDED, at points within rounding of a cell face a derivative in the points (or a nearest value) may be

@@ -198,9 +198,8 @@ class ForwardTile {
  public:
   ForwardTile(const Net<C>& net, const OptionalTensor& modulation)
       : net_(net), modulation_(net, modulation, memory_), products_(net, memory_) {
-    const int64_t widest = net.widest();
-    x_ = memory_.rows(net.in, kTile), z_ = memory_.rows(widest, kTile);
-    h_[0] = memory_.rows(widest, kTile), h_[1] = memory_.rows(widest, kTile);
+    x_ = memory_.rows(net.in, kTile);
+    h_[0] = memory_.rows(net.widest(), kTile), h_[1] = memory_.rows(net.widest(), kTile);
     r_ = memory_.take(kTile);
   }
 
@@ -213,17 +212,14 @@ class ForwardTile {
     Rows<C> h = input;
     for (size_t l = 0; l < net_.layers.size(); ++l) {
       const Layer<C>& layer = net_.layers[l];
-      const Rows<C> z{z_.data, layer.padded};
+      const Rows<C> z{h_[l % 2].data, padded(layer.next)};
       products_(h, layer.panels.forward, layer.in, layer.width, layer.panels.bias, z);
       if (kept && layer.kept) {
         write_far(z, layer.padded, count, kept + begin * layer.padded);
         kept += net_.points * layer.padded;
       }
+      if (!net_.is_plain(layer)) activate_rows<0>(layer, count, z, modulation_[l], r_, z, Rows<C>{});
       h = z;
-      if (!net_.is_plain(layer)) {
-        h = {h_[l % 2].data, padded(layer.next)};
-        activate_rows<0>(layer, count, z, modulation_[l], r_, h, Rows<C>{});
-      }
       if (layer.skip) copy_columns(input, net_.in, count, h, layer.width);
     }
     write_rows(h, begin, count, net_.out, y);
@@ -234,7 +230,7 @@ class ForwardTile {
   Scratch<C> memory_;
   TileModulation<C> modulation_;
   TileProducts<C> products_;
-  Rows<C> x_, z_, h_[2];
+  Rows<C> x_, h_[2];
   C* r_;
 };
 

@@ -92,8 +92,8 @@ void deviations(const RowLayer<C>& layer, int64_t count, Rows<C> z, C* r) {
   });
 }
 
-// y = f(scale n + shift), n = r z, and y may be z; Order 1: also slope = f'. Under a norm z has mean 0. Layer and pointers are copies:
-// what is stored might be any that are read through a reference.
+// y = f(scale n + shift), n = r z, where y may be z; Order 1: also slope = f'. Under a norm z has mean 0. Layer and
+// pointers are copies: what is stored might be any that are read through a reference.
 template <int Order, class C>
 void activate_rows(RowLayer<C> layer, int64_t count, Rows<C> z, const Modulation<C>& modulation, C* r, Rows<C> y,
                    Rows<C> slope) {

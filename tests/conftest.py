@@ -34,6 +34,12 @@ HERE = "cuda" if torch.cuda.is_available() else "cpu"
 WITH_JACOBIAN = [case for case in CASES if testing.has_jacobian(case.op)]
 FIRST = [case for op in OPS for case in testing.cases(op)[:2]]
 MASKS = ("points", "parameters", "both")  # what requires a gradient
+# Files that take minutes, the longest first: several processes that take turns then end at about the same time.
+LONGEST = ("test_cuda_faults.py", "test_triton_compiled.py", "test_cuda_checked.py", "test_triton_interpreted.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 def device_of(backend: str) -> str:

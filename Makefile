@@ -5,6 +5,7 @@
 #   TORCH=torch==2.13.0   what to install otherwise, as pip reads it
 #   CAMKERNELS_CUDA=      1, 0 or auto, see setup.py; 1 by default where nvcc is found
 #   ARGS=                 further arguments for pytest or the benchmarks
+#   WORKERS=2             processes that run the tests, each a file at a time
 #
 # Set-up is kept in $(VENV) and repeated only when pyproject.toml changes or PYTHON names another interpreter. The package
 # is installed there as a link to python/ (pip's editable mode): tests, subprocesses and tools all import the working
@@ -25,7 +26,8 @@ PIP := $(VENV_PYTHON) -m pip --disable-pip-version-check install
 DEMO ?= $(VENV_PYTHON) -m camkernels fit image bench/data/photo.jpg --out demo \
 	--model hash-cam --steps 600 --compare
 BENCH ?= $(VENV_PYTHON) -m bench.run
-PYTEST := $(VENV_PYTHON) -m pytest --timeout=600
+WORKERS ?= 2
+PYTEST := $(VENV_PYTHON) -m pytest --timeout=600 -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 LINT_TOOLS := $(shell sed -n 's/^dev = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
 PYTHON_FILES := $(wildcard python tests bench setup.py)
 CXX_FILES := $(shell find $(wildcard csrc tests/sim) -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')

@@ -16,6 +16,7 @@ class Line(NamedTuple):
     task: str
     baseline: str
     times: float
+    provider: str = "cpu"
 
 
 class MemoryLine(NamedTuple):
@@ -49,6 +50,8 @@ SPEED = (
     Line(WIDE, "fb-parameters", "eager", 1.45),
     Line(NARROW, "forward", "eager", 3.3),
     Line(NARROW, "fb-parameters", "eager", 2.3),
+    Line(WIDE, "forward", "eager", 2.9, "cpu_bfloat16"),
+    Line(NARROW, "forward", "eager", 5.1, "cpu_bfloat16"),
     Line(WIDE, "fb-parameters", "compile", 1.6),
     Line(NARROW, "fb-parameters", "compile", 4),
     Line(RBF_SMALL, "forward", "eager", 10),
@@ -83,7 +86,7 @@ PASSES = tuple(dict.fromkeys(line.task for line in SPEED))
 MEMORY_PASSES = tuple(dict.fromkeys(line.task for line in MEMORY))
 MEMORY_PROVIDERS = ("cpu", "eager", "compile")
 # compiling the reference, whose levels are unrolled, takes minutes, and no line needs it: name it to have it as well
-PROVIDERS = "cpu,reference,eager,eager_fair,compile,tinycudann,drjit"
+PROVIDERS = "cpu,cpu_bfloat16,reference,eager,eager_fair,compile,tinycudann,drjit"
 SECONDS = {GRID_3D: 125.0, GRID_2D: 50.0, WIDE: 120.0, NARROW: 40.0}
 SECONDS |= {RBF_SMALL: 40.0, RBF_3D: 80.0, RBF_WIDE: 120.0}  # per regime: about 15 rounds of the baselines
 
@@ -103,8 +106,8 @@ def find(records: list[dict], case: str, task: str, provider: str, **wanted) -> 
     return next((record for record in records if all(record.get(k) == v for k, v in key.items())), None)
 
 
-def _timed(records: list[dict], case: str, task: str, regime: str) -> dict | None:
-    return find(records, case, task, PROVIDER, kind="time", status="ok", regime=regime, variant="warm")
+def _timed(records: list[dict], case: str, task: str, regime: str, provider: str = PROVIDER) -> dict | None:
+    return find(records, case, task, provider, kind="time", status="ok", regime=regime, variant="warm")
 
 
 def _title(case: str, task: str) -> str:
@@ -121,10 +124,11 @@ def _mark(reached: float, needed: float) -> str:
 
 def speed_line(records: list[dict], line: Line) -> str:
     """One sentence: the ratio in both regimes, the need, the verdict, and whether the machine was shared."""
-    what = f"{_title(line.case, line.task)} vs {line.baseline:8s}"
+    by = "" if line.provider == PROVIDER else f" of {line.provider}"
+    what = f"{_title(line.case, line.task)}{by} vs {line.baseline:8s}"
     parts, tuned = [], None
     for regime in ("tuned", "default"):
-        record = _timed(records, line.case, line.task, regime)
+        record = _timed(records, line.case, line.task, regime, line.provider)
         ratio = (record or {}).get("speedup", {}).get(line.baseline)
         if ratio is not None:
             parts.append(f"{regime} {ratio['median']:5.1f}x ({ratio['q1']:.1f}-{ratio['q3']:.1f})")

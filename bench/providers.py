@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 import camkernels
-from camkernels import _backends
+from camkernels import _backends, testing
 
 from . import hash_grid_eager, modulated_mlp_eager, other_libraries, radial_basis_eager
 from .case import Case, Inputs, Pass, arguments
@@ -93,6 +93,24 @@ def _camkernels(backend: str) -> Provider:
 
     scratch = 3.0 if backend == "reference" else 0.0
     return Provider(backend, f"camkernels, backend {backend!r}", make, missing, scratch=scratch)
+
+
+def _with_bfloat16(case: Case, task: Pass, device: str) -> Task:
+    function = functools.partial(getattr(camkernels, case.op), backend="cpu", **case.options())
+
+    def run(**inputs: Any) -> Tensor:
+        with testing.bfloat16(True):
+            return function(**inputs)
+
+    return TorchTask(run, task)
+
+
+def _no_bfloat16(case: Case, task: Pass, device: str) -> str | None:
+    if case.op != "modulated_mlp" or case.facts["dtype"] != "float32":
+        return "products of float32 are those of modulated_mlp in float32"
+    if device == "cpu" and not torch.cpu._is_avx512_bf16_supported():
+        return "this processor has no AVX512_BF16"
+    return _backends.can_run("cpu", _backends.Call(case.op, device))
 
 
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -185,6 +203,13 @@ def _library(name: str, about: str, slack: float) -> Provider:
 
 PROVIDERS: tuple[Provider, ...] = (
     *(_camkernels(backend) for backend in _backends.BACKENDS),
+    Provider(
+        "cpu_bfloat16",
+        "backend 'cpu' where PyTorch allows products of bfloat16, whose errors are those of that dtype",
+        _with_bfloat16,
+        _no_bfloat16,
+        slack=300.0,
+    ),
     _eager_provider("eager", "eager PyTorch, the baseline", "blend"),
     _eager_provider("eager_fair", "eager PyTorch, the hash grid with index_select for table[index]", "fair"),
     _eager_provider("eager_sum", "eager PyTorch, the hash grid as a sum over corners", "sum"),

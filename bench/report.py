@@ -24,6 +24,7 @@ HEADER = ("provider", "ns/point", "least", "quartiles", "x eager", "x compile", 
 HEADER += ("B/point", "regime")
 COLOURS = {
     "cpu": "#0b6e4f",
+    "cpu_bfloat16": "#3f9e7d",
     "cuda": "#0b6e4f",
     "triton": "#57a773",
     "reference": "#9aa0a6",

@@ -25,6 +25,7 @@ import camkernels
 from camkernels import _backends, _gpu, _ops, testing
 
 torch.set_num_threads(1)  # calls are small: a second thread costs more than it gives; tests of threads set their own
+torch.backends.cuda.matmul.fp32_precision = "ieee"  # some environments allow TF32
 
 OPS = tuple(testing.CASES)
 CASES = [case for op in OPS for case in testing.cases(op)]
@@ -33,6 +34,12 @@ HERE = "cuda" if torch.cuda.is_available() else "cpu"
 WITH_JACOBIAN = [case for case in CASES if testing.has_jacobian(case.op)]
 FIRST = [case for op in OPS for case in testing.cases(op)[:2]]
 MASKS = ("points", "parameters", "both")  # what requires a gradient
+# Files that take minutes, the longest first: several processes that take turns then end at about the same time.
+LONGEST = ("test_cuda_faults.py", "test_triton_compiled.py", "test_cuda_checked.py", "test_triton_interpreted.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 def device_of(backend: str) -> str:

@@ -23,6 +23,7 @@ from camkernels import _neighbor_cells, _neighbor_fallbacks, neighbors, optim, t
 from camkernels._autograd import Operator
 from conftest import require
 from sim import build, library
+from sim.selftests import round_to_tf32
 
 CASES = testing.cases("hash_grid")
 OPS = ("hash_grid", "modulated_mlp", "modulate", "coordinate_modulation", "radial_basis")
@@ -120,6 +121,16 @@ class Simulated:
             assert gradcheck(function, tuple(inputs.values()), eps=1e-5, fast_mode=True)
             assert gradgradcheck(function, tuple(inputs.values()), eps=1e-5, fast_mode=True)
 
+    def agree_rounded(self, call: testing.Call) -> None:
+        """A linear layer under TF32 against exact products of rounded factors, up to second order."""
+        with testing.tf32(True):
+            actual = testing.evaluate(self.function("modulated_mlp"), call, order=2)
+        with mock.patch("torch.nn.functional.linear", rounded_linear):
+            expected = testing.evaluate(camkernels.reference.modulated_mlp, call, order=2)
+        rtol, atol = testing.tolerance(call.inputs["weights.0"].dtype, "second")
+        for name, wanted in expected.items():
+            testing.assert_close(actual[name], wanted, rtol=rtol, atol=atol, name=f"tf32 {name}")
+
     def agree(self, call: testing.Call, order: int = 2, op: str = "hash_grid") -> None:
         """`check` for a call that is no case, of points that are far enough from faces."""
         functions = (self.function(op), getattr(camkernels.reference, op))
@@ -131,6 +142,25 @@ class Simulated:
         rtol, atol = testing.tolerance(parameter.dtype, "second")
         for name, wanted in expected.items():
             testing.assert_close(actual[name], wanted, rtol=10 * rtol, atol=10 * atol, name=name)
+
+
+class RoundedProduct(torch.autograd.Function):
+    """a b^T of float32, both rounded to TF32, added up in float64; derivatives are such products too."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return (round_to_tf32(a).double() @ round_to_tf32(b).double().T).to(a.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = ctx.saved_tensors
+        return RoundedProduct.apply(g, b.T), RoundedProduct.apply(g.T, a.T)
+
+
+def rounded_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """F.linear by TF32, for [n, in]."""
+    return RoundedProduct.apply(x, weight) + bias
 
 
 def jacobian_gradients(function: Callable[..., Any], call: testing.Call) -> dict[str, Tensor]:

@@ -23,8 +23,10 @@ from test_cuda_simulated_optim import run as adam_step
 from test_neighbors import CLOUDS, queries
 from test_optim import WIDTHS, random_state
 
+SECONDS = 1800  # for a build of all kernels, perhaps after another one, and a run of them, on a slow machine
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(SECONDS),
     pytest.mark.skipif(toolkit.why_no_simulator() is not None, reason=str(toolkit.why_no_simulator())),
     pytest.mark.skipif(library.why_no_asan() is not None, reason=str(library.why_no_asan())),
 ]
@@ -194,7 +196,9 @@ def built() -> Path:
 
 @pytest.fixture(scope="module")
 def run(built: Path) -> subprocess.CompletedProcess[str]:
-    return library.run_under_asan("import test_cuda_checked; test_cuda_checked.exercise()", OMP_NUM_THREADS="1")
+    return library.run_under_asan(
+        "import test_cuda_checked; test_cuda_checked.exercise()", timeout=SECONDS, OMP_NUM_THREADS="1"
+    )
 
 
 def test_address_sanitizer(run: subprocess.CompletedProcess[str]) -> None:

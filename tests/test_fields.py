@@ -15,6 +15,7 @@ from camkernels.fields import (
     DynamicRadianceField,
     FourierImageField,
     HashCAMField,
+    HashImageField,
     MipNeRFField,
     RadianceField,
     RandFourierFeature,
@@ -218,6 +219,11 @@ def test_models_of_the_command(name):
     again = MODELS[name](**field.config, backend="reference")
     again.load_state_dict(field.state_dict())
     assert torch.allclose(again(x), field(x), atol=1e-6)
+
+
+def test_rates_of_a_hash_grid_fall_by_half_a_cosine():
+    field = HashImageField(finest_resolution=24)
+    assert [field.decay(done) for done in (0.0, 0.25, 1.0)] == pytest.approx([1, 0.855, 0.01], abs=1e-3)
 
 
 def test_learning_rates_of_the_public_recipes():

@@ -94,6 +94,34 @@ def test_parameters_of_the_published_shapes(log2_size, kernels, trained):
     assert sum(p.numel() for p in field.parameters() if p.requires_grad) == pytest.approx(trained, rel=5e-3)
 
 
+@pytest.mark.parametrize("parameters", [20_000, 100_000, 400_000])
+def test_parameters_given_are_spent_and_not_exceeded(parameters):
+    with torch.device("meta"):
+        field = NeuRBFImageField(size=(640, 400), n_levels=8, parameters=parameters)
+    kernel = sum(tensor[0].numel() for tensor in (field.basis.centers, field.basis.shapes, field.basis.features))
+    assert parameters - kernel < sum(p.numel() for p in field.parameters()) <= parameters
+    assert "parameters" not in field.config
+    finest = field.config["finest_resolution"]
+    room = 0.85 * (parameters - sum(p.numel() for p in field.decoder.parameters()))
+    with torch.device("meta"):
+        finer = NeuRBFImageField(size=(640, 400), n_levels=8, kernels=4, finest_resolution=finest + 1)
+    assert field.grid.table.numel() <= room
+    assert finest == 320 or finer.grid.table.numel() > room
+
+
+def test_a_finest_resolution_given_beside_parameters_stays():
+    with torch.device("meta"):
+        field = NeuRBFImageField(size=(640, 400), finest_resolution=64, parameters=100_000)
+    assert field.config["finest_resolution"] == 64 and field.config["kernels"] > 2000
+
+
+def test_parameters_without_room_and_beside_kernels_are_refused():
+    with pytest.raises(ValueError, match="NeuRBFImageField: 2000 parameters have no room for a kernel"):
+        NeuRBFImageField(parameters=2000)
+    with pytest.raises(ValueError, match="kernels and parameters were both given"):
+        NeuRBFImageField(parameters=100_000, kernels=5)
+
+
 # ---- kernels where the picture changes -------------------------------------------------------------------------------
 
 
@@ -144,7 +172,8 @@ def test_rates_fall_by_half_a_cosine():
     assert [field.decay(done) for done in (0.0, 0.5, 1.0)] == pytest.approx([1, 0.505, 0.01])
     sizes = {group["lr"]: sum(p.numel() for p in group["params"]) for group in field.parameter_groups(0.01)}
     decoder = sum(p.numel() for p in field.decoder.parameters())
-    assert sizes == {0.01: decoder, 0.005: field.grid.table.numel() + field.basis.features.numel() + field.bias.numel()}
+    features = field.basis.features.numel() + field.bias.numel()
+    assert sizes == {0.01: decoder, 0.02: features, 0.04: field.grid.table.numel()}
 
 
 # ---- the public code's state -----------------------------------------------------------------------------------------

@@ -86,6 +86,26 @@ def test_a_model_is_fitted_saved_resumed_and_drawn(model, tmp_path, photo):
     assert whole["config"] == part["config"]
 
 
+def test_neurbf_has_as_many_parameters_as_asked_for(tmp_path, photo):
+    arguments = [
+        "--model",
+        "neurbf",
+        "--parameters",
+        "9000",
+        "--width",
+        "16",
+        "--batch",
+        "64",
+        "--steps",
+        "2",
+        "--quiet",
+    ]
+    assert main(["fit", "image", str(photo), "--out", str(tmp_path), "--device", "cpu", *arguments]) == 0
+    found = report(tmp_path)
+    assert 9000 - 38 < found["parameters"] <= 9000
+    assert found["config"]["n_levels"] == 8 and found["config"]["feature_waves"] == [0.125, 64]
+
+
 @pytest.mark.parametrize("model", ["hash-cam", "cam"])
 def test_scale_and_shift_are_trained(model, tmp_path, photo):
     assert fit(photo, tmp_path, model, "--steps", "5") == 0
@@ -125,6 +145,8 @@ def test_compare(model, tmp_path, photo, capsys):
         ("cam", ["--levels", "4"], "model cam has no n_levels; leave that option out (it has channels, width,"),
         ("fourier", ["--nodes", "4"], "model fourier has no nodes"),
         ("hash", ["--frequencies", "4"], "model hash has no num_frequencies"),
+        ("hash", ["--parameters", "9000"], "model hash has no parameters"),
+        ("neurbf", ["--parameters", "9000"], "kernels and parameters were both given"),
         ("hash-cam", ["--hidden", "0"], "the model cannot be built: CoordinateModulation: hidden_layers must be"),
         ("hash-cam", ["--backend", "triton"], "leave --backend out"),
     ],

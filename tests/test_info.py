@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import camkernels
-from camkernels import _check, _info, _ops, testing
+from camkernels import _check, _gpu, _info, _ops, testing
 from camkernels.__main__ import main
 from camkernels._backends import BACKENDS, Call, can_run
 from camkernels._geometry import geometry_table
@@ -141,6 +141,20 @@ def test_check_finds_a_difference(few, monkeypatch, capsys):
     assert _check.check_backends(few) == 1
     out = capsys.readouterr().out
     assert "2 of 2 cases DIFFER" in out and "8 of 8 comparisons failed" in out and "times the tolerance" in out
+
+
+def test_check_is_of_exact_products(few, monkeypatch):
+    """Whatever the environment allows, which is as it was behind it."""
+    seen = []
+
+    def watched(*args, backend, **options):
+        seen.append(_gpu.allows_tf32())
+        return camkernels.reference.hash_grid(*args, **options)
+
+    monkeypatch.setattr(camkernels, "hash_grid", watched)
+    with testing.tf32(True):
+        assert _check.check_backends(few) == 0 and _gpu.allows_tf32()
+    assert seen and not any(seen)
 
 
 def test_check_without_any_backend(monkeypatch, capsys):

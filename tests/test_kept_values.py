@@ -30,7 +30,7 @@ def layer(**options):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES[::3], ids=str)
 def test_the_same_bits_from_kept_and_from_computed_values(case, dtype, monkeypatch):
-    call = repeated(case.make(dtype), 77)  # full tiles and a part of one
+    call = repeated(case.make(dtype), 250)  # full tiles and a part of one
     found = {}
     for choice in (KEPT, COMPUTED):
         monkeypatch.setenv("CAMKERNELS_RECOMPUTE", choice)
@@ -45,19 +45,34 @@ def test_the_environment_chooses(choice, monkeypatch):
     if choice:
         monkeypatch.setenv("CAMKERNELS_RECOMPUTE", choice)
     y = layer()(torch.rand(7, 3))
-    assert kept_by(y) == (0 if choice == COMPUTED else 7 * 2 * 32)  # two hidden layers, 20 values in a row of 32
+    assert kept_by(y) == (0 if choice == COMPUTED else 7 * 32)  # of two hidden layers; 20 values in a row of 32
+
+
+@pytest.mark.parametrize(
+    ("inputs", "width", "hidden", "skips", "kept"),
+    [
+        (32, 64, 4, (), 3 * 64),  # not the first, of fewest inputs
+        (512, 256, 3, (), 2 * 256),  # not the second: of equals the first
+        (3, 8, 1, (), 0),
+        (8, 16, 8, (2,), 6 * 16),  # neither the first nor the second; the fourth takes x too
+    ],
+)
+def test_a_quarter_of_the_layers_is_computed_again(inputs, width, hidden, skips, kept, monkeypatch):
+    monkeypatch.setenv("CAMKERNELS_RECOMPUTE", KEPT)
+    mlp = camkernels.ModulatedMLP(inputs, 2, width=width, hidden_layers=hidden, skips=skips)
+    assert kept_by(mlp(torch.rand(5, inputs))) == 5 * kept
 
 
 def test_above_a_limit_nothing_is_kept(monkeypatch):
     monkeypatch.delenv("CAMKERNELS_RECOMPUTE", raising=False)
-    mlp, x, values = layer(), torch.rand(7, 3), 7 * 2 * 32
+    mlp, x, values = layer(), torch.rand(7, 3), 7 * 32
     settings = camkernels.modulated_mlp.__globals__
     for limit, kept in ((values * 4, values), (values * 4 - 1, 0)):
         monkeypatch.setitem(settings, "KEPT_BYTES", limit)
         assert kept_by(mlp(x)) == kept
 
 
-@pytest.mark.parametrize("n", [0, 1, 15, 16, 17, 31, 32, 33, 511, 513, 1025])
+@pytest.mark.parametrize("n", [0, 1, 15, 17, 31, 33, 95, 96, 97, 193, 513, 1025])
 @pytest.mark.parametrize("choice", [KEPT, COMPUTED], ids=["kept", "computed"])
 def test_every_size_of_batch(n, choice, monkeypatch):
     monkeypatch.setenv("CAMKERNELS_RECOMPUTE", choice)
@@ -89,7 +104,7 @@ def test_nothing_is_kept_where_no_gradient_is_asked_for(monkeypatch):
         with torch.no_grad():
             mlp(x)
         mlp.requires_grad_(False)(x)
-    assert sizes == [7 * 2 * 32, 0, 0]
+    assert sizes == [7 * 32, 0, 0]
 
 
 @pytest.mark.parametrize("choice", [KEPT, COMPUTED], ids=["kept", "computed"])

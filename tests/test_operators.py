@@ -18,8 +18,8 @@ GRID = (
 )
 MLP = (
     "Tensor x, Tensor[] weights, Tensor[] biases, Tensor? modulation, Tensor? frequencies, "
-    "{}int[] activations, float[] omegas, bool[] skips, bool output_layer, bool point_norm, float eps, bool keep, "
-    "bool deterministic"
+    "{}int[] activations, float[] omegas, bool[] skips, bool output_layer, bool point_norm, float eps, bool tf32, "
+    "bool bfloat16, bool keep, bool deterministic"
 )
 LOOKUP = "Tensor coords, Tensor grids, bool zeros, bool align_corners, bool planes, bool deterministic"
 GROUPS = (
@@ -349,7 +349,7 @@ def test_the_operators_of_the_mlp_refuse_masks_and_lists_that_do_not_fit():
     if "cpu" not in backends("modulated_mlp"):
         pytest.skip("there are no CPU kernels that could read a weight")
     x, w, y = torch.rand(5, 3), torch.rand(2, 3), torch.rand(5, 2)
-    settings = ([1], [1.0], [False], False, False, 1e-5, False, False)
+    settings = ([1], [1.0], [False], False, False, 1e-5, False, False, False, False)
     first = (y, x, [w], [], None, None, torch.empty(0))
     for mask in ([], [True] * 3, [True] * 5):
         with pytest.raises(RuntimeError, match="modulated_mlp: mask must have one entry for each gradient"):
@@ -364,12 +364,13 @@ def test_the_operators_of_the_mlp_refuse_masks_and_lists_that_do_not_fit():
 def test_kept_values_of_another_dtype_are_not_read():
     if "cpu" not in backends("modulated_mlp"):
         pytest.skip("there are no CPU kernels that keep values")
-    x, w, g = torch.rand(5, 3), torch.rand(2, 3), torch.rand(5, 2)
-    settings = ([2], [1.0], [False], False, False, 1e-5, True, False)
-    _, kept = _ops.operators.modulated_mlp(x, [w], [], None, None, *settings)
+    x, weights, g = torch.rand(5, 3), [torch.rand(2, 3), torch.rand(2, 2)], torch.rand(5, 2)
+    settings = ([2, 2], [1.0, 1.0], [False, False], False, False, 1e-5, False, False, True, False)
+    _, kept = _ops.operators.modulated_mlp(x, weights, [], None, None, *settings)
+    assert kept.numel() > 0
     wanted = [True, True, False, False]
     results = [
-        _ops.operators.modulated_mlp_backward(g, x, [w], [], None, None, hidden, *settings, wanted)
+        _ops.operators.modulated_mlp_backward(g, x, weights, [], None, None, hidden, *settings, wanted)
         for hidden in (kept, torch.full_like(kept, torch.nan, dtype=torch.float64))
     ]
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1][0], results[1][1][0])

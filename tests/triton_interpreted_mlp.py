@@ -116,12 +116,17 @@ def test_opcheck(case):
         torch.library.opcheck(operator, arguments[0])
 
 
-@pytest.mark.parametrize(("allowed", "precision"), [("highest", "tf32x3"), ("high", "tf32")])
+@pytest.mark.parametrize(("allowed", "precision"), [(False, "tf32x3"), (True, "tf32")])
 def test_float32_is_exact_unless_tf32_is_allowed(allowed, precision):
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(allowed)
-    try:
-        assert kernels.precision_of(torch.float32) == precision
-        assert kernels.precision_of(torch.float64) == "ieee"
-    finally:
-        torch.set_float32_matmul_precision(before)
+    assert kernels.precision_of(torch.float32, allowed) == precision
+    assert kernels.precision_of(torch.float64, allowed) == "ieee"
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+@pytest.mark.parametrize("case", [MLPS[0], FUSED[0]], ids=str)
+def test_kernels_learn_whether_tf32_is_allowed(case, allowed, monkeypatch):
+    told, precision_of = [], kernels.precision_of
+    monkeypatch.setattr(kernels, "precision_of", lambda number, tf32: told.append(tf32) or precision_of(number, tf32))
+    with testing.tf32(allowed):
+        testing.evaluate(functions_of(case)[0], case.make())
+    assert told == [allowed, allowed]  # value, gradients

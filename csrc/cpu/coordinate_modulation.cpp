@@ -166,17 +166,16 @@ Tensor forward(Tensor coords, Tensor grids, bool zeros, bool align_corners, bool
   dispatch(kOp, coords, grids, [&]<class S, class T>(Tag<S>, Tag<T>) {
     const PackedGrids<S> packed(g, coords);
     packed.pack(read<T>(grids));
-    with_lookup_loops<S>(g, [&](auto loops) {
-      parallel_points(coords.size(0), [&](int64_t begin, int64_t end) {
-        RowBlock<S> rows(g.width(), packed.pitch());
-        LookupPiece<S> piece = packed.piece(coords);
-        piece.y = rows.data();
-        for (int64_t i = begin; i < end; i += rows.points()) {
-          piece.begin = i, piece.end = std::min(end, i + rows.points());
-          loops.value(piece);
-          rows.write(write<T>(y), piece.begin, piece.end);
-        }
-      });
+    const LookupKernels<S> loops = kernels_for<S>(g);
+    parallel_points(coords.size(0), [&](int64_t begin, int64_t end) {
+      RowBlock<S> rows(g.width(), packed.pitch());
+      LookupPiece<S> piece = packed.piece(coords);
+      piece.y = rows.data();
+      for (int64_t i = begin; i < end; i += rows.points()) {
+        piece.begin = i, piece.end = std::min(end, i + rows.points());
+        loops.value(piece);
+        rows.write(write<T>(y), piece.begin, piece.end);
+      }
     });
   });
   return y;
@@ -191,21 +190,20 @@ Tensor sum_over_points(const NodeGrids& g, const Tensor& coords, const Tensor& g
   packed.pack(read<T>(grids));
   const Pieces pieces(g, coords.size(0), wanted, packed.numbers() * int64_t(sizeof(S)));
   const PackedGrids<S> sums(g, coords, wanted ? pieces.count : 0);
-  with_lookup_loops<S>(g, [&](auto loops) {
-    parallel_tasks(pieces.count, [&](int64_t task) {
-      RowBlock<S> rows(g.width(), packed.pitch());
-      LookupPiece<S> piece = packed.piece(coords);
-      tell(piece);
-      piece.g = rows.data();
-      piece.sums = wanted ? sums.data(task) : nullptr;
-      if (wanted) std::fill(piece.sums, piece.sums + sums.numbers(), S(0));
-      const int64_t last = std::min(coords.size(0), (task + 1) * pieces.each);
-      for (int64_t i = task * pieces.each; i < last; i += rows.points()) {
-        piece.begin = i, piece.end = std::min(last, i + rows.points());
-        rows.read(read<T>(grad), piece.begin, piece.end);
-        body(loops, piece);
-      }
-    });
+  const LookupKernels<S> loops = kernels_for<S>(g);
+  parallel_tasks(pieces.count, [&](int64_t task) {
+    RowBlock<S> rows(g.width(), packed.pitch());
+    LookupPiece<S> piece = packed.piece(coords);
+    tell(piece);
+    piece.g = rows.data();
+    piece.sums = wanted ? sums.data(task) : nullptr;
+    if (wanted) std::fill(piece.sums, piece.sums + sums.numbers(), S(0));
+    const int64_t last = std::min(coords.size(0), (task + 1) * pieces.each);
+    for (int64_t i = task * pieces.each; i < last; i += rows.points()) {
+      piece.begin = i, piece.end = std::min(last, i + rows.points());
+      rows.read(read<T>(grad), piece.begin, piece.end);
+      body(loops, piece);
+    }
   });
   if (!wanted) return empty(grids, {0});
   const Tensor ggrids = in_large_pages(empty_as(grids));
@@ -223,7 +221,7 @@ std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor coords, Tensor grids, bo
   dispatch(kOp, coords, grids, [&]<class S, class T>(Tag<S>, Tag<T>) {
     const auto tell = [&](LookupPiece<S>& piece) { piece.gu = mask[0] ? write<S>(gu) : nullptr; };
     ggrids = sum_over_points<S, T>(g, coords, grids, grad, mask[1], tell,
-                                   [](auto loops, LookupPiece<S>& piece) { loops.backward(piece); });
+                                   [](const auto& loops, const LookupPiece<S>& piece) { loops.backward(piece); });
   });
   return {gu, ggrids};
 }
@@ -247,12 +245,13 @@ std::tuple<Tensor, Tensor, Tensor> backward_backward(OptionalTensor v, OptionalT
       piece.tangents = tangents ? along.data() : nullptr;
       piece.gu = mask[1] ? write<S>(gu) : nullptr;
     };
-    ggrids = sum_over_points<S, T>(g, coords, grids, grad, mask[2], tell, [&](auto loops, LookupPiece<S>& piece) {
-      RowBlock<S> rows(g.width(), piece.pitch);
-      piece.y = mask[0] ? rows.data() : nullptr;
-      loops.second_order(piece);
-      if (mask[0]) rows.write(write<T>(ggrad), piece.begin, piece.end);
-    });
+    ggrids =
+        sum_over_points<S, T>(g, coords, grids, grad, mask[2], tell, [&](const auto& loops, LookupPiece<S>& piece) {
+          RowBlock<S> rows(g.width(), piece.pitch);
+          piece.y = mask[0] ? rows.data() : nullptr;
+          loops.second_order(piece);
+          if (mask[0]) rows.write(write<T>(ggrad), piece.begin, piece.end);
+        });
   });
   return {ggrad, gu, ggrids};
 }

@@ -210,19 +210,31 @@ struct LookupLoops {
   }
 };
 
-// body(Loops) with the loops for these grids.
-template <class S, class Body>
-void with_lookup_loops(const launch::NodeGrids& grids, const Body& body) {
-  if (grids.planes == 3) return body(LookupLoops<S, 2, 3>{});
+template <class S>
+struct LookupKernels {
+  using Loop = void (*)(const LookupPiece<S>&);
+  Loop value, backward, second_order;
+};
+
+template <class S, int D, int P>
+constexpr LookupKernels<S> lookup_loops() {
+  using Loops = LookupLoops<S, D, P>;
+  return {Loops::value, Loops::backward, Loops::second_order};
+}
+
+// The loops for these grids.
+template <class S>
+LookupKernels<S> kernels_for(const launch::NodeGrids& grids) {
+  if (grids.planes == 3) return lookup_loops<S, 2, 3>();
   switch (grids.dims) {
     case 1:
-      return body(LookupLoops<S, 1, 1>{});
+      return lookup_loops<S, 1, 1>();
     case 2:
-      return body(LookupLoops<S, 2, 1>{});
+      return lookup_loops<S, 2, 1>();
     case 3:
-      return body(LookupLoops<S, 3, 1>{});
+      return lookup_loops<S, 3, 1>();
     default:
-      return body(LookupLoops<S, 0, 1>{});
+      return lookup_loops<S, 0, 1>();
   }
 }
 

@@ -55,6 +55,16 @@ struct Lanes {
     return r;
   }
   CAMK_HD void store(T* p) const { memcpy(p, &v, sizeof(v)); }
+  // Past the caches, to where nobody reads soon; p as aligned as the pack is wide.
+  CAMK_HD void store_far(T* p) const {
+#if defined(__AVX512F__)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+#elif defined(__AVX2__)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
+#else
+    store(p);
+#endif
+  }
   CAMK_HD friend Lanes operator+(Lanes a, Lanes b) { return a.v + b.v; }
   CAMK_HD friend Lanes operator-(Lanes a, Lanes b) { return a.v - b.v; }
   CAMK_HD friend Lanes operator*(Lanes a, Lanes b) { return a.v * b.v; }
@@ -94,6 +104,32 @@ CAMK_HD Floats multiply_add(Floats x, Floats y, Floats z) {
   return x;
 #endif
 }
+
+#if defined(__AVX512F__)
+// bfloat16 in pairs, the first in the lower half. By instructions that not every processor with AVX-512 has.
+inline bool multiplies_bfloat16() {
+  static const bool found = __builtin_cpu_supports("avx512bf16");
+  return found;
+}
+// x0 y0 + x1 y1 + z
+CAMK_HD Floats multiply_add(Words x, Words y, Floats z) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(z.v) : "v"(x.v), "v"(y.v));
+  return z;
+}
+// The numbers of `low`, then those of `high`, to nearest even.
+CAMK_HD Words to_bfloat16(Floats low, Floats high) {
+  Words pairs;
+  asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(pairs.v) : "v"(high.v), "v"(low.v));
+  return pairs;
+}
+// N numbers, up to kLanes, and zeros behind them; none below 0.
+CAMK_HD Floats load_first(const float* p, int64_t n) {
+  const __mmask16 mask = n >= kLanes ? 0xffff : n <= 0 ? 0 : (1 << n) - 1;
+  return Floats(_mm512_maskz_loadu_ps(mask, p));
+}
+#else
+inline bool multiplies_bfloat16() { return false; }
+#endif
 
 CAMK_HD Floats round_down(Floats x) {
 #if defined(__AVX512F__)

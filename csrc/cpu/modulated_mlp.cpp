@@ -164,8 +164,9 @@ void add_up_all(const Net<C>& net, const Parts<C>& parts, const TensorList& weig
 
 std::tuple<Tensor, Tensor> forward(Tensor x, TensorList weights, TensorList biases, OptionalTensor modulation,
                                    OptionalTensor frequencies, Ints activations, Doubles1 omegas, Bools skips,
-                                   bool output_layer, bool point_norm, double eps, bool keep, bool) {
-  const NetLists lists{activations, omegas, skips, output_layer, point_norm, eps};
+                                   bool output_layer, bool point_norm, double eps, bool, bool bfloat16, bool keep,
+                                   bool) {
+  const NetLists lists{activations, omegas, skips, output_layer, point_norm, eps, bfloat16};
   check(x, weights, biases, modulation, frequencies, lists);
   Tensor y, kept;
   with_arithmetic(any_wide(x, weights, modulation, frequencies), [&]<class C>(Tag<C>) {
@@ -173,10 +174,9 @@ std::tuple<Tensor, Tensor> forward(Tensor x, TensorList weights, TensorList bias
     y = in_large_pages(empty(weights[0], {net.points, net.out}));
     kept = in_large_pages(empty(x, {keep ? net.points * net.kept_values() : 0}, number_type<C>()));
     torch::stable::parallel_for(0, round_up(net.points, kTile) / kTile, 4, [&](int64_t first, int64_t last) {
-      ForwardTile<C> tile(net);
-      each_tile(first * kTile, std::min(net.points, last * kTile), [&](int64_t begin, int64_t count) {
-        tile.run(x, modulation, begin, count, y, keep ? write<C>(kept) : nullptr);
-      });
+      ForwardTile<C> tile(net, modulation);
+      each_tile(first * kTile, std::min(net.points, last * kTile),
+                [&](int64_t begin, int64_t count) { tile.run(x, begin, count, y, keep ? write<C>(kept) : nullptr); });
     });
   });
   return {y, kept};
@@ -186,8 +186,9 @@ std::tuple<Tensor, TensorList, TensorList, Tensor> backward(Tensor grad, Tensor 
                                                             TensorList biases, OptionalTensor modulation,
                                                             OptionalTensor frequencies, Tensor kept, Ints activations,
                                                             Doubles1 omegas, Bools skips, bool output_layer,
-                                                            bool point_norm, double eps, bool, bool, Bools mask) {
-  const NetLists lists{activations, omegas, skips, output_layer, point_norm, eps};
+                                                            bool point_norm, double eps, bool, bool bfloat16, bool,
+                                                            bool, Bools mask) {
+  const NetLists lists{activations, omegas, skips, output_layer, point_norm, eps, bfloat16};
   check(x, weights, biases, modulation, frequencies, lists);
   check_mask(kMlp, mask, 4);
   const Tensor gx = empty_or_like(x, mask[0]), gm = empty_or_like(modulation ? *modulation : x, mask[3]);
@@ -200,10 +201,9 @@ std::tuple<Tensor, TensorList, TensorList, Tensor> backward(Tensor grad, Tensor 
     const Gradients<C> gradients(net, gm, mask);
     const Parts<C> parts(net, x, mask[1] || mask[2], mask[3]);
     parts.each([&](int64_t first, int64_t last, const PartSums<C>& sums) {
-      BackwardTile<C> tile(net);
+      BackwardTile<C> tile(net, modulation);
       each_tile(first, last, [&](int64_t begin, int64_t count) {
-        tile.run(grad, x, modulation, begin, count, fits ? read<C>(kept) : nullptr, gradients, sums,
-                 mask[0] ? &gx : nullptr);
+        tile.run(grad, x, begin, count, fits ? read<C>(kept) : nullptr, gradients, sums, mask[0] ? &gx : nullptr);
       });
     });
     add_up_all(net, parts, gw, gb);
@@ -215,9 +215,9 @@ std::tuple<Tensor, TensorList, TensorList, Tensor> backward(Tensor grad, Tensor 
 std::tuple<Tensor, Tensor, TensorList, TensorList, Tensor> backward_backward(
     OptionalTensor ggx, TensorList ggweights, TensorList ggbiases, OptionalTensor ggmodulation, Tensor grad, Tensor x,
     TensorList weights, TensorList biases, OptionalTensor modulation, OptionalTensor frequencies, Tensor,
-    Ints activations, Doubles1 omegas, Bools skips, bool output_layer, bool point_norm, double eps, bool, bool,
-    Bools mask) {
-  const NetLists lists{activations, omegas, skips, output_layer, point_norm, eps};
+    Ints activations, Doubles1 omegas, Bools skips, bool output_layer, bool point_norm, double eps, bool, bool bfloat16,
+    bool, bool, Bools mask) {
+  const NetLists lists{activations, omegas, skips, output_layer, point_norm, eps, bfloat16};
   check(x, weights, biases, modulation, frequencies, lists);
   check_mask(kMlp, mask, 5);
   require(ggweights.empty() || ggweights.size() == weights.size(), kMlp, ": grad_weights of another number of layers");
@@ -239,10 +239,9 @@ std::tuple<Tensor, Tensor, TensorList, TensorList, Tensor> backward_backward(
     const Gradients<C> gradients(net, gm, {mask[1], mask[2], mask[3], mask[4]});
     const Parts<C> parts(net, x, mask[2] || mask[3], mask[4]);
     parts.each([&](int64_t first, int64_t last, const PartSums<C>& sums) {
-      TangentTile<C> tile(net, along);
+      TangentTile<C> tile(net, modulation, along);
       each_tile(first, last, [&](int64_t begin, int64_t count) {
-        tile.run(grad, x, modulation, panels, begin, count, gradients, sums, mask[0] ? &dy : nullptr,
-                 mask[1] ? &gx : nullptr);
+        tile.run(grad, x, panels, begin, count, gradients, sums, mask[0] ? &dy : nullptr, mask[1] ? &gx : nullptr);
       });
     });
     add_up_all(net, parts, gw, gb);

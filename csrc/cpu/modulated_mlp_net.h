@@ -17,18 +17,28 @@ constexpr ScalarType number_type() {
 }
 
 // Points that pass through all layers together; a multiple of kBlockRows on every instruction set.
-inline constexpr int64_t kTile = 48;
+inline constexpr int64_t kTile = 96;
 
-// A weight in panels, its transpose, the bias [padded]; null where there is none or nobody reads it.
+// A matrix in panels: as it is, or of pairs of rows rounded to bfloat16.
+template <class C>
+struct Matrix {
+  const C* exact = nullptr;
+  const uint32_t* rounded = nullptr;
+  explicit operator bool() const { return exact || rounded; }
+};
+
+// A weight, its transpose, the bias [padded]; null where there is none or nobody reads it.
 template <class C>
 struct Panels {
-  const C *forward = nullptr, *backward = nullptr, *bias = nullptr;
+  Matrix<C> forward, backward;
+  const C* bias = nullptr;
 };
 
 template <class C>
 struct Layer : RowLayer<C> {
   int64_t in, next;  // values that it takes and gives, x of a skip included
   bool skip, modulated;
+  bool kept;  // whether z of all points stays for the backward pass, if that keeps any
   Panels<C> panels;
   int64_t sums;  // where the gradients of weight, then bias, begin among a part's sums
 };
@@ -40,23 +50,37 @@ struct NetLists {
   const std::vector<bool>& skips;
   bool output_layer, point_norm;
   double eps;
+  bool bfloat16;  // whether products may round their factors
 };
 
-// Panels of weight [out, in]; centred: of W - mean(W) over its rows, which makes the mean of z = W h + b zero. Those of
-// the transpose are of W as it is: gradients that come through a norm have mean zero, too.
+// value(k, j) of a [depth, columns] matrix
+template <class C, class Value>
+Matrix<C> pack(int64_t depth, int64_t columns, bool rounded, Scratch<C>& memory, const Value& value) {
+  const int64_t pairs = (depth + 1) / 2;
+  C* made = memory.take((rounded ? pairs : depth) * padded(columns));
+  if (!rounded) {
+    fill_panels(depth, columns, made, value);
+    return {made, nullptr};
+  }
+  uint32_t* to = reinterpret_cast<uint32_t*>(made);
+  const auto bits = [&](int64_t k, int64_t j) {
+    return k < depth ? uint32_t(from_number<BFloat16>(value(k, j)).bits) : 0u;
+  };
+  fill_panels(pairs, columns, to, [&](int64_t k, int64_t j) { return bits(2 * k, j) | bits(2 * k + 1, j) << 16; });
+  return {nullptr, to};
+}
+
+// Weight [out, in]; centred: W - mean(W) over its rows, which makes the mean of z = W h + b zero. The transpose is of W
+// as it is: gradients that come through a norm have mean zero, too.
 template <class C>
-void pack_weight(const Tensor& weight, bool centred, bool transposed, Scratch<C>& memory, Panels<C>& to) {
+void pack_weight(const Tensor& weight, bool centred, bool transposed, bool rounded, Scratch<C>& memory, Panels<C>& to) {
   const int64_t out = weight.size(0), in = weight.size(1);
   std::vector<C> w(out * in), mean(in);
   read_rows(weight, 0, 1, out * in, Rows<C>{w.data()});
   for (int64_t i = 0; centred && i < out * in; ++i) mean[i % in] += w[i] / C(out);
-  C* forward = memory.take(in * padded(out));
-  fill_panels(in, out, forward, [&](int64_t k, int64_t o) { return w[o * in + k] - mean[k]; });
-  to.forward = forward;
+  to.forward = pack(in, out, rounded, memory, [&](int64_t k, int64_t o) { return w[o * in + k] - mean[k]; });
   if (!transposed) return;
-  C* backward = memory.take(out * padded(in));
-  fill_panels(out, in, backward, [&](int64_t o, int64_t k) { return w[o * in + k]; });
-  to.backward = backward;
+  to.backward = pack(out, in, rounded, memory, [&](int64_t o, int64_t k) { return w[o * in + k]; });
 }
 
 template <class C>
@@ -76,6 +100,7 @@ struct Net {
   std::vector<Layer<C>> layers;
   int64_t sums = 0;    // numbers that the gradients of weights and biases take
   bool skips = false;  // whether any layer has one
+  bool rounds;         // whether products are of bfloat16
   Scratch<C> memory;
 
   Net(const Tensor& x, const TensorList& weights, const TensorList& biases, const OptionalTensor& modulation,
@@ -84,7 +109,8 @@ struct Net {
         in(x.size(1)),
         hidden(int64_t(weights.size()) - lists.output_layer),
         groups(modulation ? modulation->size(0) : 1),
-        values(modulation && modulation->dim() == 4 ? modulation->size(3) : 1) {
+        values(modulation && modulation->dim() == 4 ? modulation->size(3) : 1),
+        rounds(std::is_same_v<C, float> && lists.bfloat16 && multiplies_bfloat16()) {
     C* waves = nullptr;
     if (frequencies) {
       waves = memory.take(padded(frequencies->numel()));
@@ -101,20 +127,21 @@ struct Net {
       layer.frequencies = waves, layer.eps = C(lists.eps);
       layer.norm = lists.point_norm && layer.modulated;
       layer.per_channel = modulation && modulation->dim() == 4 && layer.modulated;
-      pack_weight(weights[l], layer.norm, transposed || l > 0, memory, layer.panels);
+      pack_weight(weights[l], layer.norm, transposed || l > 0, rounds, memory, layer.panels);
       if (!biases.empty()) layer.panels.bias = pack_bias(biases[l], layer.norm, memory);
       layer.sums = sums;
       sums += width * padded(given) + padded(width);
       layers.push_back(layer), given = layer.next;
     }
     out = given;
+    choose_kept();
   }
 
   // A plain output layer, whose result is the network's; of all others derivatives need z.
   bool is_plain(const Layer<C>& layer) const { return !layer.modulated && layer.activation == math::Activation::kNone; }
   int64_t kept_values() const {
     int64_t sum = 0;
-    for (const Layer<C>& layer : layers) sum += is_plain(layer) ? 0 : layer.padded;
+    for (const Layer<C>& layer : layers) sum += layer.kept ? layer.padded : 0;
     return sum;
   }
   // The longest row that a tile holds.
@@ -126,6 +153,23 @@ struct Net {
   // Whether points share rows of the modulation, or there are rows and no points: then gradients are sums.
   bool shares_rows() const { return groups != points; }
   int64_t group_of(int64_t point) const { return shares_rows() ? point / (points / groups) : point; }
+
+ private:
+  // Leaves out a quarter or more, the layers of fewest inputs: computing z again takes little longer there than to
+  // write and read it, and memory stays below a quarter of what PyTorch keeps. As in
+  // python/camkernels/modulated_mlp.py.
+  void choose_kept() {
+    std::vector<Layer<C>*> order;
+    int64_t all = 0, left_out = 0;
+    for (Layer<C>& layer : layers) {
+      if (!is_plain(layer)) order.push_back(&layer), all += layer.padded;
+    }
+    std::stable_sort(order.begin(), order.end(), [](Layer<C>* a, Layer<C>* b) { return a->in < b->in; });
+    for (Layer<C>* layer : order) {
+      layer->kept = 4 * left_out >= all;
+      if (!layer->kept) left_out += layer->padded;
+    }
+  }
 };
 
 }  // namespace camk::cpu

@@ -55,35 +55,45 @@ CAMK_HD void each_pack(const RowLayer<C>& layer, const Body& body) {
   for (int64_t o = 0; o < layer.padded; o += lanes_of<Lanes<C>>) body(o);
 }
 
-// r of the rows of z; 1 where there is no norm. Several rows at a time, because each is one chain of additions.
-template <int Count, class C>
-CAMK_HD void deviations_of_block(const RowLayer<C>& layer, Rows<C> z, int64_t first, C* r) {
-  Lanes<C> squares[Count];
-  unroll<Count>([&](auto i) CAMK_INLINED { squares[i] = Lanes<C>(C(0)); });
-  each_pack(layer, [&](int64_t o) CAMK_INLINED {
-    unroll<Count>([&](auto i) CAMK_INLINED {
-      const auto v = Lanes<C>::load(z[first + i] + o);
-      squares[i] = multiply_add(v, v, squares[i]);
-    });
-  });
-  unroll<Count>([&](auto i) CAMK_INLINED {
-    r[first + i] = math::inverse_deviation(sum_of_lanes(squares[i]) / C(layer.width), layer.eps);
-  });
+// Rows whose sums are taken together, a lane for each.
+template <class C>
+inline constexpr int kRowBlock = lanes_of<Lanes<C>>;
+
+// body(first row, number of rows) for blocks of a tile's rows.
+template <class C, class Body>
+CAMK_HD void each_block(int64_t count, const Body& body) {
+  for (int64_t i = 0; i < count; i += kRowBlock<C>) body(i, std::min<int64_t>(kRowBlock<C>, count - i));
 }
 
+// r of the rows of z; 1 where there is no norm. r has room for whole blocks.
 template <class C>
 void deviations(const RowLayer<C>& layer, int64_t count, Rows<C> z, C* r) {
+  using Pack = Lanes<C>;
   if (!layer.norm) {
     std::fill_n(r, count, C(1));
     return;
   }
-  int64_t i = 0;
-  for (; i + 4 <= count; i += 4) deviations_of_block<4>(layer, z, i, r);
-  for (; i < count; ++i) deviations_of_block<1>(layer, z, i, r);
+  each_block<C>(count, [&](int64_t first, int64_t rows) CAMK_INLINED {
+    Pack squares[kRowBlock<C>];
+    for (int64_t i = rows; i < kRowBlock<C>; ++i) squares[i] = Pack(C(0));
+    for (int64_t i = 0; i < rows; ++i) {
+      const C* row = z[first + i];
+      Pack even(C(0)), odd(C(0));  // two chains of additions
+      int64_t o = 0;
+      for (; o + 2 * lanes_of<Pack> <= layer.padded; o += 2 * lanes_of<Pack>) {
+        const Pack a = Pack::load(row + o), b = Pack::load(row + o + lanes_of<Pack>);
+        even = multiply_add(a, a, even), odd = multiply_add(b, b, odd);
+      }
+      if (o < layer.padded) even = multiply_add(Pack::load(row + o), Pack::load(row + o), even);
+      squares[i] = even + odd;
+    }
+    const Pack mean = sums_of_lanes(squares) * Pack(C(1) / C(layer.width));
+    math::inverse_deviation(mean, Pack(layer.eps)).store(r + first);
+  });
 }
 
-// y = f(scale n + shift), n = r z; Order 1: also slope = f'. Under a norm z has mean 0. Layer and pointers are copies:
-// what is stored might be any that are read through a reference.
+// y = f(scale n + shift), n = r z, where y may be z; Order 1: also slope = f'. Under a norm z has mean 0. Layer and
+// pointers are copies: what is stored might be any that are read through a reference.
 template <int Order, class C>
 void activate_rows(RowLayer<C> layer, int64_t count, Rows<C> z, const Modulation<C>& modulation, C* r, Rows<C> y,
                    Rows<C> slope) {
@@ -126,33 +136,66 @@ void deactivate_plain_rows(RowLayer<C> layer, int64_t count, Rows<C> slope, cons
   });
 }
 
+// What a row's gradients add up to: of w per channel, else of g, which is w / scale; and of n times that.
+template <class C>
+struct RowSums {
+  Lanes<C> sum, sum_n;
+};
+
+// d: gradient of y -> of n, into the same place.
+template <bool PerChannel, class C>
+CAMK_HD RowSums<C> deactivate_row(int64_t columns, const C* z, const C* slope, C r, const C* scale, C* d, C* to_scale,
+                                  C* to_shift) {
+  using Pack = Lanes<C>;
+  RowSums<C> sums{Pack(C(0)), Pack(C(0))};
+  for (int64_t o = 0; o < columns; o += lanes_of<Pack>) {
+    const Pack n = Pack::load(z + o) * Pack(r), factor = columns_of<PerChannel>(scale, o);
+    const auto of = math::modulate_gradients(factor, n, Pack::load(d + o), Pack::load(slope + o));
+    of.n.store(d + o);
+    if constexpr (PerChannel) of.scale.store(to_scale + o), of.shift.store(to_shift + o);
+    const Pack added = PerChannel ? of.n : of.shift;
+    sums = {sums.sum + added, multiply_add(n, added, sums.sum_n)};
+  }
+  return sums;
+}
+
+// d: gradient of n -> of z.
+template <class C>
+CAMK_HD void unnormalise_row(int64_t columns, const C* z, C r, C mean, C mean_n, C* d) {
+  using Pack = Lanes<C>;
+  for (int64_t o = 0; o < columns; o += lanes_of<Pack>) {
+    const Pack n = Pack::load(z + o) * Pack(r);
+    math::norm_jacobian(Pack::load(d + o), n, Pack(r), Pack(mean), Pack(mean_n)).store(d + o);
+  }
+}
+
 // d: gradient of y -> of z; change: of scale and shift, if they are wanted.
 template <class C>
-void deactivate_rows(const RowLayer<C>& layer, int64_t count, Rows<C> z, Rows<C> slope, const Modulation<C>& modulation,
-                     const C* r, Rows<C> d, const Modulation<C>& change, bool wants_change) {
+void deactivate_rows(RowLayer<C> layer, int64_t count, Rows<C> z, Rows<C> slope, Modulation<C> modulation, const C* r,
+                     Rows<C> d, Modulation<C> change, bool wants_change) {
   if (!layer.norm && !wants_change) return deactivate_plain_rows(layer, count, slope, modulation, d);
   using Pack = Lanes<C>;
-  with_form(layer.per_channel, [&](auto per_channel) {
+  const C share = C(1) / C(layer.width);
+  with_form(layer.per_channel, [&](auto per_channel) CAMK_INLINED {
     constexpr bool kChannels = decltype(per_channel)::value;
-    for (int64_t i = 0; i < count; ++i) {
-      Pack sum(C(0)), sum_n(C(0));  // of w per channel, else of g: w / scale
-      each_pack(layer, [&](int64_t o) CAMK_INLINED {
-        const Pack n = Pack::load(z[i] + o) * Pack(r[i]), scale = columns_of<kChannels>(modulation.scale(i), o);
-        const auto of = math::modulate_gradients(scale, n, Pack::load(d[i] + o), Pack::load(slope[i] + o));
-        of.n.store(d[i] + o);
-        if constexpr (kChannels) of.scale.store(change.scale(i) + o), of.shift.store(change.shift(i) + o);
-        sum = sum + (kChannels ? of.n : of.shift), sum_n = multiply_add(n, kChannels ? of.n : of.shift, sum_n);
-      });
-      const C total = sum_of_lanes(sum), total_n = sum_of_lanes(sum_n);
-      if (!kChannels) *change.scale(i) = total_n, *change.shift(i) = total;
-      if (!layer.norm) continue;
-      const C part = (kChannels ? C(1) : *modulation.scale(i)) / C(layer.width);
-      const Pack mean(total * part), mean_n(total_n * part);
-      each_pack(layer, [&](int64_t o) CAMK_INLINED {
-        const Pack n = Pack::load(z[i] + o) * Pack(r[i]);
-        math::norm_jacobian(Pack::load(d[i] + o), n, Pack(r[i]), mean, mean_n).store(d[i] + o);
-      });
-    }
+    each_block<C>(count, [&](int64_t first, int64_t rows) CAMK_INLINED {
+      Pack sums[kRowBlock<C>], sums_n[kRowBlock<C>];
+      for (int64_t k = rows; k < kRowBlock<C>; ++k) sums[k] = sums_n[k] = Pack(C(0));
+      for (int64_t k = 0; k < rows; ++k) {
+        const int64_t i = first + k;
+        const auto of = deactivate_row<kChannels>(layer.padded, z[i], slope[i], r[i], modulation.scale(i), d[i],
+                                                  change.scale(i), change.shift(i));
+        sums[k] = of.sum, sums_n[k] = of.sum_n;
+      }
+      C total[kRowBlock<C>], total_n[kRowBlock<C>];
+      sums_of_lanes(sums).store(total), sums_of_lanes(sums_n).store(total_n);
+      for (int64_t k = 0; k < rows; ++k) {
+        const int64_t i = first + k;
+        if (!kChannels) *change.scale(i) = total_n[k], *change.shift(i) = total[k];
+        const C part = kChannels ? share : share * *modulation.scale(i);
+        if (layer.norm) unnormalise_row(layer.padded, z[i], r[i], total[k] * part, total_n[k] * part, d[i]);
+      }
+    });
   });
 }
 

@@ -20,7 +20,8 @@ std::vector<Panels<C>> pack_directions(const Net<C>& net, const Directions& alon
   std::vector<Panels<C>> made(net.layers.size());
   for (size_t l = 0; l < made.size(); ++l) {
     const bool centred = net.layers[l].norm;
-    if (!along.weights.empty()) pack_weight(along.weights[l], centred, transposed || l > 0, memory, made[l]);
+    if (!along.weights.empty())
+      pack_weight(along.weights[l], centred, transposed || l > 0, net.rounds, memory, made[l]);
     if (!along.biases.empty()) made[l].bias = pack_bias(along.biases[l], centred, memory);
   }
   return made;
@@ -29,8 +30,12 @@ std::vector<Panels<C>> pack_directions(const Net<C>& net, const Directions& alon
 template <class C>
 class TangentTile {
  public:
-  TangentTile(const Net<C>& net, const Directions& along)
-      : net_(net), along_(along), modulation_(net, memory_), direction_(net, memory_, 0) {
+  TangentTile(const Net<C>& net, const OptionalTensor& modulation, const Directions& along)
+      : net_(net),
+        along_(along),
+        modulation_(net, modulation, memory_),
+        direction_(net, along.modulation, memory_, 0),
+        products_(net, memory_) {
     for (size_t l = 0; l < net.layers.size(); ++l) {
       const Layer<C>& layer = net.layers[l];
       TangentRows<C> t{};
@@ -46,13 +51,14 @@ class TangentTile {
   }
 
   // panels: of the directions of the weights. Gives dy, and gradients of <grad, dy>.
-  void run(const Tensor& grad, const Tensor& x, const OptionalTensor& modulation, const std::vector<Panels<C>>& panels,
-           int64_t begin, int64_t count, const Gradients<C>& gradients, const PartSums<C>& sums, const Tensor* dy,
-           const Tensor* gx) {
+  void run(const Tensor& grad, const Tensor& x, const std::vector<Panels<C>>& panels, int64_t begin, int64_t count,
+           const Gradients<C>& gradients, const PartSums<C>& sums, const Tensor* dy, const Tensor* gx) {
     const Rows<C> input = tile_of(x, begin, count, x_, true);
     const Rows<C> tangent = along_.x ? tile_of(*along_.x, begin, count, dx_, true) : dx_;
-    modulation_.read(modulation, begin, count);
-    direction_.read(along_.modulation, begin, count);
+    modulation_.read(begin, count);
+    direction_.read(begin, count);
+    products_.ahead.clear();
+    fetch_next(grad, begin, products_.ahead), fetch_next(x, begin, products_.ahead);
     forward(input, tangent, panels, count);
     if (dy) write_rows(dh_.back(), begin, count, net_.out, *dy);
 
@@ -91,8 +97,8 @@ class TangentTile {
     return t;
   }
 
-  static void back(const Layer<C>& layer, const C* panels, Rows<C> d, Rows<C> below, bool add) {
-    multiply(d.data, d.stride, kTile, panels, layer.width, layer.in, (const C*)nullptr, below.data, below.stride, add);
+  void back(const Layer<C>& layer, Matrix<C> matrix, Rows<C> d, Rows<C> below, bool add) {
+    products_(d, matrix, layer.width, layer.in, nullptr, below, add);
   }
 
   void forward(Rows<C> input, Rows<C> tangent, const std::vector<Panels<C>>& panels, int64_t count) {
@@ -102,8 +108,8 @@ class TangentTile {
       const TangentRows<C> t = rows_with_modulation(l);
       const bool plain = net_.is_plain(layer);
       const Rows<C> z = plain ? h_[l] : t.n, dz = plain ? dh_[l] : t.dn;
-      const auto product = [&](Rows<C> a, const C* matrix, const C* bias, Rows<C> c, bool add) {
-        multiply(a.data, a.stride, kTile, matrix, layer.in, layer.width, bias, c.data, c.stride, add);
+      const auto product = [&](Rows<C> a, Matrix<C> matrix, const C* bias, Rows<C> c, bool add) {
+        products_(a, matrix, layer.in, layer.width, bias, c, add);
       };
       product(h, layer.panels.forward, layer.panels.bias, z, false);
       product(dh, layer.panels.forward, panels[l].bias, dz, false);
@@ -121,6 +127,7 @@ class TangentTile {
   const Directions& along_;
   Scratch<C> memory_;
   TileModulation<C> modulation_, direction_;
+  TileProducts<C> products_;
   std::vector<TangentRows<C>> rows_;
   std::vector<Rows<C>> h_, dh_;
   std::vector<Modulation<C>> change_;

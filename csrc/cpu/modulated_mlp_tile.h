@@ -19,40 +19,102 @@ Rows<C> tile_of(const Tensor& t, int64_t begin, int64_t count, Rows<C> room, boo
   return to;
 }
 
+// The rows of a tensor [N, width] that belong to the tile behind `begin`, if there is one.
+inline void fetch_next(const Tensor& t, int64_t begin, Ahead& ahead) {
+  const int64_t first = begin + kTile, count = std::min(kTile, t.size(0) - first);
+  const int64_t bytes = t.size(1) * int64_t(t.element_size());
+  ahead.add(static_cast<const char*>(t.const_data_ptr()) + first * bytes, count * bytes);
+}
+
 template <class C>
 void copy_columns(Rows<C> from, int64_t columns, int64_t count, Rows<C> to, int64_t at) {
   for (int64_t i = 0; i < count; ++i) std::memcpy(to[i] + at, from[i], size_t(columns) * sizeof(C));
 }
 
-// Scale and shift of every layer for the points of a tile. Where there is no tensor: 1 and 0, or 0 and 0.
+// Whole rows of packs, one behind the other.
+template <class C>
+void write_far(Rows<C> from, int64_t columns, int64_t count, C* to) {
+  for (int64_t i = 0; i < count; ++i, to += columns) {
+    for (int64_t o = 0; o < columns; o += lanes_of<Lanes<C>>) Lanes<C>::load(from[i] + o).store_far(to + o);
+  }
+}
+
+// Products of a tile's rows with the matrices of layers, and what is fetched while they run.
+template <class C>
+class TileProducts {
+ public:
+  Ahead ahead;
+
+  TileProducts(const Net<C>& net, Scratch<C>& memory) : stride_(round_up((net.widest() + 1) / 2, kPanel)) {
+    if (net.rounds) pairs_ = reinterpret_cast<uint32_t*>(memory.take(kTile * stride_));
+  }
+
+  // c = a B + bias, or c += a B
+  void operator()(Rows<C> a, Matrix<C> b, int64_t depth, int64_t columns, const C* bias, Rows<C> c, bool add = false) {
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<C, float>) {
+      if (b.rounded) {
+        round_rows(a, depth);
+        return multiply(pairs_, stride_, kTile, b.rounded, (depth + 1) / 2, columns, bias, c.data, c.stride, ahead,
+                        add);
+      }
+    }
+#endif
+    multiply(a.data, a.stride, kTile, b.exact, depth, columns, bias, c.data, c.stride, ahead, add);
+  }
+
+ private:
+#if defined(__AVX512F__)
+  void round_rows(Rows<C> a, int64_t depth) {
+    for (int64_t i = 0; i < kTile; ++i) {
+      for (int64_t k = 0; k < depth; k += 2 * kLanes) {
+        const auto some = [&](int64_t first) CAMK_INLINED { return load_first(a[i] + first, depth - first); };
+        to_bfloat16(some(k), some(k + kLanes)).store(pairs_ + i * stride_ + k / 2);
+      }
+    }
+  }
+#endif
+
+  int64_t stride_;
+  uint32_t* pairs_ = nullptr;
+};
+
+// Scale and shift of every layer for the points of a tile: where they lie if they can stay there, or a copy. Where
+// there is no tensor: 1 and 0, or 0 and 0.
 template <class C>
 class TileModulation {
  public:
-  TileModulation(const Net<C>& net, Scratch<C>& memory, C scale = 1) : net_(net) {
+  TileModulation(const Net<C>& net, const OptionalTensor& rows, Scratch<C>& memory, C scale = 1)
+      : net_(net), row_(net.hidden * 2 * net.values) {
+    if (rows) rows_.emplace(*rows);
     const Modulation<C> neutral{{memory.take(2), 0}, 1};
     *neutral.scale(0) = scale;
     for (const Layer<C>& layer : net.layers) {
-      made_.push_back(layer.modulated ? rows_for(layer, memory) : neutral);
-      if (!layer.per_channel) *made_.back().scale(0) = scale;
-      made_.back().rows.stride = 0;
+      const bool given = rows && layer.modulated;
+      room_.push_back(given ? rows_for(layer, memory) : neutral);
     }
+    made_ = room_;
   }
 
-  void read(const OptionalTensor& modulation, int64_t begin, int64_t count) {
-    if (!modulation) return;
+  void read(int64_t begin, int64_t count) {
+    if (!rows_) return;
     const bool alike = net_.group_of(begin) == net_.group_of(begin + count - 1);
-    with_numbers(kMlp, *modulation, [&]<class T>(Tag<T>) {
+    const bool whole_packs = !net_.layers[0].per_channel || net_.values == padded(net_.values);
+    if (rows_->type == number_type<C>() && whole_packs && (alike || !net_.shares_rows())) {
+      C* first = const_cast<C*>(static_cast<const C*>(rows_->data)) + net_.group_of(begin) * row_;
       for (int64_t l = 0; l < net_.hidden; ++l) {
-        Modulation<C>& m = made_[l];
-        m.rows.stride = alike ? 0 : 2 * m.values;
+        made_[l] = {{first + l * 2 * net_.values, alike ? 0 : row_}, net_.values};
+      }
+      return;
+    }
+    with_numbers(kMlp, rows_->type, [&]<class T>(Tag<T>) {
+      for (int64_t l = 0; l < net_.hidden; ++l) {
+        made_[l] = room_[l];
+        if (alike) made_[l].rows.stride = 0;
         for (int64_t i = 0; i < (alike ? 1 : count); ++i) {
-          const T* from = camk::read<T>(*modulation) + (net_.group_of(begin + i) * net_.hidden + l) * 2 * net_.values;
-          if (net_.values == 1) {
-            *m.scale(i) = C(to_number(from[0])), *m.shift(i) = C(to_number(from[1]));
-          } else {
-            convert(from, net_.values, m.scale(i));
-            convert(from + net_.values, net_.values, m.shift(i));
-          }
+          const T* from = static_cast<const T*>(rows_->data) + net_.group_of(begin + i) * row_ + l * 2 * net_.values;
+          convert(from, net_.values, made_[l].scale(i));
+          convert(from + net_.values, net_.values, made_[l].shift(i));
         }
       }
     });
@@ -66,7 +128,9 @@ class TileModulation {
 
  private:
   const Net<C>& net_;
-  std::vector<Modulation<C>> made_;
+  int64_t row_;  // numbers of a row of the tensor
+  std::optional<Source> rows_;
+  std::vector<Modulation<C>> room_, made_;
 };
 
 // Sums of one part of the points: gradients of weights (in panels) and biases, then of the modulation's rows that its
@@ -112,9 +176,9 @@ class Gradients {
       }
       return;
     }
-    with_numbers(kMlp, modulation_, [&]<class T>(Tag<T>) {
+    with_numbers(kMlp, modulation_.type, [&]<class T>(Tag<T>) {
       for (int64_t i = 0; i < count; ++i) {
-        T* to = write<T>(modulation_) + (begin + i) * row + l * 2 * values;
+        T* to = static_cast<T*>(modulation_.data) + (begin + i) * row + l * 2 * values;
         convert(change.scale(i), values, to);
         convert(change.shift(i), values, to + values);
       }
@@ -123,7 +187,7 @@ class Gradients {
 
  private:
   const Net<C>& net_;
-  Tensor modulation_;
+  Target modulation_;
   bool wants_weights_, wants_modulation_;
 };
 
@@ -132,32 +196,30 @@ class Gradients {
 template <class C>
 class ForwardTile {
  public:
-  explicit ForwardTile(const Net<C>& net) : net_(net), modulation_(net, memory_) {
-    const int64_t widest = net.widest();
-    x_ = memory_.rows(net.in, kTile), z_ = memory_.rows(widest, kTile);
-    h_[0] = memory_.rows(widest, kTile), h_[1] = memory_.rows(widest, kTile);
+  ForwardTile(const Net<C>& net, const OptionalTensor& modulation)
+      : net_(net), modulation_(net, modulation, memory_), products_(net, memory_) {
+    x_ = memory_.rows(net.in, kTile);
+    h_[0] = memory_.rows(net.widest(), kTile), h_[1] = memory_.rows(net.widest(), kTile);
     r_ = memory_.take(kTile);
   }
 
   // kept: where z of the layers is to stay, or null.
-  void run(const Tensor& x, const OptionalTensor& modulation, int64_t begin, int64_t count, const Tensor& y, C* kept) {
+  void run(const Tensor& x, int64_t begin, int64_t count, const Tensor& y, C* kept) {
     const Rows<C> input = tile_of(x, begin, count, x_, false);
-    modulation_.read(modulation, begin, count);
+    modulation_.read(begin, count);
+    products_.ahead.clear();
+    fetch_next(x, begin, products_.ahead);
     Rows<C> h = input;
     for (size_t l = 0; l < net_.layers.size(); ++l) {
       const Layer<C>& layer = net_.layers[l];
-      const bool keep = kept && !net_.is_plain(layer);
-      const Rows<C> own{z_.data, layer.padded}, room{keep ? kept + begin * layer.padded : nullptr, layer.padded};
-      const Rows<C> z = keep && count == kTile ? room : own;
-      multiply(h.data, h.stride, kTile, layer.panels.forward, layer.in, layer.width, layer.panels.bias, z.data,
-               z.stride);
-      if (keep && count < kTile) copy_columns(z, layer.padded, count, room, 0);
-      if (keep) kept += net_.points * layer.padded;
-      h = z;
-      if (!net_.is_plain(layer)) {
-        h = {h_[l % 2].data, padded(layer.next)};
-        activate_rows<0>(layer, count, z, modulation_[l], r_, h, Rows<C>{});
+      const Rows<C> z{h_[l % 2].data, padded(layer.next)};
+      products_(h, layer.panels.forward, layer.in, layer.width, layer.panels.bias, z);
+      if (kept && layer.kept) {
+        write_far(z, layer.padded, count, kept + begin * layer.padded);
+        kept += net_.points * layer.padded;
       }
+      if (!net_.is_plain(layer)) activate_rows<0>(layer, count, z, modulation_[l], r_, z, Rows<C>{});
+      h = z;
       if (layer.skip) copy_columns(input, net_.in, count, h, layer.width);
     }
     write_rows(h, begin, count, net_.out, y);
@@ -167,7 +229,8 @@ class ForwardTile {
   const Net<C>& net_;
   Scratch<C> memory_;
   TileModulation<C> modulation_;
-  Rows<C> x_, z_, h_[2];
+  TileProducts<C> products_;
+  Rows<C> x_, h_[2];
   C* r_;
 };
 
@@ -176,7 +239,8 @@ class ForwardTile {
 template <class C>
 class BackwardTile {
  public:
-  explicit BackwardTile(const Net<C>& net) : net_(net), modulation_(net, memory_) {
+  BackwardTile(const Net<C>& net, const OptionalTensor& modulation)
+      : net_(net), modulation_(net, modulation, memory_), products_(net, memory_) {
     for (const Layer<C>& layer : net.layers) {
       z_.push_back(memory_.rows(layer.width, kTile)), slope_.push_back(memory_.rows(layer.width, kTile));
       h_.push_back(memory_.rows(layer.next, kTile)), r_.push_back(memory_.take(kTile));
@@ -187,10 +251,12 @@ class BackwardTile {
   }
 
   // kept: z of the layers from the forward pass; null: computed again.
-  void run(const Tensor& grad, const Tensor& x, const OptionalTensor& modulation, int64_t begin, int64_t count,
-           const C* kept, const Gradients<C>& gradients, const PartSums<C>& sums, const Tensor* gx) {
+  void run(const Tensor& grad, const Tensor& x, int64_t begin, int64_t count, const C* kept,
+           const Gradients<C>& gradients, const PartSums<C>& sums, const Tensor* gx) {
     const Rows<C> input = tile_of(x, begin, count, x_, true);
-    modulation_.read(modulation, begin, count);
+    modulation_.read(begin, count);
+    products_.ahead.clear();
+    fetch_next(x, begin, products_.ahead), fetch_next(grad, begin, products_.ahead);
     activate(input, begin, count, kept);
     Rows<C> d = widened(d_[0], net_.out);
     read_rows(grad, begin, count, net_.out, d);
@@ -206,8 +272,7 @@ class BackwardTile {
       gradients.add(layer, d, l ? h_[l - 1] : input, count, sums);
       if (l == 0 && !gx) return;
       const Rows<C> below = widened(d_[d.data == d_[0].data], layer.in);
-      multiply(d.data, d.stride, kTile, layer.panels.backward, layer.width, layer.in, (const C*)nullptr, below.data,
-               below.stride);
+      products_(d, layer.panels.backward, layer.width, layer.in, nullptr, below);
       d = below;
     }
     for (int64_t i = 0; net_.skips && i < count; ++i) {
@@ -227,12 +292,6 @@ class BackwardTile {
   }
 
  private:
-  // To the second-level cache: what is kept for the next tile, which arrives while this one is multiplied.
-  static void fetch(const C* from, int64_t count) {
-    constexpr int64_t kLine = 64 / sizeof(C);
-    for (int64_t k = 0; k < count; k += kLine) __builtin_prefetch(from + k, 0, 2);
-  }
-
   void activate(Rows<C> input, int64_t begin, int64_t count, const C* kept) {
     seen_ = z_;
     Rows<C> h = input;
@@ -240,13 +299,13 @@ class BackwardTile {
       const Layer<C>& layer = net_.layers[l];
       if (net_.is_plain(layer)) {
         return;
-      } else if (kept) {
+      } else if (kept && layer.kept) {
         seen_[l] = {const_cast<C*>(kept) + begin * layer.padded, layer.padded};
-        fetch(seen_[l][kTile], kTile * layer.padded);
+        const int64_t left = net_.points - begin - kTile;
+        products_.ahead.add(seen_[l][kTile], std::min(kTile, left) * layer.padded * int64_t(sizeof(C)));
         kept += net_.points * layer.padded;
       } else {
-        multiply(h.data, h.stride, kTile, layer.panels.forward, layer.in, layer.width, layer.panels.bias, z_[l].data,
-                 z_[l].stride);
+        products_(h, layer.panels.forward, layer.in, layer.width, layer.panels.bias, z_[l]);
       }
       h = h_[l];
       activate_rows<1>(layer, count, seen_[l], modulation_[l], r_[l], h, slope_[l]);
@@ -257,6 +316,7 @@ class BackwardTile {
   const Net<C>& net_;
   Scratch<C> memory_;
   TileModulation<C> modulation_;
+  TileProducts<C> products_;
   std::vector<Rows<C>> z_, seen_, slope_, h_;  // per layer; h_: what it gives to the next
   std::vector<C*> r_;
   std::vector<Modulation<C>> change_;

@@ -3,6 +3,8 @@
 // kBlockVectors registers, one scalar of the tile times a vector of the panel. No row needs an alignment.
 #pragma once
 #include <algorithm>
+#include <utility>
+#include <vector>
 
 #include "cpu/lane_functions.h"
 
@@ -11,8 +13,10 @@ namespace camk::cpu {
 inline constexpr int64_t kPanel = 16;
 #if defined(__AVX512F__)
 inline constexpr int kBlockRows = 12;  // 24 sums in 32 registers
+inline constexpr int kOuterRows = 8;   // divides the usual widths: no narrower blocks at the end
 #else
 inline constexpr int kBlockRows = 6;  // 12 sums in 16 registers
+inline constexpr int kOuterRows = 4;
 #endif
 inline constexpr int kBlockVectors = 2;
 inline constexpr int64_t kDepth = 256;  // a panel of that many rows of float32 takes half of a first-level cache
@@ -32,9 +36,38 @@ void fill_panels(int64_t depth, int64_t columns, C* panels, const Value& value) 
   }
 }
 
-template <int Rows, int Vectors, class C>
-CAMK_HD void multiply_block(const C* a, int64_t a_stride, const C* const (&b)[Vectors], int64_t depth, const C* start,
-                            C* c, int64_t c_stride, bool add) {
+// Memory that is read soon. Products fetch it into the second-level cache, a line for each row of panels that they
+// multiply: all at once the requests would wait for each other.
+class Ahead {
+ public:
+  void clear() { ranges_.clear(), next_ = 0; }
+  void add(const void* from, int64_t bytes) {
+    if (bytes > 0) ranges_.push_back({static_cast<const char*>(from), (bytes + kLine - 1) / kLine});
+  }
+  // Where the next lines are, and how far apart: 0 where nothing is left.
+  std::pair<const char*, int64_t> take(int64_t lines) {
+    if (next_ == ranges_.size()) return {nullptr, 0};
+    Range& range = ranges_[next_];
+    const char* from = range.from;
+    range.from += lines * kLine, range.lines -= lines;
+    if (range.lines <= 0) ++next_;
+    return {from, kLine};
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  struct Range {
+    const char* from;
+    int64_t lines;
+  };
+  std::vector<Range> ranges_;
+  size_t next_ = 0;
+};
+
+template <int Rows, int Vectors, class E, class C>
+CAMK_HD void multiply_block(const E* a, int64_t a_stride, const E* const (&b)[Vectors], int64_t depth, const C* start,
+                            C* c, int64_t c_stride, bool add, Ahead& ahead) {
+  auto [line, step] = ahead.take(depth);
   using Pack = Lanes<C>;
   constexpr int kWidth = lanes_of<Pack>;
   Pack sum[Rows][Vectors];
@@ -45,10 +78,11 @@ CAMK_HD void multiply_block(const C* a, int64_t a_stride, const C* const (&b)[Ve
     });
   });
   for (int64_t k = 0; k < depth; ++k) {
-    Pack x[Vectors];
-    unroll<Vectors>([&](auto v) CAMK_INLINED { x[v] = Pack::load(b[v] + k * kPanel); });
+    Lanes<E> x[Vectors];
+    unroll<Vectors>([&](auto v) CAMK_INLINED { x[v] = Lanes<E>::load(b[v] + k * kPanel); });
+    __builtin_prefetch(line + k * step, 0, 2);
     unroll<Rows>([&](auto r) CAMK_INLINED {
-      const Pack scalar(a[r * a_stride + k]);
+      const Lanes<E> scalar(a[r * a_stride + k]);
       unroll<Vectors>([&](auto v) CAMK_INLINED { sum[r][v] = multiply_add(scalar, x[v], sum[r][v]); });
     });
   }
@@ -57,34 +91,34 @@ CAMK_HD void multiply_block(const C* a, int64_t a_stride, const C* const (&b)[Ve
   });
 }
 
-template <int Vectors, class C>
-void multiply_columns(const C* a, int64_t a_stride, int64_t rows, const C* panels, int64_t depth, int64_t k0,
-                      int64_t column, const C* bias, C* c, int64_t c_stride, bool add) {
+template <int Vectors, class E, class C>
+void multiply_columns(const E* a, int64_t a_stride, int64_t rows, const E* panels, int64_t depth, int64_t k0,
+                      int64_t column, const C* bias, C* c, int64_t c_stride, bool add, Ahead& ahead) {
   constexpr int kWidth = lanes_of<Lanes<C>>;
-  const C* b[Vectors];
+  const E* b[Vectors];
   for (int v = 0; v < Vectors; ++v) b[v] = panels + in_panels(depth, k0, column + v * kWidth);
   const int64_t some = std::min(kDepth, depth - k0);
   const C* start = bias ? bias + column : nullptr;
   for (int64_t r = 0; r < rows; r += kBlockRows) {
     multiply_block<kBlockRows, Vectors>(a + r * a_stride + k0, a_stride, b, some, start, c + r * c_stride + column,
-                                        c_stride, add || k0 > 0);
+                                        c_stride, add || k0 > 0, ahead);
   }
 }
 
 // c = a B + bias, or c += a B: a [rows, depth], rows a multiple of kBlockRows, B in panels, c [rows, padded(columns)].
-// bias [padded(columns)] or null.
-template <class C>
-void multiply(const C* a, int64_t a_stride, int64_t rows, const C* panels, int64_t depth, int64_t columns,
-              const C* bias, C* c, int64_t c_stride, bool add = false) {
+// bias [padded(columns)] or null. E: C, or pairs of bfloat16 (uint32_t), of which `depth` counts the pairs.
+template <class E, class C>
+void multiply(const E* a, int64_t a_stride, int64_t rows, const E* panels, int64_t depth, int64_t columns,
+              const C* bias, C* c, int64_t c_stride, Ahead& ahead, bool add = false) {
   constexpr int64_t kWidth = lanes_of<Lanes<C>>;
   const int64_t end = padded(columns);
   for (int64_t k0 = 0; k0 < depth; k0 += kDepth) {
     int64_t j = 0;
     for (; j + kBlockVectors * kWidth <= end; j += kBlockVectors * kWidth) {
-      multiply_columns<kBlockVectors>(a, a_stride, rows, panels, depth, k0, j, bias, c, c_stride, add);
+      multiply_columns<kBlockVectors>(a, a_stride, rows, panels, depth, k0, j, bias, c, c_stride, add, ahead);
     }
     for (; j < end; j += kWidth) {
-      multiply_columns<1>(a, a_stride, rows, panels, depth, k0, j, bias, c, c_stride, add);
+      multiply_columns<1>(a, a_stride, rows, panels, depth, k0, j, bias, c, c_stride, add, ahead);
     }
   }
 }
@@ -124,7 +158,7 @@ void add_outer(const C* d, int64_t d_stride, int64_t outs, const C* x, int64_t x
       add_outer_block<Rows, Vectors>(d + o, d_stride, x + column, x_stride, n, sums);
     };
     int64_t o = 0;
-    for (; o + kBlockRows <= outs; o += kBlockRows) block.template operator()<kBlockRows>(o);
+    for (; o + kOuterRows <= outs; o += kOuterRows) block.template operator()<kOuterRows>(o);
     for (; o + 4 <= outs; o += 4) block.template operator()<4>(o);
     for (; o < outs; ++o) block.template operator()<1>(o);
   };

@@ -27,8 +27,10 @@ class ResultRows {
   // write(row): row(i), of `pitch` numbers, is where the row of point i belongs; the points are begin, ..., end - 1.
   template <class Write>
   void write_rows(int64_t begin, int64_t end, const Write& write) {
-    if (own_) return write([this](int64_t i) CAMK_INLINED { return own_ + problem_.point_at(i) * problem_.pitch; });
-    write([this, begin](int64_t i) CAMK_INLINED { return scratch_.data() + (i - begin) * problem_.pitch; });
+    write([this, begin](int64_t i) CAMK_INLINED {
+      return own_ ? own_ + problem_.point_at(i) * problem_.pitch : scratch_.data() + (i - begin) * problem_.pitch;
+    });
+    if (own_) return;
     for (int64_t i = begin; i < end; ++i) {
       const Rows<S> row{scratch_.data() + (i - begin) * problem_.pitch, problem_.pitch};
       cpu::write_rows(row, problem_.point_at(i), 1, problem_.width, to_);
@@ -47,19 +49,17 @@ Tensor value(const RadialCall& call) {
   call.with_arithmetic([&]<class S>(Tag<S>) {
     const PreparedCall<S> prepared(call);
     const RadialProblem<S> problem = prepared.problem(call);
-    with_dims(problem.dims, [&](auto dims) {
-      const RadialLoops<decltype(dims)::value, S> loops{problem};
-      const RadialRows<S> values(problem);
-      parallel_points(problem.points, [&](int64_t begin, int64_t end) {
-        RadialPairs<S> pairs(kPointBlock, problem.per_point);
-        ResultRows<S> rows(y, problem);
-        for (int64_t i = begin; i < end; i = pairs.end) {
-          pairs.begin = i, pairs.end = std::min(end, i + kPointBlock);
-          loops.weigh(pairs, pairs.begin, pairs.end);
-          rows.write_rows(pairs.begin, pairs.end,
-                          [&](const auto& row) { values.values(pairs, pairs.begin, pairs.end, row); });
-        }
-      });
+    const RadialKernels<S> kernels = radial_kernels<S>(problem.dims);
+    const RadialRows<S> values(problem);
+    parallel_points(problem.points, [&](int64_t begin, int64_t end) {
+      RadialPairs<S> pairs(kPointBlock, problem.per_point);
+      ResultRows<S> rows(y, problem);
+      for (int64_t i = begin; i < end; i = pairs.end) {
+        pairs.begin = i, pairs.end = std::min(end, i + kPointBlock);
+        kernels.weigh(problem, pairs, pairs.begin, pairs.end);
+        rows.write_rows(pairs.begin, pairs.end,
+                        [&](const auto& row) { values.values(pairs, pairs.begin, pairs.end, row); });
+      }
     });
   });
   return y;
@@ -67,7 +67,7 @@ Tensor value(const RadialCall& call) {
 
 // The sums of a derivative, from pairs that are kept for some points at a time. S: the arithmetic type, N: S, or its
 // dual number for the second order.
-template <int D, class N>
+template <class N>
 class RadialDerivative {
  public:
   using S = typename scalar_of<N>::type;
@@ -78,7 +78,7 @@ class RadialDerivative {
         grad_(grad),
         wishes_(wishes),
         results_(results),
-        loops_{problem},
+        loops_(radial_kernels<N>(problem.dims)),
         rows_(problem),
         kernels_(wishes.centers || wishes.shapes),
         weights_(kernels_ || wishes.x),
@@ -101,14 +101,16 @@ class RadialDerivative {
     pieces_ = split ? ((problem.count - 1) >> shift_) + 1 : 1;
     of_phase_ = scratch_.rows(problem.pitch, pieces_);
     if (weights_) pairs_.gradient.resize(pairs_.u.size());
-    if (kernels_) pairs_.parts.resize(pairs_.u.size() * loops_.kernel_width());
+    if (kernels_) pairs_.parts.resize(pairs_.u.size() * problem.kernel_width());
   }
 
   void run() {
     for (int64_t begin = 0; begin < problem_.points; begin += points_) {
       pairs_.begin = begin, pairs_.end = std::min(problem_.points, begin + points_);
-      each_point([&](int64_t first, int64_t last) { loops_.weigh(pairs_, first, last); });
-      if (wishes_.grad) write_grad();
+      each_point([&](int64_t first, int64_t last) { loops_.weigh(problem_, pairs_, first, last); });
+      if constexpr (!std::is_same_v<N, S>) {  // of first order there is none
+        if (wishes_.grad) write_grad();
+      }
       sum();
     }
     if (wishes_.features && !own_) write_features();
@@ -128,13 +130,10 @@ class RadialDerivative {
   // body(piece, begin, end, pair) of all kernels: pair(begin), ..., pair(end - 1) are the pairs of a piece.
   template <class Body>
   void each_piece(const Body& body) {
-    if (pieces_ == 1) {
-      return body(0, 0, blocks() * problem_.per_point * kWidth, [](int64_t at) CAMK_INLINED { return uint32_t(at); });
-    }
-    const int32_t *sorted = pairs_.pieces.sorted.data(), *first = pairs_.pieces.first.data();
-    parallel_tasks(pieces_, [&](int64_t piece) {
-      body(piece, first[piece], first[piece + 1], [=](int64_t at) CAMK_INLINED { return uint32_t(sorted[at]); });
-    });
+    if (pieces_ == 1) return body(0, 0, blocks() * problem_.per_point * kWidth, PairOrder{});
+    const int32_t* first = pairs_.pieces.first.data();
+    const PairOrder sorted{pairs_.pieces.sorted.data()};
+    parallel_tasks(pieces_, [&](int64_t piece) { body(piece, first[piece], first[piece + 1], sorted); });
   }
   int64_t blocks() const { return round_up(pairs_.end - pairs_.begin, kWidth) / kWidth; }
 
@@ -166,16 +165,16 @@ class RadialDerivative {
       const auto piece = [&](int64_t p) CAMK_INLINED { return int64_t(pairs_.kernels[p] >> shift_); };
       pairs_.pieces.sort(blocks() * problem_.per_point * kWidth, pieces_, piece);
     }
-    each_piece([&](int64_t piece, int64_t begin, int64_t end, const auto& pair) {
+    each_piece([&](int64_t piece, int64_t begin, int64_t end, PairOrder pair) {
       rows_.sum_features(pairs_, begin, end, pair, g, sums_, weights_, of_phase_[piece]);
     });
     if (!weights_) return;
     each_point([&](int64_t begin, int64_t end) {
-      loops_.back_to_points(pairs_, begin, end, wishes_.x ? write<S>(results_.x) : nullptr, kernels_);
+      loops_.back_to_points(problem_, pairs_, begin, end, wishes_.x ? write<S>(results_.x) : nullptr, kernels_);
     });
     if (!kernels_) return;
-    each_piece([&](int64_t, int64_t begin, int64_t end, const auto& pair) {
-      loops_.sum_kernels(pairs_, begin, end, pair, sums_);
+    each_piece([&](int64_t, int64_t begin, int64_t end, PairOrder pair) {
+      loops_.sum_kernels(problem_, pairs_, begin, end, pair, sums_);
     });
   }
 
@@ -199,7 +198,7 @@ class RadialDerivative {
   const Source grad_;
   const RadialWishes wishes_;
   const RadialResults& results_;
-  RadialLoops<D, N> loops_;
+  const RadialKernels<N> loops_;
   RadialRows<N> rows_;
   bool kernels_, weights_;  // whether gradients in parameters of kernels are wanted, and in weights
   int64_t points_;          // at a time
@@ -234,14 +233,11 @@ RadialResults gradients(const RadialCall& call, const Tensor& grad, const Radial
   call.with_arithmetic([&]<class S>(Tag<S>) {
     const PreparedCall<S> prepared(call);
     const RadialProblem<S> problem = prepared.problem(call);
-    with_dims(problem.dims, [&](auto dims) {
-      constexpr int D = decltype(dims)::value;
-      if (second) {
-        RadialDerivative<D, Dual<S>>(call, problem, grad, wishes, results).run();
-      } else {
-        RadialDerivative<D, S>(call, problem, grad, wishes, results).run();
-      }
-    });
+    if (second) {
+      RadialDerivative<Dual<S>>(call, problem, grad, wishes, results).run();
+    } else {
+      RadialDerivative<S>(call, problem, grad, wishes, results).run();
+    }
   });
   return results;
 }

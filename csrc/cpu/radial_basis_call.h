@@ -3,7 +3,8 @@
 #pragma once
 #include "cpu/memory.h"
 #include "cpu/parallel.h"
-#include "cpu/radial_basis_loops.h"
+#include "cpu/radial_basis_kernels.h"
+#include "cpu/radial_basis_rows.h"
 #include "launch/radial_basis.h"
 
 namespace camk::cpu {

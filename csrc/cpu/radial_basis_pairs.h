@@ -23,6 +23,7 @@ struct RadialProblem {
   const std::vector<int32_t>& all;  // 0, 1, ...
   const int32_t* order;             // [points], in which points are taken; null: their own
 
+  int kernel_width() const { return dims + shape_width; }  // numbers of a kernel's parameters
   int64_t point_at(int64_t i) const { return order ? order[i] : i; }
   const int32_t* kernels_of(int64_t point) const { return neighbors ? neighbors + point * per_point : all.data(); }
 };
@@ -38,6 +39,12 @@ class Divider {
 
  private:
   uint64_t factor_;
+};
+
+// Pairs in the order of a list, or without one in their own.
+struct PairOrder {
+  const int32_t* sorted = nullptr;
+  CAMK_HD uint32_t operator()(int64_t at) const { return sorted ? uint32_t(sorted[at]) : uint32_t(at); }
 };
 
 // Gradients, added to; null where they are not wanted.

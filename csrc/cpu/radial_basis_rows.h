@@ -21,7 +21,7 @@ class RadialWaves {
     if (kept_ >= lanes_of<Pack>) return {u, one, zero};
     const C rate = constant_pack<C>(rate_);
     math::RadialWave<C> found;
-    if constexpr (kWithin && std::is_same_v<C, Pack>) {
+    if constexpr (kWithin) {
       found = math::radial_wave(rate, sine_and_cosine_within(u * rate + phase_));
     } else {
       found = math::radial_wave(u, rate, phase_);
@@ -65,8 +65,8 @@ class RadialRows {
 
   // Gradients in features, added, and in phases, added to of_phase, from some pairs; those in the weights of the pairs.
   // g(point): the row of its cotangent. pair(at): a pair; its kernel must not be another thread's.
-  template <class Row, class Pair>
-  void sum_features(Pairs& pairs, int64_t begin, int64_t end, const Pair& pair, const Row& g, const RadialSums<S>& sums,
+  template <class Row>
+  void sum_features(Pairs& pairs, int64_t begin, int64_t end, PairOrder pair, const Row& g, const RadialSums<S>& sums,
                     bool weights, S* of_phase) const {
     const bool slopes = weights || sums.phase;
     Group groups[2];  // while one is summed, the rows of the other are fetched
@@ -111,7 +111,10 @@ class RadialRows {
   // body(c, waves) for all features: some packs of them from c on at a time.
   template <class Body>
   CAMK_HD void with_waves(bool within, const Body& body) const {
-    within ? with_waves<true>(body) : with_waves<false>(body);
+    if constexpr (std::is_same_v<C, Pack>) {  // there are no fast waves of dual numbers
+      if (within) return with_waves<true>(body);
+    }
+    with_waves<false>(body);
   }
   template <bool kWithin, class Body>
   void with_waves(const Body& body) const {

@@ -21,88 +21,138 @@ struct Results {
   Tensor modulation;
 };
 
-// ---- columns of a row ----------------------------------------------------------------------------------------------
+// ---- kernels -------------------------------------------------------------------------------------------------------
 
-// Of the forward pass: two places, into which the results of every layer come. Those that products read from shared
-// memory lie in words of 16 bytes, rows 4 banks apart.
+// For any network.
 template <class C>
-void assign_places(std::vector<Layer>& layers, NetworkJob<C>& job) {
-  constexpr int64_t kBanks = 32;
-  for (Layer& layer : layers) layer.y = 0, layer.n = job.widest, layer.deviation = -1;
-  job.stride = divide_up(2 * job.widest, kBanks) * kBanks + 4;
-}
+struct General {
+  using Number = C;
 
-// Of derivatives: what every layer leaves for the way back, and gradients.
-template <class C>
-void assign_columns(std::vector<Layer>& layers, NetworkJob<C>& job, Order order) {
-  int next = 0;
-  const auto take = [&](int count) { return std::exchange(next, next + count); };
-  for (size_t l = 0; l < layers.size(); ++l) {
-    Layer& layer = layers[l];
-    const int given = l + 1 < layers.size() ? layer.out : 0;
-    layer.n = take(layer.out), layer.y = take(given);
-    layer.deviation = job.point_norm && layer.modulated ? take(2) : -1;
-    if (order == Order::kSecond) layer.dn = take(layer.out), layer.dz = take(layer.out), layer.dy = take(given);
+  static void value(Call& call, NetworkJob<C>& job) {
+    assign_places(call.layers, job);
+    const int blocks = forward_blocks(job);
+    const Tensor rows = empty(call.x, {blocks * kTileRows * job.stride}, call.number_type());
+    if (blocks > 0) job.rows = write<C>(rows);
+    const Tensor records = call.place_layers(job);
+    call.check(launch_forward(job, call.stream.get()));
   }
-  job.g_row = take(job.widest), job.gx_row = take(job.features);
-  if (order == Order::kSecond) job.dg_row = take(job.widest);
-  job.stride = next;
-}
 
-// The same where the kernels for narrow layers take it: whole steps of 16 columns.
-void assign_fused_columns(std::vector<Layer>& layers, NetworkJob<float>& job) {
-  int next = 0;
-  const auto take = [&](int count) { return std::exchange(next, next + int(divide_up(count, 16)) * 16); };
-  for (size_t l = 0; l < layers.size(); ++l) {
-    Layer& layer = layers[l];
-    layer.n = take(layer.out), layer.y = l + 1 < layers.size() ? take(layer.out) : -1;
-    layer.dn = layer.activation > int(math::Activation::kRelu) ? take(layer.out) : -1;
-    layer.deviation = job.point_norm && layer.modulated ? take(1) : -1;
+  // Columns of a row: what every layer leaves for the way back, and gradients.
+  static void assign_columns(std::vector<Layer>& layers, NetworkJob<C>& job, Order order) {
+    int next = 0;
+    const auto take = [&](int count) { return std::exchange(next, next + count); };
+    for (size_t l = 0; l < layers.size(); ++l) {
+      Layer& layer = layers[l];
+      const int given = l + 1 < layers.size() ? layer.out : 0;
+      layer.n = take(layer.out), layer.y = take(given);
+      layer.deviation = job.point_norm && layer.modulated ? take(2) : -1;
+      if (order == Order::kSecond) layer.dn = take(layer.out), layer.dz = take(layer.out), layer.dy = take(given);
+    }
+    job.g_row = take(job.widest), job.gx_row = take(job.features);
+    if (order == Order::kSecond) job.dg_row = take(job.widest);
+    job.stride = next;
   }
-  job.x_row = job.whole_words && job.coordinates == Storage::kFloat ? -1 : take(job.features);
-  job.gx_row = take(job.features);
-  job.stride = next;
+
+  // Whole tiles: at least one for every multiprocessor.
+  static int64_t points_per_launch(const NetworkJob<C>& job) {
+    const int64_t processors = device_number(cudaDevAttrMultiProcessorCount);
+    const int64_t fitting = processors * kRowBytesPerMultiprocessor / (job.stride * int64_t(sizeof(C)));
+    const int64_t most = std::max(fitting / kTileRows, processors) * kTileRows;
+    return std::min(most, divide_up(job.points, kTileRows) * kTileRows);
+  }
+
+  // Weights are read where they are.
+  static Tensor pack(const Call& call, NetworkJob<C>&, bool) { return scratch_bytes(call.x, 0); }
+  static int splits(NetworkJob<C>& job, int64_t points) { return splits_for(job, points); }
+  static void derivatives(const Call& call, const NetworkJob<C>& job, Order order) {
+    call.check(launch_backward(job, order, call.stream.get()));
+  }
+  static void sums(const Call& call, const NetworkJob<C>& job, Order order) {
+    call.check(launch_weight_sums(job, order, call.stream.get()));
+  }
+
+ private:
+  // Columns of a row of the forward pass: two places, into which the results of every layer come. Those that products
+  // read from shared memory lie in words of 16 bytes, rows 4 banks apart.
+  static void assign_places(std::vector<Layer>& layers, NetworkJob<C>& job) {
+    constexpr int64_t kBanks = 32;
+    for (Layer& layer : layers) layer.y = 0, layer.n = job.widest, layer.deviation = -1;
+    job.stride = divide_up(2 * job.widest, kBanks) * kBanks + 4;
+  }
+};
+
+// For narrow layers in float32, but for second derivatives.
+struct Fused {
+  using Number = float;
+
+  static void value(const Call& call, NetworkJob<float>& job) {
+    std::copy_n(call.layers.begin(), job.layers, job.layer);
+    const Tensor packed = pack(call, job, false);
+    call.check(launch_fused_forward(job, call.stream.get()));
+  }
+
+  // In whole steps of 16.
+  static void assign_columns(std::vector<Layer>& layers, NetworkJob<float>& job, Order) {
+    int next = 0;
+    const auto take = [&](int count) { return std::exchange(next, next + int(divide_up(count, 16)) * 16); };
+    for (size_t l = 0; l < layers.size(); ++l) {
+      Layer& layer = layers[l];
+      layer.n = take(layer.out), layer.y = l + 1 < layers.size() ? take(layer.out) : -1;
+      layer.dn = layer.activation > int(math::Activation::kRelu) ? take(layer.out) : -1;
+      layer.deviation = job.point_norm && layer.modulated ? take(1) : -1;
+    }
+    job.x_row = job.whole_words && job.coordinates == Storage::kFloat ? -1 : take(job.features);
+    job.gx_row = take(job.features);
+    job.stride = next;
+  }
+
+  static int64_t points_per_launch(const NetworkJob<float>& job) { return fused_points_per_launch(job); }
+  // The weights in the order of their use; back: for gradients too.
+  static Tensor pack(const Call& call, NetworkJob<float>& job, bool back) {
+    Tensor packed = scratch_bytes(call.x, packed_bytes(job, back));
+    call.check(launch_pack(job, packed.mutable_data_ptr(), back, call.stream.get()));
+    return packed;
+  }
+  static int splits(NetworkJob<float>& job, int64_t points) { return fused_splits(job, points); }
+  static void derivatives(const Call& call, const NetworkJob<float>& job, Order) {
+    call.check(launch_fused_gradients(job, call.stream.get()));
+  }
+  static void sums(const Call& call, const NetworkJob<float>& job, Order) {
+    call.check(launch_point_sums(job, call.stream.get()));
+  }
+};
+
+// body(the kernels of a call)
+template <class Body>
+auto with_kernels(const Call& call, Order order, const Body& body) {
+  if (call.is_wide()) return body(General<double>{});
+  if (order != Order::kSecond && is_fused(call.job<float>())) return body(Fused{});
+  return body(General<float>{});
 }
 
-template <class C>
 Tensor value(Call& call) {
   const Tensor y = empty(call.weights[0], {call.points(), call.outputs()});
   if (call.points() == 0) return y;
-  NetworkJob<C> job = call.job<C>();
-  job.y = y.mutable_data_ptr();
-  if constexpr (sizeof(C) == 4) {
-    if (is_fused(job)) {
-      std::copy_n(call.layers.begin(), job.layers, job.layer);
-      const Tensor packed = scratch_bytes(call.x, packed_bytes(job, false));
-      call.check(launch_pack(job, packed.mutable_data_ptr(), false, call.stream.get()));
-      call.check(launch_fused_forward(job, call.stream.get()));
-      return y;
-    }
-  }
-  assign_places(call.layers, job);
-  const int blocks = forward_blocks(job);
-  const Tensor rows = empty(call.x, {blocks * kTileRows * job.stride}, call.number_type());
-  if (blocks > 0) job.rows = write<C>(rows);
-  const Tensor records = call.place_layers(job);
-  call.check(launch_forward(job, call.stream.get()));
+  with_kernels(call, Order::kValue, [&]<class Kernels>(Kernels) {
+    auto job = call.job<typename Kernels::Number>();
+    job.y = y.mutable_data_ptr();
+    Kernels::value(call, job);
+  });
   return y;
 }
 
 // ---- derivatives ---------------------------------------------------------------------------------------------------
 
 // One pass: results, scratch memory, and launches over parts of the points.
-template <class C>
+template <class Kernels>
 class Derivatives {
  public:
+  using C = typename Kernels::Number;
   Results results;
 
   Derivatives(Call& call, Order order, const Tensor& g, const Wishes& wishes) : call_(call), order_(order) {
     job_ = call.job<C>();
-    if constexpr (sizeof(C) == 4) {
-      fused_ = order == Order::kGradients && is_fused(job_);
-      if (fused_) assign_fused_columns(call.layers, job_);
-    }
-    if (!fused_) assign_columns(call.layers, job_, order);
+    Kernels::assign_columns(call.layers, job_, order);
     job_.g = g.const_data_ptr();
     results.y = wishes.y ? fresh(g) : empty(g, {0});
     results.x = wishes.x ? fresh(call.x) : empty(call.x, {0});
@@ -121,11 +171,11 @@ class Derivatives {
   void run(const Tangents* along) {
     if (call_.points() == 0) return;
     if (along) set_directions(*along);
-    const int64_t per_launch = points_per_launch();
+    const int64_t per_launch = Kernels::points_per_launch(job_);
     const Tensor rows = numbers(per_launch * job_.stride);
     job_.rows = write<C>(rows);
     place_sums();
-    const Tensor records = call_.place_layers(job_), packed = pack();
+    const Tensor records = call_.place_layers(job_), packed = Kernels::pack(call_, job_, true);
     const Tensor sums = plan_sums(std::min(per_launch, call_.points()));
     plan_modulation(per_launch);
     for (int64_t before = 0; before < call_.points(); before += per_launch) run_part(before, per_launch);
@@ -137,8 +187,8 @@ class Derivatives {
   Call& call_;
   Order order_;
   NetworkJob<C> job_;
-  bool fused_ = false, with_sums_, with_modulation_,
-       same_ = true;                       // same_: gradients of the modulation are stored as C
+  bool with_sums_, with_modulation_;
+  bool same_ = true;                       // gradients of the modulation are stored as C
   std::optional<Tensor> points_, groups_;  // gradients of the modulation: of each point, sums of groups
 
   cudaStream_t stream() const { return call_.stream.get(); }
@@ -160,17 +210,6 @@ class Derivatives {
     }
   }
 
-  // Whole tiles: at least one for every multiprocessor.
-  int64_t points_per_launch() const {
-    if constexpr (sizeof(C) == 4) {
-      if (fused_) return fused_points_per_launch(job_);
-    }
-    const int64_t processors = device_number(cudaDevAttrMultiProcessorCount);
-    const int64_t fitting = processors * kRowBytesPerMultiprocessor / (job_.stride * int64_t(sizeof(C)));
-    const int64_t most = std::max(fitting / kTileRows, processors) * kTileRows;
-    return std::min(most, divide_up(call_.points(), kTileRows) * kTileRows);
-  }
-
   void place_sums() {
     for (Layer& layer : call_.layers) {
       layer.sums = job_.weight_sums;
@@ -180,41 +219,11 @@ class Derivatives {
     }
   }
 
-  // The weights in the order of their use, for the kernels for narrow layers.
-  Tensor pack() {
-    if constexpr (sizeof(C) == 4) {
-      if (fused_) {
-        Tensor packed = scratch_bytes(call_.x, packed_bytes(job_, true));
-        call_.check(launch_pack(job_, packed.mutable_data_ptr(), true, stream()));
-        return packed;
-      }
-    }
-    return scratch_bytes(call_.x, 0);
-  }
-
   Tensor plan_sums(int64_t points) {
-    if (with_sums_) job_.splits = splits(points);
+    if (with_sums_) job_.splits = Kernels::splits(job_, points);
     const Tensor sums = numbers(job_.splits * job_.weight_sums);
     job_.sums = write<C>(sums);
     return sums;
-  }
-  int splits(int64_t points) {
-    if constexpr (sizeof(C) == 4) {
-      if (fused_) return fused_splits(job_, points);
-    }
-    return splits_for(job_, points);
-  }
-
-  void run_kernels() {
-    if constexpr (sizeof(C) == 4) {
-      if (fused_) {
-        call_.check(launch_fused_gradients(job_, stream()));
-        if (with_sums_) call_.check(launch_point_sums(job_, stream()));
-        return;
-      }
-    }
-    call_.check(launch_backward(job_, order_, stream()));
-    if (with_sums_) call_.check(launch_weight_sums(job_, order_, stream()));
   }
 
   void plan_modulation(int64_t per_launch) {
@@ -231,7 +240,8 @@ class Derivatives {
     job_.before = before, job_.points = std::min(per_launch, call_.points() - before);
     job_.accumulate = before > 0;
     if (with_modulation_ && !points_) job_.modulation_points = write<C>(results.modulation) + before * values;
-    run_kernels();
+    Kernels::derivatives(call_, job_, order_);
+    if (with_sums_) Kernels::sums(call_, job_, order_);
     if (groups_) {
       call_.check(launch_group_sums(job_, write<C>(*groups_), stream()));
     } else if (points_) {
@@ -247,28 +257,30 @@ class Derivatives {
 };
 
 Results derivatives(Call& call, Order order, const Tensor& g, const Tangents* along, const Wishes& wishes) {
-  const auto run = [&]<class C>(Tag<C>) {
-    Derivatives<C> pass(call, order, g, wishes);
+  return with_kernels(call, order, [&]<class Kernels>(Kernels) {
+    Derivatives<Kernels> pass(call, order, g, wishes);
     pass.run(along);
     return pass.results;
-  };
-  return call.is_wide() ? run(Tag<double>{}) : run(Tag<float>{});
+  });
 }
 
 // ---- operators -----------------------------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor> forward(Tensor x, Tensors weights, Tensors biases, OptionalTensor modulation,
                                    OptionalTensor frequencies, Ints activations, Doubles omegas, Bools skips,
-                                   bool output_layer, bool point_norm, double eps, bool, bool) {
-  Call call(x, weights, biases, modulation, frequencies, {activations, omegas, skips, output_layer, point_norm, eps});
-  return {call.is_wide() ? value<double>(call) : value<float>(call), empty(x, {0}, call.number_type())};
+                                   bool output_layer, bool point_norm, double eps, bool tf32, bool, bool, bool) {
+  Call call(x, weights, biases, modulation, frequencies,
+            {activations, omegas, skips, output_layer, point_norm, eps, tf32});
+  return {value(call), empty(x, {0}, call.number_type())};
 }
 
 std::tuple<Tensor, Tensors, Tensors, Tensor> backward(Tensor g, Tensor x, Tensors weights, Tensors biases,
                                                       OptionalTensor modulation, OptionalTensor frequencies, Tensor,
                                                       Ints activations, Doubles omegas, Bools skips, bool output_layer,
-                                                      bool point_norm, double eps, bool, bool, Bools mask) {
-  Call call(x, weights, biases, modulation, frequencies, {activations, omegas, skips, output_layer, point_norm, eps});
+                                                      bool point_norm, double eps, bool tf32, bool, bool, bool,
+                                                      Bools mask) {
+  Call call(x, weights, biases, modulation, frequencies,
+            {activations, omegas, skips, output_layer, point_norm, eps, tf32});
   call.check_gradient(g);
   Results found = derivatives(call, Order::kGradients, g, nullptr, {false, mask[0], mask[1], mask[2], mask[3]});
   if (!mask[3]) found.modulation = empty(modulation ? *modulation : g, {0});
@@ -278,9 +290,10 @@ std::tuple<Tensor, Tensors, Tensors, Tensor> backward(Tensor g, Tensor x, Tensor
 std::tuple<Tensor, Tensor, Tensors, Tensors, Tensor> backward_backward(
     OptionalTensor x_tangent, Tensors weight_tangents, Tensors bias_tangents, OptionalTensor modulation_tangent,
     Tensor g, Tensor x, Tensors weights, Tensors biases, OptionalTensor modulation, OptionalTensor frequencies, Tensor,
-    Ints activations, Doubles omegas, Bools skips, bool output_layer, bool point_norm, double eps, bool, bool,
-    Bools mask) {
-  Call call(x, weights, biases, modulation, frequencies, {activations, omegas, skips, output_layer, point_norm, eps});
+    Ints activations, Doubles omegas, Bools skips, bool output_layer, bool point_norm, double eps, bool tf32, bool,
+    bool, bool, Bools mask) {
+  Call call(x, weights, biases, modulation, frequencies,
+            {activations, omegas, skips, output_layer, point_norm, eps, tf32});
   call.check_gradient(g);
   call.check_like(x_tangent, x, "grad_x");
   call.check_like(weight_tangents, weights, "grad_weights");

@@ -22,6 +22,7 @@ struct Settings {
   const Bools& skips;
   bool output_layer, point_norm;
   double eps;
+  bool tf32;
 };
 
 // Directions along which gradients are differentiated.
@@ -93,7 +94,7 @@ class Call {
     job.weights = storage_of(weights[0], "modulated_mlp", "weights"),
     job.coordinates = storage_of(x, "modulated_mlp", "x");
     job.modulated = modulation ? storage_of(*modulation, "modulated_mlp", "modulation") : Storage::kFloat;
-    job.terms = job.weights == Storage::kFloat ? 3 : 2, job.sum_terms = 3;
+    job.terms = settings.tf32 ? 1 : job.weights == Storage::kFloat ? 3 : 2, job.sum_terms = settings.tf32 ? 1 : 3;
     job.point_norm = settings.point_norm, job.eps = C(settings.eps);
     job.x = x.const_data_ptr();
     job.whole_words = x.size(1) % 4 == 0 && reinterpret_cast<uintptr_t>(job.x) % (4 * bytes_of(job.coordinates)) == 0;

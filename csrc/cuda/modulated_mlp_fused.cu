@@ -9,17 +9,22 @@ namespace {
 
 constexpr int kPackThreads = 256, kPackBlocks = 16;
 
-CAMK_DEVICE void put_weight(float* to, float number) { *to = number; }
-CAMK_DEVICE void put_weight(uint16_t* to, float number) { *to = __bfloat16_as_ushort(__float2bfloat16_rn(number)); }
+// `terms` of products: one takes rounded weights.
+CAMK_DEVICE void put_weight(float* to, float number, int terms) {
+  *to = terms == 1 ? __uint_as_float(to_tf32(number)) : number;
+}
+CAMK_DEVICE void put_weight(uint16_t* to, float number, int) {
+  *to = __bfloat16_as_ushort(__float2bfloat16_rn(number));
+}
 
 // to <- a product's weights; weight(column, place of a step, step) may be asked for any column of a tile.
 template <class W, class Weight>
-CAMK_DEVICE void pack_product(W* to, const Product& product, const Weight& weight) {
+CAMK_DEVICE void pack_product(W* to, const Product& product, int terms, const Weight& weight) {
   const int threads = int(gridDim.x * blockDim.x), first = int(blockIdx.x * blockDim.x + threadIdx.x);
   for (int i = first; i < product.numbers(); i += threads) {
     const int place = i % kStep, column = i / kStep % kTileColumns, tile = i / kTileNumbers;
     const float number = weight(tile % product.tiles * kTileColumns + column, place, tile / product.tiles);
-    put_weight(to + tile * kTileNumbers + tile_index(place, column, sizeof(W) == 2), number);
+    put_weight(to + tile * kTileNumbers + tile_index(place, column, sizeof(W) == 2), number, terms);
   }
 }
 
@@ -35,7 +40,7 @@ __global__ void __launch_bounds__(kPackThreads)
   };
   for (int before = 0; before < l; ++before) stream += forward_product(layer_of(job, before)).numbers();
   const Product product = forward_product(layer);
-  pack_product(stream, product, [&](int column, int place, int step) {
+  pack_product(stream, product, job.terms, [&](int column, int place, int step) {
     const int own = step * kStep + feature_at(place), x = (step - product.own_steps) * kStep + place;
     const bool of_x = step >= product.own_steps;
     return of_x || own < layer.own ? weight(column, of_x ? layer.own + x : own) : 0.0f;
@@ -50,7 +55,7 @@ __global__ void __launch_bounds__(kPackThreads)
     const Product part = back_product(job, at, columns);
     if (at.l == l) {
       const int some = back_columns(layer, at, columns);
-      pack_product(stream, part, [&](int column, int place, int step) {
+      pack_product(stream, part, job.terms, [&](int column, int place, int step) {
         return column < some ? weight(step * kStep + feature_at(place), at.first + column) : 0.0f;
       });
     }
@@ -88,7 +93,7 @@ int64_t packed_bytes(const NetworkJob<float>& job, bool back) {
   for (Back at = back_from(job, back ? job.layers - 1 : -1); at.l >= 0; at = back_after(job, at, columns)) {
     numbers += back_product(job, at, columns).numbers();
   }
-  return int64_t(sizeof(float)) * job.layers * columns + numbers * (job.weights == Storage::kBFloat16 ? 2 : 4);
+  return int64_t(sizeof(float)) * job.layers * columns + numbers * (packs_bfloat16(job) ? 2 : 4);
 }
 
 cudaError_t launch_pack(NetworkJob<float>& job, void* to, bool back, cudaStream_t stream) {
@@ -96,7 +101,7 @@ cudaError_t launch_pack(NetworkJob<float>& job, void* to, bool back, cudaStream_
   float* biases = static_cast<float*>(to);
   job.biases = biases, job.packed = biases + job.layers * columns;
   const LaunchShape shape{dim3(kPackBlocks, unsigned(job.layers)), kPackThreads, 0, stream};
-  if (job.weights == Storage::kBFloat16) {
+  if (packs_bfloat16(job)) {
     return launch(pack<uint16_t>, shape, job, biases, static_cast<uint16_t*>(const_cast<void*>(job.packed)), columns,
                   back);
   }

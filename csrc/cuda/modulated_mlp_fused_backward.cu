@@ -71,7 +71,8 @@ CAMK_DEVICE void fetch_rows(float* slab, const Rows& from, int points) {
 struct PointSums {
   float sum[2][4][4]{};
 
-  // From slabs at the warp's first output and input.
+  // From slabs at the warp's first output and input. Terms: as in TensorSums.
+  template <int Terms>
   CAMK_DEVICE void add(const float* left, const float* right) {
     const int g = int(threadIdx.x) % 32 / 4, t = int(threadIdx.x) % 4;
 #pragma unroll
@@ -90,8 +91,10 @@ struct PointSums {
         const Split x(right[(k + t) * kSumStride + n * 8 + g]), y(right[(k + t + 4) * kSumStride + n * 8 + g]);
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
-          mma_tf32(sum[m][n], low[m], {x.high, y.high});
-          mma_tf32(sum[m][n], high[m], {x.low, y.low});
+          if constexpr (Terms > 1) {
+            mma_tf32(sum[m][n], low[m], {x.high, y.high});
+            mma_tf32(sum[m][n], high[m], {x.low, y.low});
+          }
           mma_tf32(sum[m][n], high[m], {x.high, y.high});
         }
       }
@@ -139,7 +142,10 @@ __global__ void __launch_bounds__(kSumThreads, kSumBlocksPerMultiprocessor)
     const float* slab = shared + turn * 2 * kSlab;
     turn ^= 1;
     if (at + kSumDepth < end) fetch(at + kSumDepth);
-    if (o + down < layer.out) sums.add(slab + down, slab + kSlab + right);
+    if (o + down < layer.out) {
+      const float *left_rows = slab + down, *right_rows = slab + kSlab + right;
+      job.sum_terms == 1 ? sums.add<1>(left_rows, right_rows) : sums.add<3>(left_rows, right_rows);
+    }
     if (across == 0 && int(threadIdx.x) < kSumTile) {
 #pragma unroll 8
       for (int k = 0; k < kSumDepth; ++k) bias += slab[k * kSumStride + int(threadIdx.x)];

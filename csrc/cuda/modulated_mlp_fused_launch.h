@@ -12,12 +12,15 @@ inline constexpr int64_t kFusedRows = 128, kFusedWaves = 2;
 // Columns of a block.
 inline int fused_columns(const NetworkJob<float>& job) { return job.widest <= 64 ? 64 : job.widest <= 128 ? 128 : 256; }
 
+// Whether weights are packed as bfloat16, for products of it; as float32 for those of tf32.
+inline bool packs_bfloat16(const NetworkJob<float>& job) { return job.weights == Storage::kBFloat16 && job.terms > 1; }
+
 // body(Constant<Across>, null pointer of a packed weight's type)
 template <class Body>
 auto with_block(const NetworkJob<float>& job, const Body& body) {
   const auto with_weights = [&](auto across) {
-    return job.weights == Storage::kBFloat16 ? body(across, static_cast<uint16_t*>(nullptr))
-                                             : body(across, static_cast<float*>(nullptr));
+    return packs_bfloat16(job) ? body(across, static_cast<uint16_t*>(nullptr))
+                               : body(across, static_cast<float*>(nullptr));
   };
   switch (fused_columns(job)) {
     case 64:

@@ -100,9 +100,9 @@ struct Split {
   }
 };
 
-// float32, by tensor cores: 8 products of 16 x 8. `terms`: how many products of tf32 make one of two float32. 2: of the
-// left one's parts, for a right one that is exact in tf32, as float16 and bfloat16 are. 3: and of the left one with the
-// right one's small part; what is left out is below the last bit of float32.
+// float32, by tensor cores: 8 products of 16 x 8. `terms`: how many products of tf32 make one of two float32. 1: of
+// both rounded to tf32. 2: of the left one's parts, for a right one that is exact in tf32, as float16 and bfloat16 are.
+// 3: and of the left one with the right one's small part; what is left out is below the last bit of float32.
 struct TensorSums {
   float sum[8][4]{};
   int terms;
@@ -113,7 +113,9 @@ struct TensorSums {
   static CAMK_DEVICE int first_column() { return int(threadIdx.x) / kGroupThreads * kGroupColumns; }
 
   CAMK_DEVICE void add(Operand<float> a, Operand<float> b, int columns) {
-    if (terms == 2) {
+    if (terms == 1) {
+      add_terms<1>(a, b, columns);
+    } else if (terms == 2) {
       add_terms<2>(a, b, columns);
     } else {
       add_terms<3>(a, b, columns);
@@ -156,7 +158,7 @@ struct TensorSums {
   template <int Terms>
   static CAMK_DEVICE void step(float (&d)[4], const Split (&a)[4], Split b0, Split b1) {
     const uint32_t high[4] = {a[0].high, a[1].high, a[2].high, a[3].high};
-    mma_tf32(d, {a[0].low, a[1].low, a[2].low, a[3].low}, {b0.high, b1.high});
+    if constexpr (Terms > 1) mma_tf32(d, {a[0].low, a[1].low, a[2].low, a[3].low}, {b0.high, b1.high});
     if constexpr (Terms > 2) mma_tf32(d, high, {b0.low, b1.low});
     mma_tf32(d, high, {b0.high, b1.high});
   }

@@ -88,6 +88,15 @@ CAMK_DEVICE void each_tile(int tiles, const Body& body) {
   }
 }
 
+// The sums of tile p += 2 x 16 rows of values times 2 x 8 columns of weights.
+CAMK_DEVICE void add_tile(WarpSums& sums, int p, const uint32_t (&left)[2][4], const uint32_t (&right)[2][2]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int m = 0; m < 2; ++m) mma_tf32(sums[m][2 * p + half], left[m], right[half]);
+  }
+}
+
 // `Terms` products of tf32 make one of float32. 2: of the values' parts, for weights that are exact in tf32, as float16
 // is. 3: and of the values with the weights' small part.
 template <int Terms>
@@ -112,18 +121,30 @@ CAMK_DEVICE void multiply_tf32(WarpSums& sums, const float* from, int stride, co
         top[j / 2][j % 2] = parts.high;
         rest[j / 2][j % 2] = parts.low;
       }
-      const auto add = [&](const uint32_t (&left)[2][4], const uint32_t (&right)[2][2]) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-#pragma unroll
-          for (int m = 0; m < 2; ++m) mma_tf32(sums[m][2 * p + half], left[m], right[half]);
-        }
-      };
-      add(low, top);
-      if constexpr (Terms > 2) add(high, rest);
-      add(high, top);
+      add_tile(sums, p, low, top);
+      if constexpr (Terms > 2) add_tile(sums, p, high, rest);
+      add_tile(sums, p, high, top);
     });
   }
+}
+
+// One product of tf32: of rounded values, with weights that were rounded when they were packed.
+CAMK_DEVICE void multiply_rounded(WarpSums& sums, const float* from, int stride, const float* weights, int tiles) {
+  const float* own = weights + int(threadIdx.x) % 32 * 4;
+  uint32_t left[2][2][4];
+#pragma unroll
+  for (int q = 0; q < 4; ++q) {
+    const Four four = load_four(from + q * 8 * stride);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) left[j / 2][q / 2][j % 2 * 2 + q % 2] = to_tf32(four.v[j]);
+  }
+  each_tile(tiles, [&](int p) {
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const uint4 word = *reinterpret_cast<const uint4*>(own + p * kTileNumbers + k * 128);
+      add_tile(sums, p, left[k], {{word.x, word.y}, {word.z, word.w}});
+    }
+  });
 }
 
 // sums += 32 rows of values, of which a lane has g, g + 8, g + 16, g + 24, times one step of weights. Float weights: as
@@ -131,7 +152,9 @@ CAMK_DEVICE void multiply_tf32(WarpSums& sums, const float* from, int stride, co
 CAMK_DEVICE void multiply_step(WarpSums& sums, const float* from, int stride, const float* weights, int tiles,
                                int terms) {
   if (tiles <= 0) return;
-  if (terms == 2) {
+  if (terms == 1) {
+    multiply_rounded(sums, from, stride, weights, tiles);
+  } else if (terms == 2) {
     multiply_tf32<2>(sums, from, stride, weights, tiles);
   } else {
     multiply_tf32<3>(sums, from, stride, weights, tiles);

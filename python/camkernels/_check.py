@@ -13,14 +13,21 @@ import camkernels
 from . import reference
 from ._backends import BACKENDS
 from ._info import home_of, reason_against
-from .testing import CASES, PAIRED, Case, check, has_jacobian
+from .testing import CASES, PAIRED, Case, bfloat16, check, has_jacobian, tf32
 
 SHOWN = 3  # failures of one line that are spelled out
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def check_backends(ops: dict[str, tuple[Case, ...]] = CASES | PAIRED) -> int:
-    """Compares values, Jacobians, gradients and second derivatives over the case registry; 0 if all agree, else 1."""
+    """Compares values, Jacobians, gradients and second derivatives over the case registry; 0 if all agree, else 1.
+
+    Without TF32 and bfloat16, which some environments allow."""
+    with tf32(False), bfloat16(False):
+        return _check_all(ops)
+
+
+def _check_all(ops: dict[str, tuple[Case, ...]]) -> int:
     failed = compared = 0
     for op, cases in ops.items():
         for backend in BACKENDS:

@@ -100,6 +100,22 @@ def reason_against(index: int | None = None) -> str | None:
 reason_against._dynamo_marked_constant = True
 
 
+def allows_tf32() -> bool:
+    """Whether PyTorch lets products of float32 on a GPU be those of TF32, by whichever of its settings."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"  # allow_tf32 raises where this one was set
+
+
+allows_tf32._dynamo_marked_constant = True  # torch.compile compiles again when the setting changes
+
+
+def allows_bfloat16() -> bool:
+    """Whether PyTorch lets products of float32 on the CPU be those of bfloat16."""
+    return torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+
+
+allows_bfloat16._dynamo_marked_constant = True
+
+
 @cache
 def _cached(index: int) -> str | None:
     """A GPU does not change, and every call asks."""

@@ -34,7 +34,8 @@ _TENSORS = (
 )
 _SETTINGS = (
     "float[] scales, float shift, int[] layout, bool ceil_corner, int outside, int interpolation, int active_levels, "
-    "bool deterministic, int[] activations, float[] omegas, bool[] skips, bool output_layer, bool point_norm, float eps"
+    "bool deterministic, int[] activations, float[] omegas, bool[] skips, bool output_layer, bool point_norm, "
+    "float eps, bool tf32, bool bfloat16"
 )
 
 
@@ -78,7 +79,7 @@ def hash_grid_mlp(
 
     x [..., D] in [0, 1] -> [..., out] in the weights' dtype. On backend "triton" one kernel encodes and runs the MLP;
     on the others it is the two ops, each on the backend that is asked for, or on its best. First and second
-    derivatives in x, table, weights, biases and modulation.
+    derivatives in x, table, weights, biases and modulation. TF32 where PyTorch allows it, as in `modulated_mlp`.
 
     Raises what the two ops raise.
 

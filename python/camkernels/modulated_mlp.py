@@ -15,6 +15,7 @@ from . import reference, triton
 from ._autograd import Argument, Operator
 from ._backends import BACKENDS, Call, choose, define, round_to_autocast
 from ._checks import check_choice, check_dtype, check_floating, check_size
+from ._gpu import allows_bfloat16, allows_tf32
 from ._modulation import (
     ACTIVATIONS,
     Activation,
@@ -37,8 +38,10 @@ __all__ = ["ModulatedMLP", "modulated_mlp"]
 # [M, hidden, 2, width] are in C or the weights' dtype; M divides N, point i has row i // (N // M). weights [out, in],
 # biases [out] each, or no item, of one dtype; frequencies [width] in C. Of each linear layer, the output layer last:
 # the number of its activation (as csrc/math/activation.h), its omega, and whether x is appended behind it.
+# tf32, bfloat16: products of float32 may be those of TF32, which is for GPUs, or of bfloat16, which is for the CPU.
 # keep: the linear layers' results may be kept for the backward pass, in C: [N, out rounded up to PADDING] of each layer
-# whose derivative needs them, one after the other. On other devices than the CPU nothing is kept.
+# whose derivative needs them, one after the other; those of few inputs are left out. On other devices than the CPU
+# nothing is kept.
 
 PADDING = 16
 KEPT_BYTES = 2 << 30  # values are kept up to this size, beyond it computed again; CAMKERNELS_RECOMPUTE=0|1 overrides
@@ -51,22 +54,26 @@ _TENSORS = (
     Argument("frequencies", "Tensor?", differentiable=False),
 )
 _SETTINGS = (
-    "int[] activations, float[] omegas, bool[] skips, bool output_layer, bool point_norm, float eps, bool keep, "
-    "bool deterministic"
+    "int[] activations, float[] omegas, bool[] skips, bool output_layer, bool point_norm, float eps, bool tf32, "
+    "bool bfloat16, bool keep, bool deterministic"
 )
 
 
 def _kept_values(x: Tensor, weights: Sequence[Tensor], activations: Sequence[int], output_layer: bool) -> int:
-    """How many values a call keeps at most."""
-    needed = len(weights) - (output_layer and activations[-1] == 0)
-    return x.shape[0] * sum((w.shape[0] + PADDING - 1) // PADDING * PADDING for w in weights[:needed])
+    """How many values a call keeps at most: as choose_kept in csrc/cpu/modulated_mlp_net.h."""
+    needed = weights[: len(weights) - (output_layer and activations[-1] == 0)]
+    sizes = [(w.shape[0] + PADDING - 1) // PADDING * PADDING for w in sorted(needed, key=lambda w: w.shape[1])]
+    left_out = 0
+    for size in sizes:
+        left_out += size * (4 * left_out < sum(sizes))
+    return x.shape[0] * (sum(sizes) - left_out)
 
 
 def _meta(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], modulation: Tensor | None,
     frequencies: Tensor | None, *settings: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    activations, _, skips, output_layer, _, _, keep, _ = settings
+    activations, _, skips, output_layer, *_, keep, _ = settings
     width = weights[-1].shape[0] + (x.shape[1] if skips[-1] else 0)
     kept = _kept_values(x, weights, activations, output_layer) if keep else 0
     dtype = compute_dtype(x, modulation, frequencies, *weights)
@@ -97,7 +104,7 @@ def mlp_settings(plan: Plan) -> tuple:
         names, omegas = [*names, plan.output_activation], [*omegas, plan.output_omega]
     skips = [i in plan.skips for i in range(len(names))]
     numbers = [ACTIVATIONS.index(name) for name in names]
-    return (numbers, omegas, skips, plan.output_layer, plan.norm == "point", plan.eps)
+    return (numbers, omegas, skips, plan.output_layer, plan.norm == "point", plan.eps, allows_tf32(), allows_bfloat16())
 
 
 def _keep(tensors: Sequence[Tensor | None], values: int, dtype: torch.dtype) -> bool:
@@ -174,10 +181,21 @@ def modulated_mlp(
     output_activation; False: it is a hidden layer too. omega: of "sine", a number or one per hidden layer. frequencies
     [width]: constants of "residual_sine". backend: "cpu", "cuda", "reference"; None takes the best.
 
+    Hidden values are multiplied as exactly as float32 allows, unless PyTorch allows less when this function is called
+    (`torch.set_float32_matmul_precision`, or the two settings below). All add in float32, float64 stays float64.
+    GPU, `torch.backends.cuda.matmul.fp32_precision = "tf32"`: "cuda" rounds both factors to the 10 bits behind the
+        leading one that TF32 has, "triton" cuts them.
+    CPU with AVX512_BF16, `torch.backends.mkldnn.matmul.fp32_precision = "bf16"`: "cpu" rounds both factors of a layer's
+        products and of those that lead gradients back through it to bfloat16; sums over points stay exact.
+    Derivatives do as their call did, and an exported program as at its export; torch.compile compiles again where
+    `torch.set_float32_matmul_precision`, or the setting for GPUs, has changed. "reference", and "triton" in second
+    derivatives, multiply by PyTorch, which asks for its setting at every product.
+
     First and second derivatives in x, weights, biases and modulation; call backward outside of autocast, as PyTorch
     advises: inside, the products of its own backward are rounded.
-    Hidden values are float32, or float64 if a tensor is float64. On the CPU those that the backward pass needs are kept
-    up to 2 GiB per call and computed again beyond; the environment variable CAMKERNELS_RECOMPUTE=0|1 overrides that.
+    Hidden values are float32, or float64 if a tensor is float64. On the CPU three quarters of those that the backward
+    pass needs are kept up to 2 GiB per call, all are computed again beyond; the environment variable
+    CAMKERNELS_RECOMPUTE=0|1 overrides that.
 
     Raises ValueError for shapes, values and mixed devices, TypeError for dtypes, RuntimeError where a
     backend that was asked for cannot run.

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -39,6 +40,7 @@ __all__ = [
     "Golden",
     "assert_close",
     "assert_close_golden",
+    "bfloat16",
     "cases",
     "check",
     "compare",
@@ -52,6 +54,7 @@ __all__ = [
     "pairwise",
     "safe_points",
     "spread",
+    "tf32",
     "tolerance",
 ]
 
@@ -96,11 +99,51 @@ TOLERANCES: dict[torch.dtype, dict[str, tuple[float, float]]] = {
         "second": (1.6e-2, 1e-4),
     },
 }
+# Where PyTorch allows TF32, at least so much, whatever the parameters are stored in. A factor of 10 bits is off by up
+# to 2^-11 of itself, a product by 2^-10. A value comes from as many products in a row as there are layers (4 in the
+# cases), a gradient from twice, a second derivative from four times as many: errors of either sign add up, and steep
+# activations multiply those of derivatives, SIREN's first sine by up to 30.
+TF32: dict[str, tuple[float, float]] = {
+    "value": (2e-3, 2e-3),
+    "grad.points": (1.5e-2, 1.5e-2),
+    "grad.parameters": (1.5e-2, 1.5e-2),
+    "second": (3e-2, 3e-2),
+}
+# Where it allows bfloat16: three bits fewer.
+BFLOAT16 = {quantity: (8 * rtol, 8 * atol) for quantity, (rtol, atol) in TF32.items()}
 
 
-def tolerance(dtype: torch.dtype, quantity: str) -> tuple[float, float]:
-    """(rtol, atol) of a quantity: "value" | "jacobian" | "grad.points" | "grad.parameters" | "second"."""
-    return TOLERANCES[dtype][quantity]
+def tolerance(
+    dtype: torch.dtype, quantity: str, *, tf32: bool = False, bfloat16: bool = False
+) -> tuple[float, float]:  # fmt: skip
+    """(rtol, atol) of a quantity: "value" | "jacobian" | "grad.points" | "grad.parameters" | "second".
+
+    tf32, bfloat16: where products of float32 may be of those; products of float64 never are."""
+    rtol, atol = TOLERANCES[dtype][quantity]
+    if not (tf32 or bfloat16) or dtype == torch.float64:
+        return rtol, atol
+    least = (BFLOAT16 if bfloat16 else TF32)[quantity]
+    return max(rtol, least[0]), max(atol, least[1])
+
+
+@contextmanager
+def _precision(matmul: Any, name: str) -> Iterator[None]:
+    before = matmul.fp32_precision
+    matmul.fp32_precision = name
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def tf32(allowed: bool) -> AbstractContextManager[None]:
+    """PyTorch's setting for products of float32 on a GPU."""
+    return _precision(torch.backends.cuda.matmul, "tf32" if allowed else "ieee")
+
+
+def bfloat16(allowed: bool) -> AbstractContextManager[None]:
+    """PyTorch's setting for products of float32 on the CPU."""
+    return _precision(torch.backends.mkldnn.matmul, "bf16" if allowed else "ieee")
 
 
 # ---- registry --------------------------------------------------------------------------------------------------------
@@ -293,8 +336,9 @@ def compare(
     dtype: torch.dtype | None = None,
     seed: int = 0,
     max_flips: float = 0.02,
+    **products: bool,
 ) -> None:
-    """Compare results of `evaluate` at the tolerances of the parameters' dtype (or of `dtype`).
+    """Compare results of `evaluate` at the tolerances of the parameters' dtype, or `dtype`; products: see `tolerance`.
 
     Second derivatives at points that are not finite are undefined and not compared.
     Of the ops in SIDED, at points within rounding of a cell face a derivative in the points (or a nearest value) may be
@@ -309,7 +353,7 @@ def compare(
             stored_half = half in (torch.float16, torch.bfloat16)
             of_points = name == f"grad.{call.points}" and not stored_half
             quantity = "grad.points" if of_points else "grad.parameters"
-        rtol, atol = tolerance(dtype, quantity)
+        rtol, atol = tolerance(dtype, quantity, **products)
         got, label = actual[name], f"{case.op} {case.name} {dtype} {name}"
         if name == f"second.{call.points}":
             # autograd of the definition gives NaN there or, where the first derivative is constant, 0

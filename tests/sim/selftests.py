@@ -42,7 +42,7 @@ def matmul(sim: Library, kind: int = 0, bug: int = 0, size: tuple[int, int, int]
 
 
 def round_to_tf32(x: torch.Tensor) -> torch.Tensor:
-    return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+    return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
 def scatter(sim: Library, features: int, shift: int = 0, n: int = 1000) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -27,6 +28,15 @@ def parameter_groups(module: nn.Module, lr: float, factor: float = 10.0) -> list
         (grids if GRIDS & set(name.split(".")) else others).append(parameter)
     groups = [{"params": others, "lr": lr}, {"params": grids, "lr": factor * lr}]
     return [group for group in groups if group["params"]]
+
+
+def half_cosine(done: float, final: float = 0.01) -> float:
+    """Factor of the learning rates when a share of the run is done: half a cosine, from 1 to `final`.
+
+    >>> [round(half_cosine(done), 3) for done in (0.0, 0.5, 1.0)]
+    [1.0, 0.505, 0.01]
+    """
+    return final + (1 - final) * (1 + math.cos(math.pi * done)) / 2
 
 
 class Field(nn.Module):

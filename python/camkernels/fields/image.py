@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..hash_grid import HashGrid
+from .field import half_cosine
 
 BASE_RESOLUTION = 16
 GRID_RATE = 2  # times the rate of the perceptron: +0.3 to +1 dB after 500 to 1000 steps on two photographs
@@ -89,6 +90,10 @@ class HashImageField(nn.Module):
             {"params": list(self.grid.parameters()), "lr": GRID_RATE * lr},
             {"params": list(self.perceptron.parameters()), "lr": lr},
         ]
+
+    def decay(self, done: float) -> float:
+        """Factor of the learning rates when a share of the run is done."""
+        return half_cosine(done)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., 2] -> [..., channels], not clamped."""

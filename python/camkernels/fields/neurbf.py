@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -15,7 +16,7 @@ from .. import GridGeometry, HashGrid, ModulatedMLP, RadialBasis, modulated_mlp,
 from .._checks import check_shape, check_size
 from .._radial_basis import shape_width
 from ..neighbors import kernel_shapes, second_moments, weighted_kmeans, width_bounds
-from .field import Field, linear_views
+from .field import Field, half_cosine, linear_views
 from .image import BASE_RESOLUTION, pixel_centres
 
 INIT_SCALE = 1e-4  # features, hash table and their bias begin in U(-INIT_SCALE, INIT_SCALE)
@@ -80,7 +81,8 @@ class NeuRBFField(Field):
 
     ops = ("hash_grid", "radial_basis", "modulated_mlp")
     learning_rate = 1e-2  # of the decoder
-    grid_factor = 0.5  # times that rate for the hash table, the features and the bias
+    grid_factor = 0.5  # times that rate for the hash table
+    feature_factor = 0.5  # times that rate for the kernels' features and the bias
     final_rate = 0.01  # share of the rates at the end
     modulation = None
 
@@ -135,14 +137,18 @@ class NeuRBFField(Field):
         self.register_buffer("half_extent", torch.tensor([float(side) for side in half_extent]), persistent=False)
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
-        """Parameters for an optimizer, with their learning rates: lr for the decoder, grid_factor * lr besides."""
-        trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
-        decoder, others = ([p for name, p in trained if name.startswith("decoder.") == own] for own in (True, False))
-        return [{"params": others, "lr": self.grid_factor * lr}, {"params": decoder, "lr": lr}]
+        """Parameters for an optimizer, with their rates: lr for the decoder, other ones for table and kernels."""
+        rates = {"grid": self.grid_factor * lr, "decoder": lr}
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                rate = rates.get(name.split(".")[0], self.feature_factor * lr)
+                groups.setdefault(rate, []).append(parameter)
+        return [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
 
     def decay(self, done: float) -> float:
-        """Factor of the learning rates when a share of the run is done: half a cosine from 1 to final_rate."""
-        return self.final_rate + (1 - self.final_rate) * (1 + math.cos(math.pi * done)) / 2
+        """Factor of the learning rates when a share of the run is done."""
+        return half_cosine(done, self.final_rate)
 
     def positions(self, x: Tensor) -> Tensor:
         """x [..., d] in [0, 1] -> where the kernels have it, in the box."""
@@ -217,7 +223,19 @@ class NeuRBFField(Field):
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
 PIXELS_PER_UNIT = 64
+FEATURES = 32  # of a kernel
+GRID_SHARE = 0.85  # of the parameters beside the decoder's, at most, where a picture's field is given their number
 REFERENCE_LEVELS, REFERENCE_FEATURES, REFERENCE_INPUTS = 16, 2, 32  # of the hash grid that NeuRBF is measured by
+
+
+def mlp_parameters(inputs: int, out_features: int, width: int, hidden_layers: int) -> int:
+    """Weights and biases of an MLP.
+
+    >>> mlp_parameters(32, 3, width=64, hidden_layers=2)
+    6467
+    """
+    widths = [inputs] + [width] * hidden_layers + [out_features]
+    return sum((before + 1) * after for before, after in pairwise(widths))
 
 
 def hash_grid_parameters(
@@ -233,15 +251,18 @@ def hash_grid_parameters(
         dims, REFERENCE_LEVELS, REFERENCE_FEATURES, log2_hashmap_size, base_resolution,
         finest_resolution=finest_resolution, convention="torch-ngp", align_corners=True,
     )  # fmt: skip
-    widths = [REFERENCE_INPUTS] + [width] * hidden_layers + [out_features]
-    layers = sum((before + 1) * after for before, after in pairwise(widths))
-    return geometry.n_entries * REFERENCE_FEATURES + layers
+    return geometry.n_entries * REFERENCE_FEATURES + mlp_parameters(
+        REFERENCE_INPUTS, out_features, width, hidden_layers
+    )
 
 
-def affordable_kernels(parameters: int, half_extent: Sequence[float], out_features: int, **options: Any) -> int:
+def affordable_kernels(
+    parameters: int, half_extent: Sequence[float], out_features: int, *, stored: bool = False, **options: Any
+) -> int:
     """How many kernels a NeuRBFField of these options may have, of so many parameters in all; below 1 where none.
 
-    A kernel counts its features, its center, and its shape, of which a full matrix counts as a symmetric one.
+    A kernel counts its features, its center, and its shape, of which a full matrix counts as a symmetric one, or, with
+    `stored`, as all the numbers that it holds.
 
     >>> affordable_kernels(10_000, (1.0, 1.0), 3, finest_resolution=16)
     59
@@ -250,9 +271,26 @@ def affordable_kernels(parameters: int, half_extent: Sequence[float], out_featur
         field = NeuRBFField(half_extent, out_features, 1, **options | {"neighbors": 1})
     dims, features = field.basis.centers.shape[1], field.basis.features.shape[1]
     shape = field.basis.options["shape"]
-    kernel = features + dims + shape_width("symmetric" if shape == "full" else shape, dims)
+    kernel = features + dims + shape_width("symmetric" if shape == "full" and not stored else shape, dims)
     besides = sum(p.numel() for name, p in field.named_parameters() if not name.startswith("basis."))
     return (parameters - besides) // kernel
+
+
+def affordable_resolution(parameters: int, most: int, n_levels: int, features: int, log2_hashmap_size: int) -> int:
+    """The finest resolution, from 2 to `most`, whose NeuRBF grid of the plane has at most so many numbers; 2 if none.
+
+    >>> affordable_resolution(40_000, 512, n_levels=2, features=2, log2_hashmap_size=24)
+    140
+    """
+
+    def size(finest: int) -> int:
+        geometry = GridGeometry.build(
+            2, n_levels, features, log2_hashmap_size, min(BASE_RESOLUTION, finest), finest_resolution=finest,
+            convention="torch-ngp", align_corners=True,
+        )  # fmt: skip
+        return geometry.n_entries * features
+
+    return max(2, 1 + bisect.bisect_right(range(2, most + 1), parameters, key=size))
 
 
 def edge_strength(picture: Tensor) -> Tensor:
@@ -269,12 +307,32 @@ def edge_strength(picture: Tensor) -> Tensor:
     return nn.functional.conv2d(padded, sobel).square().sum((0, 1)).sqrt()
 
 
+def _kernels(
+    parameters: int | None, least: int, half_extent: Sequence[float], channels: int, options: Mapping[str, Any]
+) -> int:
+    """How many kernels a picture's field has: what the parameters have room for, or else what a hash grid's have."""
+    if parameters is None:
+        names = ("log2_hashmap_size", "base_resolution", "finest_resolution", "width", "hidden_layers")
+        budget = hash_grid_parameters(2, channels, **{name: options[name] for name in names})
+        return max(affordable_kernels(budget, half_extent, channels, **options), least)
+    kernels = affordable_kernels(parameters, half_extent, channels, stored=True, **options)
+    if kernels < 1:
+        raise ValueError(
+            f"NeuRBFImageField: {parameters} parameters have no room for a kernel beside the grid and the decoder; ask "
+            "for more of them, or for fewer levels or less width"
+        )
+    return kernels
+
+
 class NeuRBFImageField(NeuRBFField):
     """A picture by NeuRBF: x [..., 2] in [0, 1] -> [..., channels], about in [0, 1], not clamped.
 
-    size: (width, height) in pixels, 1/64 of a unit each. None for finest_resolution: half the longer side. None for
-    kernels: as many as a hash grid of 16 levels and an MLP have parameters for (`affordable_kernels`). `adapt` puts
-    them at the edges of the picture. `NeuRBFImageField(**field.config)` has the same parameters.
+    size: (width, height) in pixels, 1/64 of a unit each. parameters: how many numbers the field may hold. None for
+    finest_resolution: half the longer side, or less where the grid would take more than 0.85 of the parameters beside
+    the decoder's. None for kernels: as many as the parameters have room for, or, where those are None, as a hash grid
+    of 16 levels and an MLP have parameters for (`affordable_kernels`). `adapt` puts them at the edges of the picture.
+    Raises ValueError where the parameters have no room for a kernel, and for both at once.
+    `NeuRBFImageField(**field.config)` has the same parameters.
 
     Source: Chen et al., "NeuRBF: A Neural Fields Representation with Adaptive Radial Basis Functions", ICCV 2023,
     configs/img.py.
@@ -285,6 +343,11 @@ class NeuRBFImageField(NeuRBFField):
     >>> field(torch.rand(5, 2)).shape
     torch.Size([5, 3])
     """
+
+    # The public code, which does many more steps, has rates of 1e-2 for the decoder and 5e-3 for the others.
+    learning_rate = 5e-3
+    grid_factor = 4.0
+    feature_factor = 2.0
 
     def __init__(
         self,
@@ -298,30 +361,36 @@ class NeuRBFImageField(NeuRBFField):
         finest_resolution: int | None = None,
         width: int = 64,
         hidden_layers: int = 2,
+        feature_waves: tuple[float, float] = (2.0**-3, 2.0**12),
+        parameters: int | None = None,
         *,
         backend: str | None = None,
     ):
         for name, count in (("channels", channels), ("width of size", size[0]), ("height of size", size[1])):
             check_size("NeuRBFImageField", name, count)
+        if kernels is not None and parameters is not None:
+            raise ValueError("NeuRBFImageField: kernels and parameters were both given; leave one of them out")
         finest = max(2, max(size) // 2) if finest_resolution is None else finest_resolution
+        if parameters is not None and finest_resolution is None:
+            decoder = mlp_parameters(n_levels * n_features_per_level + FEATURES, channels, width, hidden_layers)
+            share = int(GRID_SHARE * (parameters - decoder))
+            finest = affordable_resolution(share, finest, n_levels, n_features_per_level, log2_hashmap_size)
         base = min(BASE_RESOLUTION, finest)
         half_extent = [side / 2 / PIXELS_PER_UNIT for side in size]
         options = {
             "n_levels": n_levels, "n_features_per_level": n_features_per_level, "width": width,
             "log2_hashmap_size": log2_hashmap_size, "base_resolution": base, "finest_resolution": finest,
-            "hidden_layers": hidden_layers,
+            "hidden_layers": hidden_layers, "features": FEATURES, "feature_waves": tuple(feature_waves),
         }  # fmt: skip
         if kernels is None:
-            budget = hash_grid_parameters(2, channels, log2_hashmap_size, base, finest, width, hidden_layers)
-            affordable = affordable_kernels(budget, half_extent, channels, **options)
-            kernels = min(max(affordable, neighbors), size[0] * size[1])
+            kernels = min(_kernels(parameters, neighbors, half_extent, channels, options), size[0] * size[1])
         neighbors = min(neighbors, kernels)
         super().__init__(half_extent, channels, kernels, neighbors=neighbors, backend=backend, **options)
         self.config = {
             "channels": channels, "size": list(size), "kernels": kernels, "neighbors": neighbors,
             "n_levels": n_levels, "n_features_per_level": n_features_per_level,
             "log2_hashmap_size": log2_hashmap_size, "finest_resolution": finest, "width": width,
-            "hidden_layers": hidden_layers,
+            "hidden_layers": hidden_layers, "feature_waves": list(feature_waves),
         }  # fmt: skip
 
     def adapt(

@@ -29,7 +29,7 @@ class NeuRBFSDFField(NeuRBFField):
     """
 
     learning_rate = 2e-3
-    grid_factor = 1.0
+    grid_factor = feature_factor = 1.0
     final_rate = 0.02  # a tenth in the public code, which does ten times as many steps
 
     def __init__(

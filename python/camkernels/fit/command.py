@@ -15,7 +15,7 @@ from .._backends import BACKENDS
 from ..fields import MODELS, SHAPE_MODELS
 
 ARCHITECTURE = {  # option -> argument of the model, what it is
-    "levels": ("n_levels", "resolutions of the grid (default 16, neurbf 2)"),
+    "levels": ("n_levels", "resolutions of the grid (default 16, neurbf 8)"),
     "features": ("n_features_per_level", "numbers per grid entry (default 2)"),
     "log2_size": (
         "log2_hashmap_size",
@@ -33,6 +33,11 @@ ARCHITECTURE = {  # option -> argument of the model, what it is
     "nodes": ("nodes", "values of scale and shift along each axis, hash-cam and cam (default 32)"),
     "frequencies": ("num_frequencies", "Fourier features, cam and fourier (default 256)"),
     "kernels": ("kernels", "radial kernels, neurbf (default: as many parameters as a hash grid of 16 levels)"),
+    "parameters": (
+        "parameters",
+        "instead of --kernels and --finest: numbers to be held in all, neurbf; that of another model is in its "
+        "report.json",
+    ),
 }
 SHAPE_ARCHITECTURE = {
     "levels": ("n_levels", "resolutions of the grid (default 16)"),
@@ -68,8 +73,9 @@ def add_fit(subparsers: argparse._SubParsersAction) -> None:
     image.add_argument("--batch", type=_positive_int, metavar="N", help="pixels per step (default 16384)")
     image.add_argument(
         "--lr", type=_positive,
-        help="learning rate of the perceptron at the start (default 0.01, cam and fourier 0.001); a hash grid has "
-        "twice that, scale and shift twice in hash-cam and ten times in cam; grid and kernels half in neurbf",
+        help="learning rate of the perceptron at the start (default 0.01, neurbf 0.005, cam and fourier 0.001); a "
+        "hash grid has twice that, in neurbf four times; kernels twice; scale and shift twice in hash-cam, ten times "
+        "in cam",
     )  # fmt: skip
     image.add_argument(
         "--compare", action="store_true", help="also time the same step in plain PyTorch and unmodulated"

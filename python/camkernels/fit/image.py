@@ -58,6 +58,8 @@ class Options(CommonOptions):
 DEFAULT_MODEL = "hash"
 MOST_STEPS = 100_000  # where only a target is given
 SMALLEST_LOG2_SIZE, LARGEST_LOG2_SIZE = 14, 24
+# Of NeuRBF's field; the public code has 2 levels and waves up to 2^12, for runs hundreds of times as long.
+NEURBF = {"n_levels": 8, "feature_waves": [2.0**-3, 2.0**6]}
 
 
 class Pixels:
@@ -270,7 +272,7 @@ def adapt(model: nn.Module, picture: Picture, seed: int, quiet: bool = True) -> 
 
 
 def default_config(name: str, picture: Picture) -> dict[str, Any]:
-    """The arguments of a model for a picture; a model that takes its size knows the others.
+    """The arguments of a model for a picture; NeuRBF, which takes the picture's size, knows most of the others.
 
     Of a hash grid: finest cells as wide as a pixel of the longer side, in each level an entry per 4 to 8 pixels. With
     16 levels of 2 features this is about 0.7 parameters per number in the picture.
@@ -279,7 +281,7 @@ def default_config(name: str, picture: Picture) -> dict[str, Any]:
     width, height = picture.size
     config: dict[str, Any] = {"channels": picture.channels}
     if "size" in arguments:
-        return config | {"size": [width, height]}
+        return config | {"size": [width, height]} | NEURBF
     if "finest_resolution" not in arguments:
         return config
     return config | {

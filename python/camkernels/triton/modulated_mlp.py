@@ -34,6 +34,8 @@ class Settings(NamedTuple):
     output_layer: bool
     point_norm: bool
     eps: float
+    tf32: bool
+    bfloat16: bool
     keep: bool
     deterministic: bool
 
@@ -127,11 +129,11 @@ def gradients_kernel(
 # ---- launching -------------------------------------------------------------------------------------------------------
 
 
-def precision_of(number: torch.dtype) -> str:
-    """How float32 are multiplied: exactly, by three products of tf32, unless PyTorch allows one."""
+def precision_of(number: torch.dtype, tf32: bool) -> str:
+    """How float32 are multiplied: exactly, by three products of tf32, unless one is allowed."""
     if number == torch.float64:
         return "ieee"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if tf32 else "tf32x3"
 
 
 def plan_of(
@@ -151,7 +153,7 @@ def plan_of(
         point_norm=settings.point_norm,
         eps=settings.eps,
         number=NUMBERS[number],
-        precision=precision_of(number),
+        precision=precision_of(number, settings.tf32),
         block=shape.block,
         chunk=shape.chunk,
         group=group,

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: MIT
 // Loops of radial_basis over pairs of a point and a kernel: the weights, for a pack of points at a time, and the
 // gradients behind them.
-#pragma once
-#include "cpu/radial_basis_rows.h"
+#include <limits>
+
+#include "cpu/radial_basis_kernels.h"
 
 namespace camk::cpu {
+namespace {
 
 template <int D, class N>
 struct RadialLoops {
@@ -20,9 +22,6 @@ struct RadialLoops {
   static constexpr int64_t kKernelsAhead = kWidth, kPointsAhead = 6 * kWidth;
 
   const Problem& problem;
-
-  // Numbers of a kernel's parameters.
-  int kernel_width() const { return D + problem.shape_width; }
 
   // A block of points with one kernel each; those of points without value may be any.
   CAMK_HD math::RadialKernel<D, C> kernel(const Vec<C, D>& x, const int32_t* kernels) const {
@@ -98,7 +97,7 @@ struct RadialLoops {
         const auto parts = kernel(x, pairs.kernels.data() + (at + j) * kWidth).pull_back(pairs.gradient[at + j]);
         for (int a = 0; a < D; ++a) found[a] = found[a] + gradient_of(parts.x[a]);
         if (!kernels) continue;
-        Pack* to = pairs.parts.data() + (at + j) * kernel_width();
+        Pack* to = pairs.parts.data() + (at + j) * problem.kernel_width();
         for (int a = 0; a < D; ++a) to[a] = gradient_of(parts.center[a]);
         for (int a = 0; a < problem.shape_width; ++a) to[D + a] = gradient_of(parts.shape[a]);
       }
@@ -112,14 +111,13 @@ struct RadialLoops {
   }
 
   // Gradients in centres and shapes, added, from some pairs, as in sum_features.
-  template <class Pair>
-  void sum_kernels(const Pairs& pairs, int64_t begin, int64_t end, const Pair& pair, const RadialSums<S>& sums) const {
+  void sum_kernels(const Pairs& pairs, int64_t begin, int64_t end, PairOrder pair, const RadialSums<S>& sums) const {
     const bool shapes = sums.shapes && !math::radial_ignores_shape(problem.kind, problem.shape);
     for (int64_t at = begin; at < end; ++at) {
       const uint32_t p = pair(at);
       const int64_t k = pairs.kernels[p];
       if (k < 0) continue;
-      const Pack* parts = pairs.parts.data() + p / kWidth * kernel_width();
+      const Pack* parts = pairs.parts.data() + p / kWidth * problem.kernel_width();
       for (int a = 0; sums.centers && a < D; ++a) sums.centers[k * D + a] += lane_of(parts[a], p % kWidth);
       for (int a = 0; shapes && a < problem.shape_width; ++a) {
         sums.shapes[k * problem.shape_width + a] += lane_of(parts[D + a], p % kWidth);
@@ -212,5 +210,30 @@ struct RadialLoops {
     for (int64_t j = 0; j < problem.per_point; ++j) gradient[j] = pairs.scale[block] * (gradient[j] - of_total);
   }
 };
+
+}  // namespace
+
+template <class N>
+RadialKernels<N> radial_kernels(int dims) {
+  using S = typename scalar_of<N>::type;
+  using Problem = RadialProblem<S>;
+  using Pairs = RadialPairs<N>;
+  return with_dims(dims, []<int D>(Constant<D>) -> RadialKernels<N> {
+    using Loops = RadialLoops<D, N>;
+    return {[](const Problem& problem, Pairs& pairs, int64_t begin, int64_t end) {
+              Loops{problem}.weigh(pairs, begin, end);
+            },
+            [](const Problem& problem, Pairs& pairs, int64_t begin, int64_t end, S* gx, bool kernels) {
+              Loops{problem}.back_to_points(pairs, begin, end, gx, kernels);
+            },
+            [](const Problem& problem, const Pairs& pairs, int64_t begin, int64_t end, PairOrder pair,
+               const RadialSums<S>& sums) { Loops{problem}.sum_kernels(pairs, begin, end, pair, sums); }};
+  });
+}
+
+template RadialKernels<float> radial_kernels(int);
+template RadialKernels<double> radial_kernels(int);
+template RadialKernels<Dual<float>> radial_kernels(int);
+template RadialKernels<Dual<double>> radial_kernels(int);
 
 }  // namespace camk::cpu

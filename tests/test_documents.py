@@ -102,6 +102,36 @@ def test_the_readme_quotes_its_result_file():
             assert f"{row}{held[0]:.0f} ({held[1]:.0f}) |" in README
 
 
+def test_the_readme_quotes_the_results_of_the_modulated_mlp():
+    sys.path.insert(0, str(ROOT))
+    from bench import gate, report
+
+    name = "bench/results/cpu-zen5-avx512-modulated-mlp.jsonl"
+    assert f"`{name}`" in README
+    records = report.load([ROOT / name])
+    wanted = {"kind": "time", "regime": gate.REGIME, "variant": "warm"}
+    tasks = {"forward": "forward", "fb-parameters": "forward and gradients of the parameters"}
+    for case, title in ((gate.WIDE, "512 inputs, 3 layers of 256"), (gate.NARROW, "32 inputs, 4 layers of 64")):
+        for task, what in tasks.items():
+            exact, rounded = (gate.find(records, case, task, p, **wanted) for p in ("cpu", "cpu_bfloat16"))
+            eager, compiled = (exact["speedup"][name] for name in ("eager", "compile"))
+            cells = [
+                f"{title}, {what}",
+                f"{eager['median']:.1f} ({eager['q1']:.1f}-{eager['q3']:.1f})",
+                f"{compiled['median']:.1f}",
+                f"{exact['ns_per_point']['median']:.0f}",
+                f"{exact['of_ceiling'] * 100:.0f} %",
+                f"{rounded['speedup']['eager']['median']:.1f}, {rounded['ns_per_point']['median']:.0f}",
+            ]
+            assert f"| {' | '.join(cells)} |" in README
+        held = {
+            (provider, regime): gate.find(records, case, "fb-parameters", provider, kind="memory", regime=regime)
+            for provider, regime in (("eager", "default"), ("cpu", "default"), ("cpu", "recompute"))
+        }
+        eager, *ours = (record["bytes_per_point"] for record in held.values())
+        assert f"1/{eager / ours[0]:.1f} of eager's" in README and f"1/{eager / ours[1]:.0f}" in README
+
+
 def test_the_readme_quotes_the_results_of_the_radial_basis():
     sys.path.insert(0, str(ROOT))
     from bench import gate, report

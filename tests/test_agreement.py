@@ -199,6 +199,32 @@ def test_modulation_that_broadcasts_to_the_points(backend, shape):
         testing.assert_close(actual[name], wanted, rtol=1e-12, atol=1e-12, name=name)
 
 
+@pytest.mark.parametrize("channels", [(), (10,)], ids=["scalar", "channels"])
+@pytest.mark.parametrize("norm", [None, "point"])
+@pytest.mark.parametrize("backend", [b for b in backends("modulated_mlp") if b != "reference"])
+def test_an_infinite_slope_behind_the_last_channel_is_none(backend, norm, channels):
+    """Rows of 10 lie in rows of 16: the shift alone is beyond what exp() can take, shift and bias are not."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = {
+        "x": torch.rand(7, 3, generator=generator),
+        "weights.0": torch.rand(10, 3, generator=generator),
+        "weights.1": torch.rand(2, 10, generator=generator),
+        "biases.0": torch.full((10,), -100.0) + torch.rand(10, generator=generator) * (norm is not None),
+        "biases.1": torch.zeros(2),
+        "modulation": torch.tensor([1.0, 100.0 if norm is None else 2.0]).reshape(2, *[1] * len(channels)).expand(
+            7, 1, 2, *channels
+        ).clone(),
+    }  # fmt: skip
+    call = testing.Call(
+        {name: t.to(device_of(backend)) for name, t in inputs.items()}, {"activation": "exponential", "norm": norm}
+    )
+    functions = (function_of("modulated_mlp", backend), definition_of("modulated_mlp"))
+    actual, expected = (testing.evaluate(f, call, order=2) for f in functions)
+    for name, wanted in expected.items():
+        assert wanted.isfinite().all()
+        testing.assert_close(actual[name], wanted, rtol=1e-3, atol=1e-3, name=name)
+
+
 @pytest.mark.parametrize("channels", [False, True])
 @pytest.mark.parametrize("backend", backends("modulated_mlp"))
 def test_gradients_of_modulation_that_no_point_reads_are_zero(backend, channels):

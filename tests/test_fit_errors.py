@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import zipfile
 from pathlib import Path
@@ -39,6 +40,8 @@ def test_bad_pictures(tmp_path, capsys):
 
     expect("none.png", "does not exist")
     expect("", "is a folder")
+    os.mkfifo(tmp_path / "pipe.png")
+    expect("pipe.png", "is a pipe")
     (tmp_path / "text.png").write_text("not a picture")
     expect("text.png", "is not an image that Pillow can read")
     save(smooth(200, 200), tmp_path / "cut.jpg")

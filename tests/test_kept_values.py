@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: MIT
 """What the modulated MLP keeps for its derivatives changes no bit, and it keeps nothing that nobody needs."""
 
+import itertools
+import random
+
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.func import grad, vmap
 
 import camkernels
@@ -61,6 +65,23 @@ def test_a_quarter_of_the_layers_is_computed_again(inputs, width, hidden, skips,
     monkeypatch.setenv("CAMKERNELS_RECOMPUTE", KEPT)
     mlp = camkernels.ModulatedMLP(inputs, 2, width=width, hidden_layers=hidden, skips=skips)
     assert kept_by(mlp(torch.rand(5, inputs))) == 5 * kept
+
+
+def test_sizes_that_are_told_are_those_that_are_made():
+    """The rule stands twice, in Python for tensors without memory and in C++."""
+    rng = random.Random(0)
+    for _ in range(40):
+        widths = [rng.choice((1, 3, 16, 17, 40, 64)) for _ in range(rng.randint(2, 7))]
+        weights = [torch.rand(o, i) for i, o in itertools.pairwise(widths)]
+        layers, plain = len(weights), rng.random() < 0.5
+        settings = ([2] * (layers - plain) + [0] * plain, [1.0] * layers, [False] * layers, plain, False, 1e-5)
+        tensors = (torch.rand(5, widths[0]), weights, [], None, None)
+        operator, flags = torch.ops.camkernels.modulated_mlp, (False, False, True, False)
+        made = operator(*tensors, *settings, *flags)[1]
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            fakes = [mode.from_tensor(t) for t in (tensors[0], *weights)]
+            told = operator(fakes[0], fakes[1:], [], None, None, *settings, *flags)[1]
+        assert told.shape == made.shape
 
 
 def test_above_a_limit_nothing_is_kept(monkeypatch):

@@ -55,7 +55,7 @@ struct Lanes {
     return r;
   }
   CAMK_HD void store(T* p) const { memcpy(p, &v, sizeof(v)); }
-  // Past the caches, to where nobody reads soon; p as aligned as the pack is wide.
+  // Past the caches, to where nobody reads soon; p as aligned as the pack is wide. Then far_stores_done().
   CAMK_HD void store_far(T* p) const {
 #if defined(__AVX512F__)
     _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
@@ -72,6 +72,13 @@ struct Lanes {
   CAMK_HD friend Lanes operator&(Lanes a, Lanes b) { return a.v & b.v; }
   CAMK_HD friend Lanes operator^(Lanes a, Lanes b) { return a.v ^ b.v; }
 };
+
+// Before another thread is told that it may read what store_far wrote.
+CAMK_HD void far_stores_done() {
+#if defined(__SSE__)
+  __builtin_ia32_sfence();
+#endif
+}
 
 using Floats = Lanes<float>;
 using Doubles = Lanes<double>;  // half as many

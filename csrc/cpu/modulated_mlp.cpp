@@ -177,6 +177,7 @@ std::tuple<Tensor, Tensor> forward(Tensor x, TensorList weights, TensorList bias
       ForwardTile<C> tile(net, modulation);
       each_tile(first * kTile, std::min(net.points, last * kTile),
                 [&](int64_t begin, int64_t count) { tile.run(x, begin, count, y, keep ? write<C>(kept) : nullptr); });
+      far_stores_done();
     });
   });
   return {y, kept};

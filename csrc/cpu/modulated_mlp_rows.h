@@ -92,6 +92,15 @@ void deviations(const RowLayer<C>& layer, int64_t count, Rows<C> z, C* r) {
   });
 }
 
+// Zeros behind the last column: what is there has been activated too, and where its slope is infinite, the sums of a
+// row would have none.
+template <class C>
+void clear_padding(const RowLayer<C>& layer, int64_t count, Rows<C> rows) {
+  for (int64_t i = 0; i < count && layer.width < layer.padded; ++i) {
+    std::fill(rows[i] + layer.width, rows[i] + layer.padded, C(0));
+  }
+}
+
 // y = f(scale n + shift), n = r z, where y may be z; Order 1: also slope = f'. Under a norm z has mean 0. Layer and
 // pointers are copies: what is stored might be any that are read through a reference.
 template <int Order, class C>
@@ -116,6 +125,7 @@ void activate_rows(RowLayer<C> layer, int64_t count, Rows<C> z, const Modulation
       }
     });
   });
+  if constexpr (Order > 0) clear_padding(layer, count, slope);
 }
 
 // d: gradient of y -> of z, where there is no norm and nobody asks for the gradients of scale and shift: no sums over
@@ -241,6 +251,7 @@ void activate_tangents(const RowLayer<C>& layer, int64_t count, const TangentRow
       }
     });
   });
+  clear_padding(layer, count, t.slope), clear_padding(layer, count, t.bend);
 }
 
 // d, e: gradients of y and dy -> of z and dz; change: of scale and shift.

@@ -90,10 +90,11 @@ class TileModulation {
     const Modulation<C> neutral{{memory.take(2), 0}, 1};
     *neutral.scale(0) = scale;
     for (const Layer<C>& layer : net.layers) {
-      const bool given = rows && layer.modulated;
-      room_.push_back(given ? rows_for(layer, memory) : neutral);
+      room_.push_back(layer.modulated ? rows_for(layer, memory) : neutral);
+      if (!layer.per_channel) *room_.back().scale(0) = scale;
+      made_.push_back(room_.back());
+      made_.back().rows.stride = 0;
     }
-    made_ = room_;
   }
 
   void read(int64_t begin, int64_t count) {

@@ -63,10 +63,10 @@ def _kept_values(x: Tensor, weights: Sequence[Tensor], activations: Sequence[int
     """How many values a call keeps at most: as choose_kept in csrc/cpu/modulated_mlp_net.h."""
     needed = weights[: len(weights) - (output_layer and activations[-1] == 0)]
     sizes = [(w.shape[0] + PADDING - 1) // PADDING * PADDING for w in sorted(needed, key=lambda w: w.shape[1])]
-    left_out = 0
+    every, left_out = sum(sizes), 0
     for size in sizes:
-        left_out += size * (4 * left_out < sum(sizes))
-    return x.shape[0] * (sum(sizes) - left_out)
+        left_out += size * (4 * left_out < every)
+    return x.shape[0] * (every - left_out)
 
 
 def _meta(
@@ -193,8 +193,8 @@ def modulated_mlp(
 
     First and second derivatives in x, weights, biases and modulation; call backward outside of autocast, as PyTorch
     advises: inside, the products of its own backward are rounded.
-    Hidden values are float32, or float64 if a tensor is float64. On the CPU three quarters of those that the backward
-    pass needs are kept up to 2 GiB per call, all are computed again beyond; the environment variable
+    Hidden values are float32, or float64 if a tensor is float64. On the CPU at most three quarters of those that the
+    backward pass needs are kept up to 2 GiB per call, all are computed again beyond; the environment variable
     CAMKERNELS_RECOMPUTE=0|1 overrides that.
 
     Raises ValueError for shapes, values and mixed devices, TypeError for dtypes, RuntimeError where a

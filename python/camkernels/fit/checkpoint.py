@@ -12,8 +12,10 @@ task       what was fitted: kind, for an image its size, channels and bits, for 
 
 from __future__ import annotations
 
+import lzma
 import os
 import pickle
+import struct
 import zipfile
 import zlib
 from pathlib import Path
@@ -38,7 +40,8 @@ KEYS = {
 }
 # What reading a file of any content may raise.
 UNREADABLE = (
-    zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, pickle.UnpicklingError, RuntimeError, OSError,
+    EOFError, ValueError, LookupError, TypeError, AttributeError,
 )  # fmt: skip
 
 

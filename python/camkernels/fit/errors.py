@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import stat
 from pathlib import Path
 from types import ModuleType
 
@@ -33,6 +34,8 @@ def require(module: str) -> ModuleType:
 def check_file(path: Path, what: str) -> None:
     """UserError unless there is a file, `what` names which is meant, that this user may read."""
     try:
+        if stat.S_ISFIFO(path.stat().st_mode):  # opening it would wait for a writer
+            raise UserError(f"{path} is a pipe; give the path of {what}")
         path.open("rb").close()
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist; give the path of {what}") from error

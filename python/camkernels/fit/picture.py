@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +79,8 @@ def read_picture(path: str | Path) -> Picture:
         raise UserError(f"{path} is too large for Pillow ({error}); scale it down first") from error
     except image_module.UnidentifiedImageError as error:
         raise UserError(f"{path} is not an image that Pillow can read; convert it to PNG, JPEG or TIFF") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what decoders raise on damaged files
+    except (OSError, SyntaxError, ValueError, EOFError, KeyError, zlib.error, struct.error) as error:
+        # what decoders raise on damaged files
         raise UserError(f"{path} cannot be read: {error}; the file is damaged or of an unusual kind") from error
 
 

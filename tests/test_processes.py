@@ -138,6 +138,8 @@ def train_in_process(rank, folder):
     model = torch.nn.parallel.DistributedDataParallel(build_field())
     train(model, batches()[:, rank])
     torch.save(model.module.state_dict(), f"{folder}/{rank}.pt")
+    del model
+    torch.distributed.barrier()  # gloo may wait for ever in the next line for a process that has left
     torch.distributed.destroy_process_group()
 
 

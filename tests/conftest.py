@@ -23,6 +23,8 @@ from torch import Tensor
 
 import camkernels
 from camkernels import _backends, _gpu, _ops, testing
+from fitting import fit_once
+from pictures import save, smooth
 
 torch.set_num_threads(1)  # calls are small: a second thread costs more than it gives; tests of threads set their own
 torch.backends.cuda.matmul.fp32_precision = "ieee"  # some environments allow TF32
@@ -226,3 +228,18 @@ def probe() -> Any:
 def lanes_probe(request: pytest.FixtureRequest) -> Any:
     """The probe of the lanes and number types, for each instruction set."""
     return build_probe(request.param)
+
+
+# ---- the main job ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    """A small picture."""
+    return save(smooth(), tmp_path / "photo.png")
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished fit, made once for a file of tests; not to be written to."""
+    return fit_once(tmp_path_factory.mktemp("fitted"))

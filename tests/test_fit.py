@@ -23,7 +23,7 @@ from camkernels.fit.errors import UserError
 from camkernels.fit.metrics import psnr
 from camkernels.fit.picture import read_picture, write_picture
 from camkernels.fit.trainer import Stop, Trainer
-from fitting import FILES, SMALL, fit, fit_once, report
+from fitting import FILES, SMALL, fit, report
 from pictures import save, smooth
 
 Image = pytest.importorskip("PIL.Image")
@@ -38,17 +38,6 @@ def one_thread_for_small_steps():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture
-def photo(tmp_path: Path) -> Path:
-    return save(smooth(), tmp_path / "photo.png")
-
-
-@pytest.fixture(scope="module")
-def fitted(tmp_path_factory) -> Path:
-    """The folder of a finished fit, made once; not to be written to."""
-    return fit_once(tmp_path_factory.mktemp("fitted"))
 
 
 # ---- fitting ---------------------------------------------------------------------------------------------------------

@@ -15,23 +15,12 @@ import torch
 from camkernels.__main__ import main
 from camkernels.fit import image as image_module
 from camkernels.fit.checkpoint import load_checkpoint, save_checkpoint
-from fitting import SMALL, expect_error, fit_once
+from fitting import SMALL, expect_error
 from pictures import save, smooth
 
 Image = pytest.importorskip("PIL.Image")
 for extra in ("tqdm", "matplotlib", "scipy"):
     pytest.importorskip(extra)
-
-
-@pytest.fixture
-def photo(tmp_path: Path) -> Path:
-    return save(smooth(), tmp_path / "photo.png")
-
-
-@pytest.fixture(scope="module")
-def fitted(tmp_path_factory) -> Path:
-    """The folder of a finished fit, made once; not to be written to."""
-    return fit_once(tmp_path_factory.mktemp("fitted"))
 
 
 def test_bad_pictures(tmp_path, capsys):

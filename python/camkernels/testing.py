@@ -18,7 +18,6 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +29,7 @@ from ._cases import radial_basis as _radial_basis
 from ._cases.golden import Golden, golden_names, load_golden, load_json
 from ._cases.hash_grid import face_distance, safe_points
 from ._cases.pairwise import pairwise
+from ._closeness import assert_close, describe, share_of, spread
 from .reference.hash_grid import FAR
 
 __all__ = [
@@ -372,72 +372,30 @@ def compare(
 # ---- closeness -------------------------------------------------------------------------------------------------------
 
 
-def spread(expected: Tensor) -> float:
-    """s = min(max|b|, 20 * median of the non-zero |b|) over the finite items: what "small" means in this tensor."""
-    size = expected.detach().double().abs()
-    size = size[size.isfinite() & (size > 0)]
-    return float(min(size.max(), 20 * size.median())) if len(size) else 0.0
-
-
-def _share(actual: Tensor, expected: Tensor, rtol: float, atol: float, s: float | Tensor | None = None) -> Tensor:
-    """|a - b| as a share of what is allowed; infinite where one is NaN, or infinite, and the other is not the same."""
-    a, b = actual.detach().double(), expected.detach().double()
-    allowed = atol + rtol * (b.abs() + (spread(b) if s is None else s))
-    share = (a - b).abs() / allowed
-    same = (a == b) | (a.isnan() & b.isnan())
-    return torch.where(same, 0.0, torch.where(a.isfinite() & b.isfinite(), share, torch.inf))
-
-
-def assert_close(
-    actual: Tensor, expected: Tensor, *, rtol: float, atol: float, name: str = "result", least: float | Tensor = 0.0
-) -> None:
-    """|a - b| <= atol + rtol * (|b| + max(spread(b), least)); NaN where b is NaN, the same infinity; equal shape, dtype
-    and device. least [like b]: size of the terms of a sum, whose rounding remains where they cancel.
-    """
-    for what in ("shape", "dtype", "device"):
-        a, b = getattr(actual, what), getattr(expected, what)
-        assert a == b, f"{name}: {what} is {a}, expected {b}"
-    share = _share(
-        actual, expected, rtol, atol, torch.as_tensor(least, device=expected.device).clamp(min=spread(expected))
-    )
-    if (share > 1).any():
-        raise AssertionError(_describe(name, actual, expected, share))
-
-
-def _describe(name: str, actual: Tensor, expected: Tensor, share: Tensor) -> str:
-    worst = int(share.argmax())
-    where = tuple(int(i) for i in np.unravel_index(worst, share.shape))
-    a, b = actual.detach().reshape(-1)[worst].item(), expected.detach().reshape(-1)[worst].item()
-    return (
-        f"{name}: {int((share > 1).sum())} of {share.numel()} items differ; worst at {where}: "
-        f"got {a!r}, expected {b!r}, {share.max().item():.3g} times the tolerance"
-    )
-
-
 def _assert_close_sided(call, family, quantity, actual, expected, rtol, atol, label, ct, max_flips) -> None:
     """assert_close, except that points within rounding of a cell face may show the other side of it."""
     assert actual.shape == expected.shape, f"{label}: shape is {actual.shape}, expected {expected.shape}"
     assert actual.dtype == expected.dtype, f"{label}: dtype is {actual.dtype}, expected {expected.dtype}"
     n = math.prod(call.inputs[call.points].shape[:-1])
     got, wanted = actual.reshape(n, -1), expected.reshape(n, -1)
-    share = _share(got, wanted, rtol, atol)
+    share = share_of(got, wanted, rtol, atol)
     bad = (share > 1).any(-1)
     if not bad.any():
         return
     near, width = family.near_faces(call.inputs, call.options)
     limit = max(1, math.floor(max_flips * n))
     if (bad & ~near).any():
-        raise AssertionError(_describe(label, got, wanted, torch.where(near.unsqueeze(-1), 0.0, share)))
+        raise AssertionError(describe(label, got, wanted, torch.where(near.unsqueeze(-1), 0.0, share)))
     if int(bad.sum()) > limit:
         raise AssertionError(f"{label}: {int(bad.sum())} of {n} points show the other side of a cell face, {limit} may")
     at = bad.nonzero().squeeze(-1)
     slack = rtol + 4 * float(width[at].max())
     s = spread(wanted)
     sides = family.sides(call.inputs, call.options, quantity, at, ct)
-    fits = torch.stack([_share(got[at], side, slack, atol, s) <= 1 for side in sides]).any(0)
+    fits = torch.stack([share_of(got[at], side, slack, atol, s) <= 1 for side in sides]).any(0)
     if not fits.all():
         share = torch.where(fits, 0.0, share[at])
-        raise AssertionError(_describe(f"{label} (neither side of a cell face)", got[at], wanted[at], share))
+        raise AssertionError(describe(f"{label} (neither side of a cell face)", got[at], wanted[at], share))
 
 
 # ---- goldens ---------------------------------------------------------------------------------------------------------
@@ -458,6 +416,6 @@ def assert_close_golden(actual: Tensor, golden: Golden, key: str, dtype: torch.d
     expected = golden.tensor(key, torch.float64)
     assert actual.shape == expected.shape, f"{golden.name} {key}: shape is {actual.shape}, expected {expected.shape}"
     counted = torch.from_numpy(golden.counted(key))
-    share = torch.where(counted, _share(actual.cpu(), expected, rtol, atol), 0.0)
+    share = torch.where(counted, share_of(actual.cpu(), expected, rtol, atol), 0.0)
     if (share > 1).any():
-        raise AssertionError(_describe(f"{golden.name} {key}", actual, expected, share))
+        raise AssertionError(describe(f"{golden.name} {key}", actual, expected, share))

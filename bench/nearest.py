@@ -85,9 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ratio, title = found["speedup"], f"{search.dims}-D K{search.neighbors} of {search.centers}"
             passed = ratio["median"] >= GATE
             missed += not passed
-            spread = f"{ratio['median']:.1f} ({ratio['q1']:.1f}-{ratio['q3']:.1f})"
             verdict = "PASS" if passed else "short of it"
-            print(f"| {title} | {points} | {own:.0f} | {other:.0f} | {spread} | {verdict} |", flush=True)
+            print(f"| {title} | {points} | {own:.0f} | {other:.0f} | {timing.spread(ratio)} | {verdict} |", flush=True)
     return 1 if missed else 0
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 from torch import Tensor, nn
 
@@ -14,12 +15,12 @@ from . import hash_grid_eager, modulated_mlp_eager, radial_basis_eager
 
 
 class PlainGrid(nn.Module):
-    """HashGrid by int64 hashing, index_select and blends: x [n, D] -> [n, L*F]."""
+    """HashGrid by int64 hashing, rows of the table and blends, of a form of `hash_grid_eager`: x [n, D] -> [n, L*F]."""
 
-    def __init__(self, layer: HashGrid):
+    def __init__(self, layer: HashGrid, form: str):
         super().__init__()
         self.table = layer.table
-        self.function = hash_grid_eager.make({"geometry": layer.geometry}, str(layer.table.device), "fair")
+        self.function = hash_grid_eager.make({"geometry": layer.geometry}, str(layer.table.device), form)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(x, self.table)
@@ -90,14 +91,15 @@ class PlainHashCAM(HashCAMField):
         return self.mlp(self.grid(x), None if self.modulation is None else self.modulation(2 * x - 1))
 
 
-LAYERS = {HashGrid: PlainGrid, CoordinateModulation: PlainModulation, ModulatedMLP: PlainMLP, RadialBasis: PlainBasis}
+LAYERS = {CoordinateModulation: PlainModulation, ModulatedMLP: PlainMLP, RadialBasis: PlainBasis}
 FIELDS = {HashCAMField: PlainHashCAM, NeuRBFImageField: PlainNeuRBF}
 
 
-def plain(field: nn.Module) -> nn.Module:
+def plain(field: nn.Module, grid_form: str = "blend") -> nn.Module:
     """A copy of a field, with parameters of its own and of equal names, in PyTorch's own operations."""
     found = copy.deepcopy(field)
+    layers = LAYERS | {HashGrid: functools.partial(PlainGrid, form=grid_form)}
     for name, layer in list(found.named_children()):
-        if type(layer) in LAYERS:
-            setattr(found, name, LAYERS[type(layer)](layer))
+        if type(layer) in layers:
+            setattr(found, name, layers[type(layer)](layer))
     return FIELDS.get(type(field), lambda same: same)(found)

@@ -18,6 +18,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from . import timing
+
 Key = tuple[str, ...]
 IDENTITY = ("case", "pass", "provider", "variant", "threads", "device")
 HEADER = ("provider", "ns/point", "least", "quartiles", "x eager", "x compile", "floor ns", "of ceiling")
@@ -101,11 +103,7 @@ def _number(value: float | None, pattern: str = "{:.3g}") -> str:
 def _row(record: dict, memory: dict[Key, dict]) -> tuple[str, ...]:
     ns, ratio = record["ns_per_point"], record["speedup"].get("eager")
     spread = f"{_number(ns['q1'])}-{_number(ns['q3'])}"
-    over_eager = (
-        f"{ratio['median']:.1f} ({ratio['q1']:.1f}-{ratio['q3']:.1f})"
-        if ratio
-        else "1" * (record["provider"] == "eager")
-    )
+    over_eager = timing.spread(ratio) if ratio else "1" * (record["provider"] == "eager")
     name = record["provider"]
     if record["compile_s"] is not None:
         name += f" (compiled in {record['compile_s']:.0f} s)"

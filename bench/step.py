@@ -2,9 +2,10 @@
 """Whole training steps of `fit image` against the same in plain PyTorch: `python -m bench.step [--models hash,cam]`.
 
 A step draws a batch of pixels, computes the field, the loss and its gradients, and moves the parameters by Adam, as
-`python -m camkernels fit image` does. The other field computes the same layers by PyTorch's own operations
-(`plain_fields.py`), starts from the same parameters and sees the same batches; its first losses must be equal. Steps of
-both are timed in turn, in a process of its own per model and allocator regime.
+`python -m camkernels fit image` does. The other fields compute the same layers by PyTorch's own operations
+(`plain_fields.py`), start from the same parameters and see the same batches; their first losses must be equal. "plain"
+takes rows of a hash table by `table[index]`, as nerfstudio does; "fair", where there is a table, by `index_select`,
+which is faster. Steps of all are timed in turn, in a process of its own per model and allocator regime.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-from camkernels import _gpu
+from camkernels import HashGrid, _gpu
 from camkernels.fields import MODELS
 from camkernels.fit.image import Pixels, adapt, default_config
 from camkernels.fit.picture import Picture, read_picture
@@ -29,30 +30,36 @@ from camkernels.fit.trainer import Settings, Stop, Trainer
 
 from . import ROOT, machine, plain_fields, timing
 
-SCHEMA = 1
+SCHEMA = 2
 PHOTO = ROOT / "bench" / "data" / "photo.jpg"
 WARM_UPS = 3
 ALLOWED = 1e-3  # relative difference of the losses of the first steps
 STEPS = 1_000_000  # a run this long keeps its learning rate while it is timed
-SIDES = ("camkernels", "plain")
+OURS = "camkernels"
+GRID_FORMS = {"plain": "blend", "fair": "fair"}  # of hash_grid_eager
 
 
 def trainers(name: str, picture: Picture, batch: int, device: str) -> dict[str, Trainer]:
-    """Two runs from the same parameters, ours and plain PyTorch's."""
+    """Runs from the same parameters: ours, "plain" and, of a field with a hash grid, "fair"."""
     torch.manual_seed(0)
     own = MODELS[name](**default_config(name, picture)).to(device)
     adapt(own, picture, seed=0)
     settings = Settings(Stop(STEPS), batch, own.learning_rate)
     pixels = Pixels(picture, batch, torch.device(device))
     pixels.prepare(own)
-    fields = zip(SIDES, (own, plain_fields.plain(own)), strict=True)
-    return {side: Trainer(field, pixels.loss, settings) for side, field in fields}
+    fields = {OURS: own, **{side: plain_fields.plain(own, form) for side, form in GRID_FORMS.items()}}
+    if not any(isinstance(layer, HashGrid) for layer in own.modules()):
+        del fields["fair"]
+    return {side: Trainer(field, pixels.loss, settings) for side, field in fields.items()}
 
 
 def measure(
     name: str, picture: Picture, batch: int, device: str, threads: int, rounds: int, seconds: float
 ) -> dict[str, Any]:
-    """{ms (quartiles of a step, by side), speedup, losses, parameters}. ValueError where the losses differ."""
+    """{ms (quartiles of a step, by side), speedup (over each other side), losses, parameters}.
+
+    ValueError where the losses differ.
+    """
     runs = trainers(name, picture, batch, device)
     clock = timing.clock_for(threads, device)
     losses: dict[str, list[float]] = {}
@@ -63,16 +70,16 @@ def measure(
         run.advance()
         tasks.append(timing.Timed(side, run.advance, always=True))
         tasks[-1].plan(clock() - start, rounds, seconds, repeat=True)
-    for own, other in zip(*losses.values(), strict=True):
-        if not abs(own - other) <= ALLOWED * abs(other):
+    for own, *others in zip(*losses.values(), strict=True):
+        if not all(abs(own - other) <= ALLOWED * abs(other) for other in others):
             raise ValueError(f"{name}: the losses of the first steps differ: {losses}")
     timing.interleave(tasks, rounds, seconds, clock)
-    own, other = (task.seconds for task in tasks)
+    own, *others = tasks
     return {
         "ms": {task.name: timing.quartiles(s * 1e3 for s in task.seconds.values()) for task in tasks},
-        "speedup": timing.speedup(own, other),
+        "speedup": {other.name: timing.speedup(own.seconds, other.seconds) for other in others},
         "losses": losses,
-        "parameters": sum(p.numel() for p in runs["camkernels"].model.parameters()),
+        "parameters": sum(p.numel() for p in runs[OURS].model.parameters()),
     }
 
 
@@ -106,10 +113,11 @@ def run_apart(name: str, regime: str, options: argparse.Namespace) -> dict[str, 
 
 def row(found: dict[str, Any]) -> str:
     """A line of the table."""
-    own, other = (found["ms"][side]["median"] for side in SIDES)
-    ratio = found["speedup"]
-    spread = f"{ratio['median']:.1f} ({ratio['q1']:.1f}-{ratio['q3']:.1f})"
-    return f"| {found['model']} | {found['regime']} | {own:.1f} | {other:.1f} | {spread} |"
+    cells = [found["model"], found["regime"], f"{found['ms'][OURS]['median']:.1f}"]
+    for side in GRID_FORMS:
+        ratio = found["speedup"].get(side)
+        cells += [f"{found['ms'][side]['median']:.1f}", timing.spread(ratio)] if ratio else ["", ""]
+    return f"| {' | '.join(cells)} |"
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -143,7 +151,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(record(options)))
         return 0
     print(f"{options.picture.name}, {options.batch} pixels a step, {options.threads} thread(s), {options.device}")
-    print("| model | regime | ms a step | plain PyTorch | times faster |\n|---|---|---|---|---|")
+    print("| model | regime | ms a step | plain PyTorch | times faster | with index_select | times faster |")
+    print("|---|---|---|---|---|---|---|")
     failed = 0
     for name in options.models:
         for regime in options.regimes:

@@ -100,6 +100,11 @@ def speedup(of: dict[int, float], over: dict[int, float]) -> dict[str, float] | 
     return quartiles(over[r] / of[r] for r in common) | {"rounds": len(common)} if common else None
 
 
+def spread(ratio: dict[str, float]) -> str:
+    """The median of quartiles, and the other two in brackets."""
+    return f"{ratio['median']:.1f} ({ratio['q1']:.1f}-{ratio['q3']:.1f})"
+
+
 def contended_share(calibrations: list[float], load: float | None, cores: int) -> float:
     """Share of rounds whose calibration was 10 % below the best; 1 if more wants to run than there are cores."""
     if load is not None and load > cores:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from camkernels import testing
+from camkernels import HashGrid, testing
 from camkernels.fields import MODELS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,22 +73,28 @@ def test_a_plain_field_has_parameters_of_its_own_and_no_layer_of_ours(pair):
     theirs = dict(other.named_parameters())
     assert theirs.keys() == dict(own.named_parameters()).keys()
     assert all(theirs[name] is not parameter for name, parameter in own.named_parameters())
-    assert not any(type(module) in plain_fields.LAYERS for module in other.modules())
+    assert not any(type(module) in {HashGrid, *plain_fields.LAYERS} for module in other.modules())
     sizes = [[(g["lr"], sum(p.numel() for p in g["params"])) for g in f.parameter_groups(1e-2)] for f in pair]
     assert sizes[0] == sizes[1]
 
 
-def test_a_step_is_measured_on_both_sides(picture):
-    found = step.measure("hash", read_picture(picture), 64, "cpu", torch.get_num_threads(), 3, 0.0)
-    assert found["ms"].keys() == {"camkernels", "plain"} and found["speedup"]["rounds"] == 3
-    own, other = found["losses"].values()
-    assert own == pytest.approx(other, rel=step.ALLOWED) and own[0] > own[-1]
-    line = step.row(found | {"model": "hash", "regime": "tuned"})
-    assert line.startswith("| hash | tuned | ") and f"{found['speedup']['median']:.1f} (" in line
+@pytest.mark.parametrize(("model", "sides"), [("hash", ["plain", "fair"]), ("fourier", ["plain"])])
+def test_a_step_is_measured_on_every_side(picture, model, sides):
+    found = step.measure(model, read_picture(picture), 64, "cpu", torch.get_num_threads(), 3, 0.0)
+    assert list(found["ms"]) == list(found["losses"]) == ["camkernels", *sides]
+    own, *others = found["losses"].values()
+    assert all(own == pytest.approx(other, rel=step.ALLOWED) for other in others) and own[0] > own[-1]
+    _, *cells, _ = map(str.strip, step.row(found | {"model": model, "regime": "tuned"}).split("|"))
+    assert cells[:2] == [model, "tuned"] and len(cells) == 7
+    assert list(found["speedup"]) == sides
+    for side, (ms, ratio) in zip(sides, (cells[3:5], cells[5:]), strict=False):
+        assert ms == f"{found['ms'][side]['median']:.1f}"
+        assert found["speedup"][side]["rounds"] == 3 and ratio.startswith(f"{found['speedup'][side]['median']:.1f} (")
+    assert cells[5:] == ["", ""] or "fair" in sides
 
 
 def test_unequal_fields_are_not_timed(picture, monkeypatch):
-    def spoiled(field):
+    def spoiled(field, form):
         other = copy.deepcopy(field)
         with torch.no_grad():
             next(other.perceptron.parameters()).add_(0.1)

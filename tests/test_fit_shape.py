@@ -29,7 +29,7 @@ for extra in ("PIL.Image", "tqdm", "matplotlib", "skimage.measure"):
     pytest.importorskip(extra)
 trimesh = pytest.importorskip("trimesh")
 
-KNOT = Path(__file__).resolve().parents[1] / "bench" / "data" / "knot.ply"
+DATA = Path(__file__).resolve().parents[1] / "bench" / "data"
 SMALL = ["--levels", "3", "--finest", "20", "--width", "16", "--batch", "512"]
 SMALL += ["--samples", "4000", "--resolution", "24"]
 FILES = {"mesh.ply", "view.png", "loss.png", "checkpoint.pt", "report.json"}
@@ -241,7 +241,7 @@ def test_bad_options(tmp_path, ball, capsys):
 @pytest.mark.parametrize("module, package", [("trimesh", "trimesh"), ("skimage.measure", "scikit-image")])
 def test_a_missing_package_is_named(module, package, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
-    assert main(["fit", "shape", str(KNOT), "--out", str(tmp_path / "out")]) == 2
+    assert main(["fit", "shape", str(DATA / "spot.ply"), "--out", str(tmp_path / "out")]) == 2
     assert f"pip install {package}" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
@@ -253,8 +253,8 @@ def test_a_field_without_a_surface_is_said(tmp_path, ball, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", SHAPE_MODELS)
-def test_the_knot_is_fitted_to_99_percent(model, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("mesh", "model"), [("spot.ply", "neurbf"), ("knot.ply", "hash")])
+def test_the_shipped_meshes_are_fitted_to_99_percent(mesh, model, tmp_path, monkeypatch):
     monkeypatch.setattr(shape, "INSIDE_POINTS", INSIDE_POINTS)  # of few, a single one decides
-    assert main(["fit", "shape", str(KNOT), "--out", str(tmp_path), "--model", model, "--quiet"]) == 0
+    assert main(["fit", "shape", str(DATA / mesh), "--out", str(tmp_path), "--model", model, "--quiet"]) == 0
     assert report(tmp_path)["iou"] >= 0.99

@@ -21,7 +21,8 @@ for extra in ("PIL.Image", "tqdm", "matplotlib", "skimage.measure"):
     pytest.importorskip(extra)
 trimesh = pytest.importorskip("trimesh")
 
-KNOT = Path(__file__).resolve().parents[1] / "bench" / "data" / "knot.ply"
+DATA = Path(__file__).resolve().parents[1] / "bench" / "data"
+KNOT = DATA / "knot.ply"
 
 
 def mesh_of(made) -> meshes.Mesh:
@@ -179,6 +180,16 @@ def test_the_knot_is_what_its_script_makes():
     mesh = meshes.read_mesh(KNOT)
     assert mesh.notes == () and len(mesh.vertices) - 1.5 * len(mesh.triangles) + len(mesh.triangles) == 0  # of one hole
     assert np.allclose(mesh.vertices[mesh.triangles], vertices[triangles], atol=1e-6)
+
+
+def test_spot_is_one_closed_symmetric_surface():
+    mesh = meshes.read_mesh(DATA / "spot.ply")
+    assert mesh.notes == () and (mesh.vertices.shape, mesh.triangles.shape) == ((2930, 3), (5856, 3))
+    mirrored = mesh.vertices * mesh.vertices.new_tensor([-1.0, 1.0, 1.0])
+    assert torch.cdist(mirrored, mesh.vertices).amin(1).max() < 1e-6
+    corners = mesh.vertices[mesh.triangles]
+    volume = torch.linalg.det(corners).sum() / 6
+    assert volume.item() == pytest.approx(0.717887, abs=1e-5)  # above 0: the faces look outwards
 
 
 def test_a_mesh_that_cannot_be_written_is_said(tmp_path):

@@ -73,7 +73,8 @@ def is_declared(name: str) -> bool:
 
 def has_kernel(name: str, device_type: str) -> bool:
     """Whether there is an operator of this name with a kernel for tensors on a type of device."""
-    if torch.compiler.is_compiling() or not is_declared(name):  # a trace cannot ask the dispatcher
-        return device_type in _kernels.get(name, ())
+    loaded = device_type in _kernels.get(name, ())
+    if loaded or torch.compiler.is_compiling() or not is_declared(name):  # a trace cannot ask the dispatcher
+        return loaded
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
     return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)

@@ -180,6 +180,62 @@ def test_errors_say_what_is_wrong(error, message, x, centers, k):
         nearest(x, centers, k)
 
 
+# ---- under traces and transforms -------------------------------------------------------------------------------------
+
+
+def three_nearest(x, centers):
+    return nearest(x, centers, 3, return_squared_distances=True)
+
+
+def test_a_graph_holds_the_search():
+    x, centers = rand(40, 2).float(), rand(60, 2, seed=1)
+    compiled = torch.compile(three_nearest, fullgraph=True, backend="aot_eager", dynamic=True)
+    for points in (x, x[:7], x.reshape(4, 10, 2)):
+        for found, wanted in zip(compiled(points, centers), three_nearest(points, centers), strict=True):
+            assert torch.equal(found, wanted) and found.dtype == wanted.dtype
+    centers.add_(rand(60, 2, seed=5))
+    assert torch.equal(compiled(x, centers)[0], three_nearest(x, centers)[0]), "the old index is not taken"
+
+
+def test_what_a_graph_searched_among_last_is_remembered(monkeypatch):
+    monkeypatch.setattr(neighbors, "_remembered", [])
+    clouds = [rand(30, 2, seed=seed) for seed in range(neighbors._MOST_REMEMBERED + 1)]
+    first = neighbors._remember(clouds[0])
+    assert neighbors._remember(clouds[0].clone()) is first, "equal centers, one index"
+    for cloud in clouds[1:]:
+        neighbors._remember(cloud)
+    assert len(neighbors._remembered) == neighbors._MOST_REMEMBERED and first not in neighbors._remembered
+
+
+def test_transforms_search_for_their_points():
+    x, centers = rand(5, 8, 2), rand(60, 2, seed=1)
+    wanted = nearest(x, centers, 3)
+    assert torch.equal(torch.vmap(nearest, in_dims=(0, None, None))(x, centers, 3), wanted)
+    moved = torch.vmap(nearest, in_dims=(1, None, None), out_dims=1)(x, centers, 3)
+    assert torch.equal(moved, wanted)
+    seen = []
+    torch.func.grad(lambda t: seen.append(nearest(t, centers, 3)) or t.sum())(x)
+    assert torch.equal(seen[0], wanted)
+    with pytest.raises(RuntimeError, match=r"^nearest: torch.vmap over centers is not supported.*loop over them"):
+        torch.vmap(nearest, in_dims=(None, 0, None))(x[0], rand(3, 9, 2), 3)
+
+
+def test_tensors_without_values_have_neighbors_without():
+    rows, squares = three_nearest(rand(2, 5, 3).half().to("meta"), rand(9, 3).to("meta"))
+    assert rows.is_meta and rows.shape == squares.shape == (2, 5, 3)
+    assert (rows.dtype, squares.dtype) == (torch.int32, torch.float64)
+    with pytest.raises(ValueError, match=r"^nearest: k must be at most the number of centers, 2, got 3"):
+        three_nearest(rand(5, 3).to("meta"), rand(2, 3).to("meta"))
+
+
+def test_an_index_is_one():
+    with pytest.raises(TypeError, match=r"^nearest: index must be a NeighborIndex or None, got int"):
+        nearest(rand(2, 2), rand(3, 2), 1, index=3)
+
+
+# ---- methods ---------------------------------------------------------------------------------------------------------
+
+
 def test_a_method_is_always_found(monkeypatch, capsys):
     from camkernels.__main__ import main
 

@@ -65,6 +65,24 @@ def test_neighbors_follow_the_centers():
         assert torch.equal(layer(x), layer(x, near))
 
 
+def test_a_graph_and_a_transform_find_the_neighbors():
+    layer, x = RadialBasis(30, 2, 4, dtype=torch.float64), torch.rand(9, 2, dtype=torch.float64)
+    y = layer(x)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    assert torch.equal(compiled(x), y) and torch.equal(compiled(x[:4]), y[:4])
+    with torch.no_grad():
+        layer.centers.add_(torch.rand_like(layer.centers))
+    y = layer(x)
+    assert torch.equal(compiled(x), y), "moved centers have other neighbors"
+    program = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("n", min=2)},))
+    assert torch.equal(program.module()(x[:5]), y[:5])
+    assert torch.equal(torch.vmap(layer)(x), y)
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(layer(leaf).square().sum(), leaf)
+    each = torch.vmap(torch.func.grad(lambda t: layer(t).square().sum()))(x)
+    torch.testing.assert_close(each, gradient)
+
+
 def test_copies_compute_the_same():
     layer, x = RadialBasis(30, 3, 4, kind="nlin", shape="isotropic"), torch.rand(9, 3)
     y = layer(x)

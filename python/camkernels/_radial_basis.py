@@ -112,11 +112,13 @@ def _check_neighbors(op: str, neighbors: Tensor, leading: Sequence[int], count: 
             )
 
 
-def can_look_at(tensor: Tensor) -> bool:
-    """Whether a check may read values: not those that a trace or a transform stands for, nor, because it would wait
-    for the device, those of a GPU, unless CAMKERNELS_CHECK=1."""
+def has_values(tensor: Tensor) -> bool:
+    """Whether there are values to read: not where a trace or a transform has a tensor that stands for others."""
     if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return False
-    if isinstance(tensor, torch._subclasses.FakeTensor):
-        return False
-    return tensor.device.type == "cpu" or (not tensor.is_meta and os.environ.get("CAMKERNELS_CHECK") == "1")
+    return not (tensor.is_meta or isinstance(tensor, torch._subclasses.FakeTensor))
+
+
+def can_look_at(tensor: Tensor) -> bool:
+    """Whether a check may read values: those of a GPU, because it would wait for the device, if CAMKERNELS_CHECK=1."""
+    return has_values(tensor) and (tensor.device.type == "cpu" or os.environ.get("CAMKERNELS_CHECK") == "1")

@@ -15,13 +15,14 @@ from ._backends import Call, can_run
 from ._checks import check_choice, check_floating, check_number, check_same_device, check_shape, check_size
 from ._neighbor_cells import build
 from ._neighbor_fallbacks import search_all, search_tree, tree
-from ._radial_basis import KINDS, MOST_DIMS, SHAPES, can_look_at, shape_width
+from ._radial_basis import KINDS, MOST_DIMS, SHAPES, can_look_at, has_values, shape_width
 
 __all__ = ["NeighborIndex", "kernel_shapes", "nearest", "second_moments", "weighted_kmeans", "width_bounds"]
 
-# ---- operator --------------------------------------------------------------------------------------------------------
-# x [m, d] in float32 or float64; points of the same dtype, rows, starts, cuts and slabs: Cells of n centres ->
+# ---- operators -------------------------------------------------------------------------------------------------------
+# nearest: x [m, d] in float32 or float64; points of the same dtype, rows, starts, cuts and slabs: Cells of n centres ->
 # rows int32 [m, k], squared distances float64 [m, k].
+# nearest_among: a search as a graph or a transform holds it, x [..., d], centers [n, d] -> what `nearest` returns.
 
 
 def _nearest_meta(
@@ -34,6 +35,28 @@ _NEAREST = _ops.declare(
     "nearest(Tensor x, Tensor points, Tensor rows, Tensor starts, Tensor cuts, int[] slabs, int k) -> (Tensor, Tensor)",
     _nearest_meta,
 )
+
+
+def _search_meta(x: Tensor, centers: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(torch.promote_types(x.dtype, centers.dtype), torch.float32)
+    return x.new_empty(*x.shape[:-1], k, dtype=torch.int32), x.new_empty(*x.shape[:-1], k, dtype=dtype)
+
+
+_NEAREST_AMONG = _ops.declare("nearest_among(Tensor x, Tensor centers, int k) -> (Tensor, Tensor)", _search_meta)
+
+
+def _search_among(x: Tensor, centers: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return _remember(centers).search(x, k)
+
+
+def _search_batched(info: Any, in_dims: tuple, x: Tensor, centers: Tensor, k: int) -> tuple[Any, Any]:
+    if in_dims[1] is not None:
+        raise RuntimeError("nearest: torch.vmap over centers is not supported, only over x; loop over them")
+    return _NEAREST_AMONG(x.movedim(in_dims[0], 0), centers, k), (0, 0)
+
+
+_ops.library.impl("nearest_among", _search_among, "CompositeExplicitAutograd")
+torch.library.register_vmap(f"{_ops.NAMESPACE}::nearest_among", _search_batched, lib=_ops.library)
 
 _POINTS_AT_ONCE = 1 << 22  # bounds the memory of a search
 
@@ -70,12 +93,7 @@ class NeighborIndex:
 
     def __init__(self, centers: Tensor):
         op = "NeighborIndex"
-        check_floating(op, "centers", centers)
-        if centers.ndim != 2 or not 1 <= centers.shape[1] <= MOST_DIMS or len(centers) == 0:
-            raise ValueError(
-                f"{op}: centers must have shape [n, d] with n > 0 and d from 1 to {MOST_DIMS}, got "
-                f"{list(centers.shape)}"
-            )
+        _check_centers(op, centers)
         _check_finite(op, "centers", centers)
         self.device = home_of(centers.device)
         self.centers = self._coordinates(centers).clone()
@@ -95,15 +113,10 @@ class NeighborIndex:
     @torch.compiler.disable
     def search(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """x [..., d] -> (int32 [..., k], squared distances [..., k]) on the device of x, as `nearest` gives them."""
-        op = "nearest"
-        check_floating(op, "x", x)
-        count, dims = self.centers.shape
-        check_shape(op, "x", x, ["...", dims], f"the centers have {dims} coordinates")
-        check_size(op, "k", k)
-        if k > count:
-            raise ValueError(f"{op}: k must be at most the number of centers, {count}, got {k}; use min(k, {count})")
+        _check_search(x, self.centers, k)
+        dims = self.centers.shape[1]
         if self.device.type == "cpu" or can_look_at(x):
-            _check_finite(op, "x", x)
+            _check_finite("nearest", "x", x)
         points = self._coordinates(x)
         dtype = torch.promote_types(points.dtype, self.centers.dtype)
         points = points.to(dtype).reshape(-1, dims).contiguous()
@@ -130,6 +143,17 @@ class NeighborIndex:
         return self._prepared[dtype]
 
 
+_remembered: list[NeighborIndex] = []  # of the last centers that graphs have searched among
+_MOST_REMEMBERED = 4
+
+
+def _remember(centers: Tensor) -> NeighborIndex:
+    """An index of these centers, from before if they are among the last that were asked for."""
+    index = next((i for i in _remembered if i.holds(centers)), None) or NeighborIndex(centers)
+    _remembered[:] = [index, *(i for i in _remembered if i is not index)][:_MOST_REMEMBERED]
+    return index
+
+
 def nearest(
     x: Tensor,
     centers: Tensor,
@@ -143,7 +167,8 @@ def nearest(
     x [..., d], centers [n, d], d from 1 to 4, k from 1 to n. Distances are those of the offsets in float64, for all
     dtypes. index: a `NeighborIndex` of the same centers, which saves building one. return_squared_distances:
     (neighbours, squared distances [..., k] in float32, or float64 if x or centers are). Nothing is differentiable.
-    Where it runs: `NeighborIndex`.
+    Where it runs: `NeighborIndex`. A graph of torch.compile or torch.export holds the search, and torch.vmap goes over x;
+    without index the ones of the last four centers are remembered for them.
 
     Raises ValueError for shapes, k, mixed devices, an index of other centers and coordinates that are not finite,
     TypeError for dtypes. On a GPU x is not looked at, unless CAMKERNELS_CHECK=1, because the host would wait for the
@@ -157,12 +182,36 @@ def nearest(
     check_floating(op, "x", x)
     check_floating(op, "centers", centers)
     check_same_device(op, x=x, centers=centers)
-    if index is None:
-        index = NeighborIndex(centers)
-    elif not index.holds(centers):
+    if not (index is None or isinstance(index, NeighborIndex)):
+        raise TypeError(f"{op}: index must be a NeighborIndex or None, got {type(index).__name__}")
+    if not (has_values(x) and has_values(centers)):
+        _check_centers(op, centers)
+        _check_search(x, centers, k)
+        found = _NEAREST_AMONG(x.detach(), centers.detach(), k)
+    elif index is None:
+        found = NeighborIndex(centers).search(x, k)
+    elif index.holds(centers):
+        found = index.search(x, k)
+    else:
         raise ValueError(f"{op}: index must be of these centers, got one of others; build NeighborIndex(centers) anew")
-    rows, squares = index.search(x, k)
-    return (rows, squares) if return_squared_distances else rows
+    return found if return_squared_distances else found[0]
+
+
+def _check_centers(op: str, centers: Tensor) -> None:
+    check_floating(op, "centers", centers)
+    if centers.ndim != 2 or not 1 <= centers.shape[1] <= MOST_DIMS or len(centers) == 0:
+        raise ValueError(
+            f"{op}: centers must have shape [n, d] with n > 0 and d from 1 to {MOST_DIMS}, got {list(centers.shape)}"
+        )
+
+
+def _check_search(x: Tensor, centers: Tensor, k: int) -> None:
+    op, (count, dims) = "nearest", centers.shape
+    check_floating(op, "x", x)
+    check_shape(op, "x", x, ["...", dims], f"the centers have {dims} coordinates")
+    check_size(op, "k", k)
+    if k > count:
+        raise ValueError(f"{op}: k must be at most the number of centers, {count}, got {k}; use min(k, {count})")
 
 
 def _check_finite(op: str, name: str, t: Tensor) -> None:

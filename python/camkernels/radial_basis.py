@@ -15,8 +15,8 @@ from ._backends import BACKENDS, Call, choose, define, round_to_autocast
 from ._checks import check_choice, check_dtype, check_floating, check_size
 from ._layers import KeepsGeometry
 from ._modulation import compute_dtype
-from ._radial_basis import KINDS, MOST_DIMS, SHAPES, Basis, shape_width
-from .neighbors import NeighborIndex
+from ._radial_basis import KINDS, MOST_DIMS, SHAPES, Basis, has_values, shape_width
+from .neighbors import NeighborIndex, nearest
 
 __all__ = ["RadialBasis", "radial_basis"]
 
@@ -222,14 +222,15 @@ class RadialBasis(KeepsGeometry):
     def forward(self, x: Tensor, neighbors: Tensor | None = None) -> Tensor:
         """x [..., dims], neighbors integers [..., K] or None -> [..., features]."""
         if neighbors is None and self.neighbors is not None:
-            neighbors = self._nearest(x)
+            neighbors = self._search(x)
         return radial_basis(
             x, self.centers, self.shapes, self.features, neighbors, **self.options, frequencies=self.frequencies,
             backend=self.backend,
         )  # fmt: skip
 
-    @torch.compiler.disable
-    def _nearest(self, x: Tensor) -> Tensor:
+    def _search(self, x: Tensor) -> Tensor:
+        if not (has_values(x) and has_values(self.centers)):
+            return nearest(x, self.centers, self.neighbors)
         if self._index is None or not self._index.holds(self.centers):
             self._index = NeighborIndex(self.centers)
         return self._index.search(x, self.neighbors)[0]

@@ -110,6 +110,10 @@ MLPS = {
         {"skips": [2]},
     ),
     "a skip from the end": (ValueError, r"skips must name .* got -1", {"skips": [-1]}),
+    "one skip": (TypeError, r"skips must be a list of hidden layers, got 1; for none leave it empty", {"skips": 1}),
+    "a skip that is a flag": (ValueError, r"skips must name .* got True", {"skips": [True]}),
+    "an output layer by name": (TypeError, r"output_layer must be True or False, got 'no'", {"output_layer": "no"}),
+    "frequencies that are a list": (TypeError, r"frequencies must be a torch.Tensor", {"frequencies": [1.0]}),
     "a norm of images": (ValueError, r"norm must be one of None, 'point', got 'frame'", {"norm": "frame"}),
     "a negative eps": (ValueError, r"eps must be finite and at least 0, got -1", {"eps": -1.0}),
     "no frequencies": (
@@ -256,6 +260,8 @@ LAYERS = [
         r"frequencies must have shape \[64\], got \[3\]",
         SIZES | {"activation": "residual_sine", "frequencies": [1.0, 2.0, 3.0]},
     ),
+    ("ModulatedMLP", TypeError, r"skips must be a list of hidden layers, got 1", SIZES | {"skips": 1}),
+    ("ModulatedMLP", TypeError, r"bias must be True or False, got None", SIZES | {"bias": None}),
     ("ModulatedMLP", ValueError, r"backend must be one of None, 'cpu'", SIZES | {"backend": "gpu"}),
     ("ModulatedMLP", TypeError, r"dtype must be torch\.float32", SIZES | {"dtype": torch.int32}),
     ("CoordinateModulation", ValueError, r"hidden_layers must be at least 1, got 0", {"hidden_layers": 0}),
@@ -268,7 +274,7 @@ LAYERS = [
     (
         "CoordinateModulation",
         ValueError,
-        r"resolution must be at least one size",
+        r"resolution must be from 1 to 7 sizes .* got \(\)",
         {"hidden_layers": 2, "resolution": ()},
     ),
     (
@@ -276,6 +282,18 @@ LAYERS = [
         ValueError,
         r"resolution must be two sizes \(h, w\) of a plane for combine='plane_product', got \(4, 4, 4\)",
         {"hidden_layers": 2, "resolution": (4, 4, 4), "combine": "plane_product"},
+    ),
+    (
+        "CoordinateModulation",
+        TypeError,
+        r"resolution must be an int or a list of them, got 4\.0",
+        {"hidden_layers": 2, "resolution": 4.0},
+    ),
+    (
+        "CoordinateModulation",
+        ValueError,
+        r"resolution must be from 1 to 7 sizes",
+        {"hidden_layers": 2, "resolution": (2,) * 8},
     ),
     ("CoordinateModulation", ValueError, r"channels must be at least 1, got 0", {"hidden_layers": 2, "channels": 0}),
     ("CoordinateModulation", ValueError, r"padding must be one of", {"hidden_layers": 2, "padding": "wrap"}),
@@ -296,6 +314,7 @@ LAYERS = [
     ("Modulate", ValueError, r"activation must be one of", {"activation": "swish"}),
     ("Modulate", ValueError, r"eps must be finite and at least 0", {"eps": -1.0}),
     ("Modulate", TypeError, r"omega must be a number", {"omega": None}),
+    ("Modulate", ValueError, r"frequencies must be given for 'residual_sine'", {"activation": "residual_sine"}),
     ("Modulate", ValueError, r"backend must be one of", {"backend": "gpu"}),
 ]
 

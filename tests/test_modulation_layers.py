@@ -210,3 +210,17 @@ def test_the_published_study_in_one_dimension():
             optimizer.step()
         final[name] = loss.item()
     assert final["plain"] > 4.5 and final["CAM"] < 0.8 * final["plain"]
+
+
+def test_sizes_and_layers_may_be_of_numpy():
+    np = pytest.importorskip("numpy")
+    assert camkernels.CoordinateModulation(2, np.int64(5)).grids.shape == (2, 2, 5)
+    mlp = camkernels.ModulatedMLP(2, 3, width=4, skips=np.array([1]))
+    assert mlp.layers[2].weight.shape == (3, 6) and mlp.options["skips"] == (1,)
+
+
+def test_modulate_takes_frequencies_as_a_list_of_any_numbers():
+    h, gamma, beta = torch.randn(5, 3), torch.ones(5, 1), torch.zeros(5, 1)
+    expected = h + torch.sin(h * torch.tensor([1.0, 2.0, 3.0]))
+    layer = camkernels.Modulate(activation="residual_sine", frequencies=[1, 2, 3])
+    torch.testing.assert_close(layer(h, gamma, beta), expected)

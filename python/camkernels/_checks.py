@@ -68,6 +68,16 @@ def check_size(op: str, name: str, value: object, least: int = 1) -> None:
         raise ValueError(f"{op}: {name} must be at least {least}, got {value}")
 
 
+def check_sizes(op: str, name: str, values: object) -> tuple[int, ...]:
+    """The values, one int or several; TypeError for others, ValueError where one is below 1."""
+    if not isinstance(values, (Integral, Iterable)) or isinstance(values, (bool, str)):
+        raise TypeError(f"{op}: {name} must be an int or a list of them, got {values!r} ({type(values).__name__})")
+    sizes = (values,) if isinstance(values, Integral) else tuple(values)
+    for size in sizes:
+        check_size(op, name, size)
+    return sizes
+
+
 def check_choice(op: str, name: str, value: object, choices: Iterable[str | None]) -> None:
     """ValueError unless value is one of the choices."""
     choices = list(choices)

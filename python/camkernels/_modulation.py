@@ -4,15 +4,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._checks import check_choice, check_floating, check_number, check_same_device, check_shape
+from ._checks import check_choice, check_flag, check_floating, check_number, check_same_device, check_shape
 
 ACTIVATIONS = (
     None, "relu", "leaky_relu", "gelu", "silu", "softplus", "sigmoid", "tanh", "exponential", "squareplus", "sine",
@@ -69,7 +69,8 @@ def plan_layers(
     frequencies: Tensor | None = None,
 ) -> Plan:
     """Options of an MLP of `layers` linear layers; ValueError for what does not exist or has another length."""
-    hidden = layers - bool(output_layer)
+    check_flag(op, "output_layer", output_layer)
+    hidden = layers - output_layer
     check_choice(op, "norm", norm, (None, "point"))
     check_number(op, "eps", eps, least=0.0)
     activations = _per_layer(op, "activation", activation, hidden)
@@ -78,9 +79,7 @@ def plan_layers(
     omegas = _per_layer(op, "omega", omega, hidden)
     for value in omegas:
         check_number(op, "omega", value)
-    for layer in skips:
-        if not (isinstance(layer, int) and 0 <= layer < hidden):
-            raise ValueError(f"{op}: skips must name some of the {hidden} hidden layers, counted from 0, got {layer!r}")
+    skipped = _skipped(op, skips, hidden)
     check_choice(op, "output_activation", output_activation, [a for a in ACTIVATIONS if a != "residual_sine"])
     if output_activation is not None and not output_layer:
         raise ValueError(
@@ -91,10 +90,17 @@ def plan_layers(
     if output_activation == "sine" and not one_omega:
         raise ValueError(f"{op}: omega must be one number where output_activation is 'sine', got {omega!r}")
     output_omega = float(omega) if one_omega else 1.0
-    skipped = frozenset(int(layer) for layer in skips)
-    return Plan(
-        activations, omegas, skipped, bool(output_layer), output_activation, output_omega, norm, eps, frequencies
-    )
+    return Plan(activations, omegas, skipped, output_layer, output_activation, output_omega, norm, eps, frequencies)
+
+
+def _skipped(op: str, skips: object, hidden: int) -> frozenset[int]:
+    if not isinstance(skips, Iterable):
+        raise TypeError(f"{op}: skips must be a list of hidden layers, got {skips!r}; for none leave it empty")
+    layers = tuple(skips)
+    for layer in layers:
+        if isinstance(layer, bool) or not isinstance(layer, Integral) or not 0 <= layer < hidden:
+            raise ValueError(f"{op}: skips must name some of the {hidden} hidden layers, counted from 0, got {layer!r}")
+    return frozenset(int(layer) for layer in layers)
 
 
 def _per_layer(op: str, name: str, value: Any, hidden: int) -> tuple:
@@ -132,6 +138,8 @@ def check_mlp(
         raise ValueError(f"{op}: x must have shape [..., in], got []")
     _check_widths(op, x.shape[-1], weights, biases, plan.skips)
     widths = [w.shape[0] for w in weights[: plan.hidden]]
+    if plan.frequencies is not None:
+        check_floating(op, "frequencies", plan.frequencies)
     for width, activation in zip(widths, plan.activations, strict=True):
         check_frequencies(op, plan.frequencies, activation, width)
     if modulation is not None:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from . import reference, triton
 from ._autograd import Argument, Operator
 from ._backends import BACKENDS, Call, choose, define, round_to_autocast
-from ._checks import check_choice, check_dtype, check_floating, check_size
+from ._checks import check_choice, check_dtype, check_flag, check_floating, check_size, check_sizes
 from ._layers import KeepsGeometry
-from ._modulation import COMBINES, PADDINGS, check_lookup, compute_dtype
+from ._modulation import COMBINES, MAX_DIMS, PADDINGS, check_lookup, compute_dtype
 
 __all__ = ["CoordinateModulation", "coordinate_modulation"]
 
@@ -125,10 +125,8 @@ class CoordinateModulation(KeepsGeometry):
     ):
         super().__init__()
         op = "CoordinateModulation"
-        nodes = (resolution,) if isinstance(resolution, int) else tuple(resolution)
+        nodes = check_sizes(op, "resolution", resolution)
         check_size(op, "hidden_layers", hidden_layers)
-        for size in nodes:
-            check_size(op, "resolution", size)
         if channels is not None:
             check_size(op, "channels", channels)
         check_choice(op, "padding", padding, PADDINGS)
@@ -136,11 +134,10 @@ class CoordinateModulation(KeepsGeometry):
         check_choice(op, "beta_init", beta_init, ("auto", "zeros"))
         check_choice(op, "backend", backend, (None, *BACKENDS))
         check_dtype(op, "dtype", dtype)
-        if not isinstance(align_corners, bool):
-            raise TypeError(f"{op}: align_corners must be True or False, got {align_corners!r}")
+        check_flag(op, "align_corners", align_corners)
         planes = combine == "plane_product"
-        if len(nodes) != 2 if planes else not nodes:
-            wanted = "two sizes (h, w) of a plane" if planes else "at least one size"
+        if len(nodes) != 2 if planes else not 1 <= len(nodes) <= MAX_DIMS:
+            wanted = "two sizes (h, w) of a plane" if planes else f"from 1 to {MAX_DIMS} sizes"
             raise ValueError(f"{op}: resolution must be {wanted} for combine={combine!r}, got {nodes}")
         self.options = {"padding": padding, "align_corners": align_corners, "combine": combine}
         self.beta_init, self.backend = beta_init, backend

@@ -132,7 +132,12 @@ class Modulate(nn.Module):
         check_number("Modulate", "omega", omega)
         self.options = {"norm": norm, "eps": eps, "activation": activation, "omega": omega}
         self.backend = backend
-        constants = None if frequencies is None else torch.as_tensor(frequencies)
+        if activation == "residual_sine" and frequencies is None:
+            raise ValueError("Modulate: frequencies must be given for 'residual_sine', one per channel")
+        if frequencies is None or isinstance(frequencies, Tensor):
+            constants = frequencies
+        else:
+            constants = torch.tensor([float(f) for f in frequencies])
         self.register_buffer("frequencies", constants, persistent=False)
 
     def forward(self, h: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import reference, triton
 from ._autograd import Argument, Operator
 from ._backends import BACKENDS, Call, choose, define, round_to_autocast
-from ._checks import check_choice, check_dtype, check_floating, check_size
+from ._checks import check_choice, check_dtype, check_flag, check_floating, check_size
 from ._gpu import allows_bfloat16, allows_tf32
 from ._modulation import (
     ACTIVATIONS,
@@ -270,11 +270,14 @@ class ModulatedMLP(nn.Module):
         check_size(op, "hidden_layers", hidden_layers, least=0 if output_layer else 1)
         check_dtype(op, "dtype", dtype)
         check_choice(op, "backend", backend, (None, *BACKENDS))
+        check_flag(op, "bias", bias)
+        check_flag(op, "output_layer", output_layer)
         self.options = {
-            "activation": activation, "output_activation": output_activation, "norm": norm, "skips": tuple(skips),
+            "activation": activation, "output_activation": output_activation, "norm": norm, "skips": skips,
             "output_layer": output_layer, "omega": omega,
         }  # fmt: skip
-        self.plan = plan_layers(op, hidden_layers + bool(output_layer), **self.options)
+        self.plan = plan_layers(op, hidden_layers + output_layer, **self.options)
+        self.options["skips"] = tuple(sorted(self.plan.skips))
         self.in_features, self.out_features, self.width = in_features, out_features, width
         self.backend = backend
         place = {"dtype": dtype, "device": torch.get_default_device() if device is None else device}

@@ -78,6 +78,27 @@ def test_measures_of_a_known_field(monkeypatch):
     assert shape.normal_error(turned, mesh, CPU) > 176
 
 
+def test_normals_are_of_the_whole_derivative():
+    torch.manual_seed(0)
+    options = {"kernels": 40, "n_levels": 2, "log2_hashmap_size": 8, "finest_resolution": 20, "width": 8}
+    field = SHAPE_MODELS["neurbf"](**options).double()
+    with torch.no_grad():
+        field.basis.features.uniform_(-1, 1)
+    x = torch.rand(20, 3, dtype=torch.float64)
+    step = 1e-6 * torch.eye(3, dtype=torch.float64)
+    with torch.no_grad():
+        near = [field.nearest(x)] * 2  # the same kernels on both sides
+        slope = torch.stack([(field(x + h, near[0]) - field(x - h, near[1]))[:, 0] / 2e-6 for h in step], -1)
+
+    def found():
+        leaf = x.clone().requires_grad_()
+        return torch.autograd.grad(field(leaf, near[0]).sum(), leaf)[0]
+
+    with shape.whole_derivatives(field):
+        torch.testing.assert_close(found(), slope, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(found(), slope, rtol=1e-2), "training takes the sum for a constant"
+
+
 def test_extracted_surface_of_a_known_field():
     mesh = shape.extract_surface(Ball(0.3), 64, CPU)
     assert ((mesh.vertices - 0.5).norm(dim=-1) - 0.3).abs().max() < 1e-3

@@ -126,3 +126,54 @@ def test_shapes_refuse_what_does_not_fit():
         kernel_shapes(torch.ones(3, 2), (torch.zeros(2), torch.ones(2)))
     with pytest.raises(ValueError, match=r"^second_moments: shape must be one of"):
         second_moments(torch.ones(3, 2), torch.ones(3), torch.ones(1, 2), shape="round")
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "start"),
+    [
+        (
+            TypeError,
+            r"start \[count\] must be rows of the points, integers, got torch\.float32",
+            torch.tensor([0.0, 1.0]),
+        ),
+        (ValueError, r"start must name rows from 0 to 3, got 0 to 4", torch.tensor([0, 4])),
+        (ValueError, r"start must have shape \[2\], got \[3\]; or centres", torch.tensor([0, 1, 2])),
+        (ValueError, r"start must have shape \[2, 1\], got \[2, 2\]; or rows", torch.rand(2, 2)),
+    ],
+)
+def test_kmeans_refuses_a_start(error, message, start):
+    with pytest.raises(error, match=f"^weighted_kmeans: {message}"):
+        neighbors.weighted_kmeans(torch.rand(4, 1), torch.ones(4), 2, start=start)
+
+
+def test_points_that_cannot_be_clustered_are_named():
+    broken = torch.tensor([[0.0], [float("nan")]])
+    with pytest.raises(ValueError, match=r"^weighted_kmeans: points must be finite, got 1 points"):
+        neighbors.weighted_kmeans(broken, torch.ones(2), 1)
+    with pytest.raises(ValueError, match=r"^second_moments: points must have from 1 to 4 coordinates, got \[3, 5\]"):
+        second_moments(torch.rand(3, 5), torch.ones(3), torch.rand(1, 5))
+    with pytest.raises(ValueError, match=r"^second_moments: alpha must be above 0, got 0"):
+        second_moments(torch.rand(3, 2), torch.ones(3), torch.rand(1, 2), alpha=0)
+
+
+@pytest.mark.parametrize("shape", ["isotropic", "full"])
+def test_shapes_refuse_moments_and_bounds_that_give_none(shape):
+    moments, low, high = torch.ones(3, 1 if shape == "isotropic" else 4), torch.zeros(2), torch.ones(2)
+    with pytest.raises(ValueError, match=r"^kernel_shapes: moments must be finite"):
+        kernel_shapes(moments * float("nan"), (low, high), shape=shape)
+    with pytest.raises(ValueError, match=r"^kernel_shapes: moments must be above 0 where the least half-width is 0"):
+        kernel_shapes(moments * 0, (low, high), shape=shape)
+    for bounds in ((high, high / 2), (-high, high), (low, low), (low, high / 0)):
+        with pytest.raises(ValueError, match=r"^kernel_shapes: bounds must be from 0 on and in order"):
+            kernel_shapes(moments, bounds, shape=shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", ["diagonal", "full", "projected"])
+def test_shapes_of_moments_in_16_bits(shape, dtype):
+    width = 2 if shape == "diagonal" else 4
+    moments = torch.tensor([[0.25, 0.5], [0.5, 0.25]] if width == 2 else [[0.25, 0.0, 0.0, 0.5]], dtype=dtype)
+    bounds = torch.zeros(2), torch.ones(2)
+    found = kernel_shapes(moments, bounds, shape=shape)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, kernel_shapes(moments.float(), bounds, shape=shape).to(dtype))

@@ -120,6 +120,16 @@ def test_file_types(tmp_path, suffix):
     assert meshes.volume(mesh) == pytest.approx(trimesh.creation.icosphere(1).volume, rel=1e-5)
 
 
+@pytest.mark.parametrize(("size", "place"), [(1e-12, 0.0), (1e12, 0.0), (1.0, 1e9)])
+def test_vertices_at_one_place_are_one_at_any_size(size, place, tmp_path):
+    box = trimesh.creation.box()
+    corners = box.vertices[box.faces].reshape(-1, 3) * size + place  # each triangle has corners of its own
+    rows = [*corners.tolist(), *([3, i, i + 1, i + 2] for i in range(0, 36, 3))]
+    (tmp_path / "box.off").write_text("OFF\n36 12 0\n" + "\n".join(" ".join(map(repr, row)) for row in rows))
+    mesh = meshes.read_mesh(tmp_path / "box.off")
+    assert len(mesh.vertices) == 8 and meshes.volume(mesh) == pytest.approx(size**3, rel=1e-6)
+
+
 def test_a_mesh_inside_out_is_turned_and_said(tmp_path):
     ball = trimesh.creation.icosphere(1)
     ball.invert()

@@ -353,13 +353,38 @@ def test_a_hash_grid_learns():
     [
         ({"lr": -1.0}, "SparseRowAdam: lr must be"),
         ({"betas": (0.9, 1.0)}, "SparseRowAdam: betas must be at least 0 and at most 0.99999"),
-        ({"betas": (math.nan, 0.9)}, "SparseRowAdam: betas must be at least 0 and at most 0.99999"),
+        ({"betas": (math.nan, 0.9)}, "SparseRowAdam: betas must be finite, got nan"),
+        ({"betas": (0.9,)}, r"SparseRowAdam: betas must be two numbers, got \(0\.9,\)"),
+        ({"params": [{"params": [table(2, 2)], "lr": -1.0}]}, "SparseRowAdam: lr must be"),
+        ({"params": [{"params": [table(2, 2)], "eps": math.nan}]}, "SparseRowAdam: eps must be"),
         ({"params": [torch.nn.Parameter(torch.tensor(1.0))]}, "SparseRowAdam: parameters must have rows"),
     ],
 )
 def test_refusals(arguments, words):
     with pytest.raises(ValueError, match=words):
         SparseRowAdam(**{"params": [table(2, 2)]} | arguments)
+
+
+def test_a_refused_group_is_not_added():
+    optimizer = SparseRowAdam([table(2, 2)])
+    with pytest.raises(ValueError, match="betas must be at least 0"):
+        optimizer.add_param_group({"params": [table(2, 2)], "betas": (0.9, 1.0)})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_states_of_others_are_refused_and_change_nothing():
+    parameter = table(3, 2)
+    parameter.grad = torch.ones_like(parameter)
+    optimizer, adam, wider = SparseRowAdam([parameter]), torch.optim.Adam([parameter]), table(3, 4)
+    wider.grad = torch.ones_like(wider)
+    others = [adam, SparseRowAdam([wider])]
+    for one in (optimizer, *others):
+        one.step()
+    before = {name: value.clone() for name, value in optimizer.state[parameter].items()}
+    for other in others:
+        with pytest.raises(ValueError, match=r"the state of a parameter must have the shapes .*load one that this"):
+            optimizer.load_state_dict(other.state_dict())
+        assert all(torch.equal(optimizer.state[parameter][name], value) for name, value in before.items())
 
 
 def test_a_gradient_of_two_sparse_axes_is_refused():

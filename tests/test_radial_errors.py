@@ -74,6 +74,11 @@ ERRORS = {
         r"neighbors must be int32 or int64, got torch\.float32; see camkernels\.nearest",
         {"neighbors": NEIGHBORS.float()},
     ),
+    "neighbors in lists": (
+        TypeError,
+        r"neighbors must be a torch\.Tensor or None, got list",
+        {"neighbors": NEIGHBORS.tolist()},
+    ),
     "neighbors of other points": (
         ValueError,
         r"neighbors must have shape \[5, K\], got \[4, 2\]; x has leading axes \[5\]",

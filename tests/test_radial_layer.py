@@ -111,6 +111,23 @@ def test_dtype_follows_the_layer():
     assert layer.half()(torch.rand(5, 2)).dtype == torch.float16
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_frequencies_are_not_rounded_to_16_bits(dtype):
+    waves = [1.1, 33.3, 1234.567]
+    layers = [
+        RadialBasis(30, 2, 3, frequencies=waves),
+        camkernels.ModulatedMLP(2, 3, width=3, activation="residual_sine", frequencies=waves),
+        camkernels.Modulate(activation="residual_sine", frequencies=waves),
+    ]
+    for layer in layers:
+        exact, state = layer.frequencies.clone(), layer.state_dict()
+        layer.to(dtype)
+        assert torch.equal(layer.frequencies, exact)
+        layer.load_state_dict(state)  # of the layer before
+    mlp = camkernels.ModulatedMLP(2, 3, width=3, activation="residual_sine", frequencies=waves, dtype=dtype)
+    assert torch.equal(mlp.frequencies, exact) and mlp(torch.rand(5, 2, dtype=dtype)).dtype == dtype
+
+
 @pytest.mark.parametrize(
     ("error", "message", "arguments"),
     [

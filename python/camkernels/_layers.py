@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 class KeepsGeometry(nn.Module):
@@ -16,3 +18,17 @@ class KeepsGeometry(nn.Module):
         # A bare parameter, as other codes save it, has no geometry to compare with.
         state_dict.setdefault(f"{prefix}_extra_state", self.get_extra_state())
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class KeepsFrequencies(nn.Module):
+    """A layer with a buffer `frequencies`, or None, that stays in float32 where the layer is converted to 16 bits: of
+    rounded ones, phases of many radians would be others."""
+
+    frequencies: Tensor | None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        exact = self.frequencies
+        super()._apply(fn, recurse)
+        if exact is not None and self.frequencies.dtype in (torch.float16, torch.bfloat16):
+            self.frequencies = exact.to(self.frequencies.device)
+        return self

@@ -85,12 +85,12 @@ class Basis:
         self.check_options(op, features.shape[1])
         width = shape_width(self.shape, dims)
         check_shape(op, "shapes", shapes, [count, width], f"shape={self.shape!r} of {count} centers in {dims} axes")
+        if neighbors is not None:
+            _check_neighbors(op, neighbors, x.shape[:-1], count)
         check_same_device(
             op, x=x, centers=centers, shapes=shapes, features=features, neighbors=neighbors,
             frequencies=self.frequencies, phase=self.phase,
         )  # fmt: skip
-        if neighbors is not None:
-            _check_neighbors(op, neighbors, x.shape[:-1], count)
         if self.shape in ("isotropic", "diagonal") and can_look_at(shapes) and (shapes < 0).any():
             raise ValueError(
                 f"{op}: shapes must not be negative for shape={self.shape!r}, got {shapes.min().item():g}; use "
@@ -99,6 +99,8 @@ class Basis:
 
 
 def _check_neighbors(op: str, neighbors: Tensor, leading: Sequence[int], count: int) -> None:
+    if not isinstance(neighbors, Tensor):
+        raise TypeError(f"{op}: neighbors must be a torch.Tensor or None, got {type(neighbors).__name__}")
     if neighbors.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{op}: neighbors must be int32 or int64, got {neighbors.dtype}; see camkernels.nearest")
     check_shape(op, "neighbors", neighbors, [*leading, "K"], f"x has leading axes {list(leading)}")

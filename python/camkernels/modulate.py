@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import reference, triton
 from ._autograd import Argument, Operator
 from ._backends import BACKENDS, Call, choose, define, round_to_autocast
 from ._checks import check_choice, check_floating, check_number
+from ._layers import KeepsFrequencies
 from ._modulation import ACTIVATIONS, NORMS, check_modulate, compute_dtype, per_group
 
 __all__ = ["Modulate", "modulate"]
@@ -108,7 +109,7 @@ def modulate(
 # ---- layer -----------------------------------------------------------------------------------------------------------
 
 
-class Modulate(nn.Module):
+class Modulate(KeepsFrequencies):
     """act(gamma * norm(h) + beta) as a layer without parameters; arguments, shapes and errors: `modulate`.
 
     >>> Modulate(norm="ray", eps=1e-6)(torch.randn(4, 6, 8), torch.rand(4, 1, 1), torch.zeros(4, 1, 1)).shape

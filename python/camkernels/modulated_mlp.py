@@ -16,6 +16,7 @@ from ._autograd import Argument, Operator
 from ._backends import BACKENDS, Call, choose, define, round_to_autocast
 from ._checks import check_choice, check_dtype, check_flag, check_floating, check_size
 from ._gpu import allows_bfloat16, allows_tf32
+from ._layers import KeepsFrequencies
 from ._modulation import (
     ACTIVATIONS,
     Activation,
@@ -226,7 +227,7 @@ def modulated_mlp(
 # ---- layers ----------------------------------------------------------------------------------------------------------
 
 
-class ModulatedMLP(nn.Module):
+class ModulatedMLP(KeepsFrequencies):
     """MLP whose hidden layers take a scale and a shift: x [..., in_features] -> [..., out_features].
 
     hidden_layers layers of `width` features, then a linear layer; with output_layer=False the last hidden layer has
@@ -282,7 +283,8 @@ class ModulatedMLP(nn.Module):
         self.backend = backend
         place = {"dtype": dtype, "device": torch.get_default_device() if device is None else device}
         self._frequencies = None if frequencies is None else [float(f) for f in frequencies]
-        constants = None if frequencies is None else torch.tensor(self._frequencies, **place)
+        wide = torch.promote_types(dtype, torch.float32)
+        constants = None if frequencies is None else torch.tensor(self._frequencies, dtype=wide, device=place["device"])
         self.register_buffer("frequencies", constants, persistent=False)
         outs = [width] * hidden_layers + [out_features]
         outs = outs if output_layer else outs[1:]

@@ -13,6 +13,7 @@ from torch import Tensor
 from . import _ops
 from ._backends import Call, can_run
 from ._checks import check_choice, check_floating, check_number, check_same_device, check_shape, check_size
+from ._modulation import compute_dtype
 from ._neighbor_cells import build
 from ._neighbor_fallbacks import search_all, search_tree, tree
 from ._radial_basis import KINDS, MOST_DIMS, SHAPES, can_look_at, has_values, shape_width
@@ -265,7 +266,7 @@ def weighted_kmeans(
         device = weights.device if generator is None else generator.device
         clocks = torch.empty(len(weights), dtype=torch.float64, device=device).exponential_(generator=generator)
         start = (weights.double() / clocks.to(weights.device)).topk(count).indices
-    check_shape(op, "start", start, [count] if start.ndim == 1 else [count, points.shape[1]], "or rows [count]")
+    _check_start(op, start, count, points)
     centers = (points[start.long()] if start.ndim == 1 else start).double()
     points, masses = points[used], weights[used].double().unsqueeze(-1)
     moments = masses * points.double()
@@ -294,6 +295,8 @@ def second_moments(
     op = "second_moments"
     check_choice(op, "shape", shape, SHAPES)
     check_number(op, "alpha", alpha)
+    if alpha <= 0:
+        raise ValueError(f"{op}: alpha must be above 0, got {alpha}")
     _check_weights(op, points, weights)
     used = weights > 0
     points, masses = points[used], weights[used].double().unsqueeze(-1)
@@ -354,18 +357,50 @@ def kernel_shapes(
     for bound in bounds:
         check_shape(op, "bounds", bound, [dims], "one half-width for each axis")
     check_shape(op, "moments", moments, ["n", shape_width(shape, dims)], f"shape={shape!r} in {dims} axes")
+    if can_look_at(moments):
+        _check_finite(op, "moments", moments)
+        if not ((bounds[0] >= 0) & (bounds[0] <= bounds[1]) & (bounds[1] > 0) & bounds[1].isfinite()).all():
+            given = " and ".join(str(bound.tolist()) for bound in bounds)
+            raise ValueError(f"{op}: bounds must be from 0 on and in order, the greatest above 0, got {given}")
+    dtype, moments = moments.dtype, moments.to(compute_dtype(moments))
     least, most = (bound.to(moments).square() for bound in bounds)
     moments = moments * {"nlin": 4.0, "ivmq": 1 / 3}.get(kind, 1.0)
     if shape in ("isotropic", "diagonal"):
         if shape == "isotropic":
             least, most = least.max(), most.min()
         clipped = moments.clamp(least, most)
-        return clipped.rsqrt() if kind == "nlin" else 1 / clipped
-    inverse = torch.linalg.inv(_clipped(_matrices(moments, shape, dims), least, most))
+        _check_widths(op, clipped)
+        return (clipped.rsqrt() if kind == "nlin" else 1 / clipped).to(dtype)
+    matrices = _clipped(_matrices(moments, shape, dims), least, most)
+    _check_widths(op, matrices.diagonal(dim1=-2, dim2=-1))
+    inverse = torch.linalg.inv(matrices)
     if shape != "projected":
-        return _matrix_rows(inverse, shape)
+        return _matrix_rows(inverse, shape).to(dtype)
     values, vectors = torch.linalg.eigh(inverse)
-    return (vectors * values.sqrt().unsqueeze(-2)).mT.flatten(1)
+    return (vectors * values.sqrt().unsqueeze(-2)).mT.flatten(1).to(dtype)
+
+
+def _check_widths(op: str, squares: Tensor) -> None:
+    if can_look_at(squares) and not (squares > 0).all():
+        raise ValueError(
+            f"{op}: moments must be above 0 where the least half-width is 0, got {squares.min().item():g}; give a "
+            "least half-width above 0"
+        )
+
+
+def _check_start(op: str, start: Tensor, count: int, points: Tensor) -> None:
+    """ValueError or TypeError unless these are rows [count] of the points, or centres [count, d]."""
+    if start.ndim != 1:
+        check_floating(op, "start", start)
+        check_shape(op, "start", start, [count, points.shape[1]], "or rows [count]")
+        return
+    check_shape(op, "start", start, [count], "or centres [count, d]")
+    if start.is_floating_point() or start.is_complex() or start.dtype == torch.bool:
+        raise TypeError(f"{op}: start [count] must be rows of the points, integers, got {start.dtype}")
+    if can_look_at(start) and not ((start >= 0) & (start < len(points))).all():
+        raise ValueError(
+            f"{op}: start must name rows from 0 to {len(points) - 1}, got {int(start.min())} to {int(start.max())}"
+        )
 
 
 def _check_weights(op: str, points: Tensor, weights: Tensor) -> None:
@@ -373,9 +408,13 @@ def _check_weights(op: str, points: Tensor, weights: Tensor) -> None:
     check_floating(op, "weights", weights)
     check_same_device(op, points=points, weights=weights)
     check_shape(op, "points", points, ["N", "d"], "one row for each point")
+    if not 1 <= points.shape[1] <= MOST_DIMS:
+        raise ValueError(f"{op}: points must have from 1 to {MOST_DIMS} coordinates, got {list(points.shape)}")
     check_shape(op, "weights", weights, [len(points)], "one weight for each point")
     if can_look_at(weights) and not ((weights >= 0) & weights.isfinite()).all():
         raise ValueError(f"{op}: weights must be finite and not negative; clamp them")
+    if can_look_at(points):
+        _check_finite(op, "points", points)
 
 
 def _means(weighted: Tensor, masses: Tensor, rows: Tensor, otherwise: Tensor) -> Tensor:

@@ -79,14 +79,21 @@ class SparseRowAdam(Optimizer):
         betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-15,
     ):
-        check_number(OP, "lr", lr, least=0.0)
-        check_number(OP, "eps", eps, least=0.0)
-        _check_betas(betas)
-        super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps})
-        for parameter in chain.from_iterable(group["params"] for group in self.param_groups):
-            check_floating(OP, "parameters", parameter)
-            if parameter.ndim == 0:
-                raise ValueError(f"{OP}: parameters must have rows, got one without any axis; use torch.optim.Adam")
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As every optimizer's; the errors are those of the class."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            _check_options(group)
+            for parameter in group["params"]:
+                check_floating(OP, "parameters", parameter)
+                if parameter.ndim == 0:
+                    raise ValueError(f"{OP}: parameters must have rows, got one without any axis; use torch.optim.Adam")
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -96,6 +103,7 @@ class SparseRowAdam(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            _check_options(group)  # which a loaded state or a schedule may have changed
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self._step(parameter, group)
@@ -110,7 +118,6 @@ class SparseRowAdam(Optimizer):
         gradient, rows = _listed(parameter.grad)
         moments = state["exp_avg"], state["exp_avg_sq"], state["step"]
         options = {"lr": group["lr"], "betas": tuple(group["betas"]), "eps": group["eps"]}
-        _check_betas(options["betas"])  # which a loaded state or a schedule may have changed
         if not _has_kernel(parameter.device):
             reference.sparse_row_adam(parameter, *moments, gradient, rows, **options)
             return
@@ -121,23 +128,47 @@ class SparseRowAdam(Optimizer):
             parameter.copy_(values)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As every optimizer's; moments keep their dtype, which torch's own would round to the parameter's."""
-        super().load_state_dict(state_dict)
+        """As every optimizer's; moments keep their dtype, which torch's own would round to the parameter's.
+
+        Raises ValueError, and changes nothing, for the state of another optimizer or of other parameters.
+        """
         own, given = (
-            chain.from_iterable(group["params"] for group in groups)
+            list(chain.from_iterable(group["params"] for group in groups))
             for groups in (self.param_groups, state_dict["param_groups"])
         )
+        for parameter, number in zip(own, given, strict=False):  # other numbers of parameters torch refuses
+            _check_state(parameter, state_dict["state"].get(number, {}))
+        super().load_state_dict(state_dict)
         for parameter, number in zip(own, given, strict=True):
             for name, value in state_dict["state"].get(number, {}).items():
                 dtype = torch.int32 if name == "step" else _moment_dtype(parameter)
                 self.state[parameter][name] = value.to(parameter.device, dtype).contiguous()
 
 
-def _check_betas(betas: tuple[float, float]) -> None:
+def _check_options(group: dict[str, Any]) -> None:
+    check_number(OP, "lr", group["lr"], least=0.0)
+    check_number(OP, "eps", group["eps"], least=0.0)
+    betas = tuple(group["betas"])
+    if len(betas) != 2:
+        raise ValueError(f"{OP}: betas must be two numbers, got {betas}")
+    for beta in betas:
+        check_number(OP, "betas", beta)
     if not all(0 <= beta <= LARGEST_BETA for beta in betas):
         raise ValueError(
-            f"{OP}: betas must be at least 0 and at most {LARGEST_BETA}, got {tuple(betas)}; for slower averages use "
+            f"{OP}: betas must be at least 0 and at most {LARGEST_BETA}, got {betas}; for slower averages use "
             "torch.optim.Adam"
+        )
+
+
+def _check_state(parameter: Tensor, state: dict[str, Any]) -> None:
+    """ValueError unless the state is empty or of this optimizer and such a parameter."""
+    wanted = {"step": parameter.shape[:1], "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+    found = {name: getattr(value, "shape", None) for name, value in state.items()}
+    if state and found != wanted:
+        sizes = [{name: list(shape or ()) for name, shape in shapes.items()} for shapes in (wanted, found)]
+        raise ValueError(
+            f"{OP}: the state of a parameter must have the shapes {sizes[0]}, got {sizes[1]}; load one that this "
+            "optimizer saved"
         )
 
 

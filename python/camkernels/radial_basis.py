@@ -13,7 +13,7 @@ from . import reference, triton
 from ._autograd import Argument, Operator
 from ._backends import BACKENDS, Call, choose, define, round_to_autocast
 from ._checks import check_choice, check_dtype, check_floating, check_size
-from ._layers import KeepsGeometry
+from ._layers import KeepsFrequencies, KeepsGeometry
 from ._modulation import compute_dtype
 from ._radial_basis import KINDS, MOST_DIMS, SHAPES, Basis, has_values, shape_width
 from .neighbors import NeighborIndex, nearest
@@ -137,7 +137,7 @@ def radial_basis(
 # ---- layer -----------------------------------------------------------------------------------------------------------
 
 
-class RadialBasis(KeepsGeometry):
+class RadialBasis(KeepsFrequencies, KeepsGeometry):
     """Trainable radial kernels: x [..., dims] -> [..., features], from the nearest `neighbors` kernels of each point.
 
     The parameters are `centers` [count, dims], at first from U(-1, 1), `shapes` [count, s], such that a kernel is as

@@ -53,18 +53,25 @@ def read_mesh(path: str | Path) -> Mesh:
     check_file(path, "a mesh file")
     try:
         loaded = trimesh.load_mesh(path, process=False)
-        finite = bool(np.isfinite(loaded.vertices).all())
-        if finite:
-            loaded.merge_vertices(merge_tex=True, merge_norm=True)
+        vertices = np.array(loaded.vertices, np.float64)
+        triangles = np.array(getattr(loaded, "faces", ()), np.int64)
     except Exception as error:  # each of trimesh's readers fails in its own way
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{path} cannot be read as a mesh: {reason}; convert it to PLY, OBJ or STL") from error
-    if not finite:
+    if not np.isfinite(vertices).all():
         raise UserError(f"{path} has vertices that are not finite; repair it first")
-    if not len(getattr(loaded, "faces", ())):
+    if not len(triangles):
         raise UserError(f"{path} has no triangles; give a file with a surface in it")
-    vertices = torch.tensor(loaded.vertices, dtype=torch.float64)
-    return _checked(path, Mesh(vertices, torch.tensor(loaded.faces, dtype=torch.int64)))
+    return _checked(path, _merged(vertices, triangles))
+
+
+def _merged(vertices: np.ndarray, triangles: np.ndarray) -> Mesh:
+    """One vertex for all that are at one place, to a hundred-millionth of the longest side."""
+    low = vertices.min(0)
+    side = (vertices - low).max() or 1.0
+    places = np.rint((vertices - low) / side * 1e8).astype(np.int64)
+    _, first, number = np.unique(places, axis=0, return_index=True, return_inverse=True)
+    return Mesh(torch.from_numpy(vertices[first]), torch.from_numpy(number.reshape(-1)[triangles]))
 
 
 def _checked(path: Path, mesh: Mesh) -> Mesh:

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .. import RadialBasis
 from ..fields import SHAPE_MODELS
 from .checkpoint import build_model, load_checkpoint, save_checkpoint
 from .distance import SignedDistance
@@ -106,10 +108,25 @@ def intersection_over_union(model: nn.Module, mesh: Mesh, distance: SignedDistan
     return int((own & theirs).sum()) / max(1, int((own | theirs).sum()))
 
 
+@contextlib.contextmanager
+def whole_derivatives(model: nn.Module) -> Iterator[None]:
+    """Within, derivatives in x are those of the field: in training sums of radial kernels count as constants."""
+    layers = [layer for layer in model.modules() if isinstance(layer, RadialBasis)]
+    before = [layer.options["detach_normalizer"] for layer in layers]
+    for layer in layers:
+        layer.options["detach_normalizer"] = False
+    try:
+        yield
+    finally:
+        for layer, detached in zip(layers, before, strict=True):
+            layer.options["detach_normalizer"] = detached
+
+
 def normal_error(model: nn.Module, mesh: Mesh, device: torch.device) -> float:
     """Mean angle in degrees, at points drawn uniformly from the mesh's surface, between its normal and the gradient."""
     x, normals = sample_surface(mesh, SURFACE_POINTS, torch.Generator().manual_seed(EVALUATION_SEED))
-    slope = gradient(lambda part: model(part)[:, 0], x.float().to(device)).cpu().double()
+    with whole_derivatives(model):
+        slope = gradient(lambda part: model(part)[:, 0], x.float().to(device)).cpu().double()
     cosine = (torch.nn.functional.normalize(slope, dim=-1) * normals).sum(-1)
     return float(torch.rad2deg(torch.acos(cosine.clamp(-1, 1))).mean())
 
@@ -291,4 +308,5 @@ class _Job:
 
 def draw_shape(model: nn.Module, width: int, height: int, device: torch.device) -> np.ndarray:
     """A view of the field's surface, uint8 [height, width, 3]."""
-    return draw_surface(lambda x: model(x)[:, 0], width, height, device)
+    with whole_derivatives(model):
+        return draw_surface(lambda x: model(x)[:, 0], width, height, device)

@@ -7,11 +7,17 @@ import sys
 
 import torch
 
-from camkernels.fields import NeuRBFField, NeuRBFImageField
+from camkernels.fields import KPlanesKernels, NeuRBFField, NeuRBFImageField, TensoRFKernels
 from camkernels.fields.neurbf import BASE_RESOLUTION, affordable_kernels, hash_grid_parameters
 
 PICTURES = {(8000, 8000): "57.46 M", (3734, 6114): "34.62 M", (2040, 1356): "4.31 M (mean of 100)", (256, 256): "128 K"}
 SHAPES = {15: "856 K", 14: "448 K", 13: "", 12: "", 16: ""}  # log2 of the rows of a level
+# Beside volumes and planes that are not of this package: (the field, features of the grid, kernels, the paper's numbers).
+RADIANCE = {
+    "TensoRF, synthetic scenes": (TensoRFKernels, 144, 41_564, "1.33 M"),
+    "TensoRF, small": (TensoRFKernels, 144, 2_125, "0.068 M"),
+    "K-planes, LLFF": (KPlanesKernels, 63, 31_457, "0.50 M"),
+}
 FINEST = 2048  # of a shape's grid
 
 
@@ -33,6 +39,13 @@ def shape(log2_size: int) -> tuple[int, NeuRBFField]:
         return budget, NeuRBFField(extent, 1, affordable_kernels(budget, extent, 1, **options), **options)
 
 
+def kernels(field: type, grid_features: int, count: int, published: str) -> str:
+    """Cells of the second table: kernels, features of a kernel, of all, what the paper's code counts."""
+    with torch.device("meta"):
+        features = field(count, grid_features).basis.features
+    return f"{count:,} | {features.shape[1]} | {features.numel():,} | {published}"
+
+
 def row(name: str, budget: int, field: NeuRBFField, published: str) -> str:
     """A line of the table."""
     trained = sum(p.numel() for p in field.parameters() if p.requires_grad)
@@ -47,6 +60,9 @@ def main() -> int:
         print(row(f"picture {width} x {height}", *picture((width, height)), published))
     for log2_size, published in SHAPES.items():
         print(row(f"shape, 2^{log2_size} rows a level", *shape(log2_size), published))
+    print("\n| radial kernels of | kernels | features of one | of all | public code |\n|---|---|---|---|---|")
+    for name, options in RADIANCE.items():
+        print(f"| {name} | {kernels(*options)} |")
     return 0
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import RadialBasis, modulated_mlp
+from .._layers import KeepsFrequencies
 from ..neighbors import width_bounds
 from .field import Field
 from .neurbf import place_kernels, wave_frequencies
@@ -52,7 +53,7 @@ class _RadianceKernels(Field):
         return {theirs: own[f"basis.{ours}"] for theirs, ours in names.items()}
 
 
-class TensoRFKernels(_RadianceKernels):
+class TensoRFKernels(KeepsFrequencies, _RadianceKernels):
     """TensoRF's appearance with radial kernels: the grid's features [..., C] at x [..., 3] -> [..., width].
 
         a <- z + sin(m z),  z = W ([grid features, radial_basis(x)] + bias)

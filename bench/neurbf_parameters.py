@@ -12,7 +12,7 @@ from camkernels.fields.neurbf import BASE_RESOLUTION, affordable_kernels, hash_g
 
 PICTURES = {(8000, 8000): "57.46 M", (3734, 6114): "34.62 M", (2040, 1356): "4.31 M (mean of 100)", (256, 256): "128 K"}
 SHAPES = {15: "856 K", 14: "448 K", 13: "", 12: "", 16: ""}  # log2 of the rows of a level
-# Beside volumes and planes that are not of this package: (the field, features of the grid, kernels, the paper's numbers).
+# Beside volumes and planes that are not of this package: (field, features of the grid, kernels, the paper's numbers).
 RADIANCE = {
     "TensoRF, synthetic scenes": (TensoRFKernels, 144, 41_564, "1.33 M"),
     "TensoRF, small": (TensoRFKernels, 144, 2_125, "0.068 M"),

@@ -19,12 +19,13 @@ constexpr ScalarType number_type() {
 // Points that pass through all layers together; a multiple of kBlockRows on every instruction set.
 inline constexpr int64_t kTile = 96;
 
-// A matrix in panels: as it is, or of pairs of rows rounded to bfloat16.
+// A matrix in one of three forms: panels of it, its few columns, or panels of pairs of rows rounded to bfloat16.
 template <class C>
 struct Matrix {
   const C* exact = nullptr;
+  const C* few = nullptr;
   const uint32_t* rounded = nullptr;
-  explicit operator bool() const { return exact || rounded; }
+  explicit operator bool() const { return exact || few || rounded; }
 };
 
 // A weight, its transpose, the bias [padded]; null where there is none or nobody reads it.
@@ -57,17 +58,24 @@ struct NetLists {
 template <class C, class Value>
 Matrix<C> pack(int64_t depth, int64_t columns, bool rounded, Scratch<C>& memory, const Value& value) {
   const int64_t pairs = (depth + 1) / 2;
+  if (!rounded && columns <= kFew && depth % kPanel == 0) {
+    C* made = memory.take(kFew * depth);
+    for (int64_t j = 0; j < columns; ++j) {
+      for (int64_t k = 0; k < depth; ++k) made[j * depth + k] = value(k, j);
+    }
+    return {.few = made};
+  }
   C* made = memory.take((rounded ? pairs : depth) * padded(columns));
   if (!rounded) {
     fill_panels(depth, columns, made, value);
-    return {made, nullptr};
+    return {.exact = made};
   }
   uint32_t* to = reinterpret_cast<uint32_t*>(made);
   const auto bits = [&](int64_t k, int64_t j) {
     return k < depth ? uint32_t(from_number<BFloat16>(value(k, j)).bits) : 0u;
   };
   fill_panels(pairs, columns, to, [&](int64_t k, int64_t j) { return bits(2 * k, j) | bits(2 * k + 1, j) << 16; });
-  return {nullptr, to};
+  return {.rounded = to};
 }
 
 // Weight [out, in]; centred: W - mean(W) over its rows, which makes the mean of z = W h + b zero. The transpose is of W

@@ -60,6 +60,7 @@ class TileProducts {
       }
     }
 #endif
+    if (b.few) return multiply_few(a.data, a.stride, kTile, b.few, depth, columns, bias, c.data, c.stride, add);
     multiply(a.data, a.stride, kTile, b.exact, depth, columns, bias, c.data, c.stride, ahead, add);
   }
 
@@ -159,9 +160,13 @@ class Gradients {
     sums += layer.width * padded(layer.in);
     if (!bias) return;
     each_pack<C>(layer, [&](int64_t o) CAMK_INLINED {
-      Lanes<C> sum = Lanes<C>::load(sums + o);
-      for (int64_t i = 0; i < count; ++i) sum = sum + Lanes<C>::load(d[i] + o);
-      sum.store(sums + o);
+      Lanes<C> sum[4] = {Lanes<C>::load(sums + o), Lanes<C>(C(0)), Lanes<C>(C(0)), Lanes<C>(C(0))};
+      int64_t i = 0;
+      for (; i + 4 <= count; i += 4) {  // four chains of additions
+        unroll<4>([&](auto k) CAMK_INLINED { sum[k] = sum[k] + Lanes<C>::load(d[i + k] + o); });
+      }
+      for (; i < count; ++i) sum[0] = sum[0] + Lanes<C>::load(d[i] + o);
+      ((sum[0] + sum[1]) + (sum[2] + sum[3])).store(sums + o);
     });
   }
 

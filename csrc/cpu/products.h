@@ -123,6 +123,35 @@ void multiply(const E* a, int64_t a_stride, int64_t rows, const E* panels, int64
   }
 }
 
+// The same for a B of at most kFew columns, these as kFew rows of b [kFew, depth], zeros behind the last, depth a
+// multiple of kPanel: dot products, where a panel would be mostly zeros.
+inline constexpr int kFew = 4;
+
+template <class C>
+void multiply_few(const C* a, int64_t a_stride, int64_t rows, const C* b, int64_t depth, int64_t columns, const C* bias,
+                  C* c, int64_t c_stride, bool add) {
+  using Pack = Lanes<C>;
+  constexpr int kWidth = lanes_of<Pack>, kRows = std::max(1, kWidth / kFew);
+  for (int64_t r = 0; r < rows; r += kRows, a += kRows * a_stride) {
+    Pack sum[kRows * kFew];
+    unroll<kRows * kFew>([&](auto i) CAMK_INLINED { sum[i] = Pack(C(0)); });
+    for (int64_t k = 0; k < depth; k += kWidth) {
+      Pack x[kFew];
+      unroll<kFew>([&](auto j) CAMK_INLINED { x[j] = Pack::load(b + j * depth + k); });
+      unroll<kRows>([&](auto i) CAMK_INLINED {
+        const Pack row = Pack::load(a + i * a_stride + k);
+        unroll<kFew>([&](auto j) CAMK_INLINED { sum[i * kFew + j] = multiply_add(row, x[j], sum[i * kFew + j]); });
+      });
+    }
+    C dots[kRows][kFew];
+    for (int i = 0; i < kRows * kFew; i += kWidth) sums_of_lanes<C>(sum + i).store(*dots + i);
+    for (int i = 0; i < kRows; ++i, c += c_stride) {
+      for (int64_t j = 0; j < columns; ++j) c[j] = dots[i][j] + (add ? c[j] : bias ? bias[j] : C(0));
+      if (!add) std::fill(c + columns, c + kPanel, C(0));
+    }
+  }
+}
+
 template <int Rows, int Vectors, class C>
 CAMK_HD void add_outer_block(const C* d, int64_t d_stride, const C* x, int64_t x_stride, int64_t n,
                              C* const (&sums)[Vectors]) {

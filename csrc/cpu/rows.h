@@ -20,44 +20,6 @@ struct Rows {
   CAMK_HD C* operator[](int64_t row) const { return data + row * stride; }
 };
 
-// Halves are added to halves: a chain of additions would wait for each of them.
-template <class C, int... k>
-CAMK_HD C sum_of_lanes(Lanes<C> x, std::integer_sequence<int, k...>) {
-  constexpr int kWidth = sizeof...(k);
-  using Index = std::conditional_t<sizeof(C) == 8, int64_t, int32_t>;
-  typedef Index Order __attribute__((vector_size(sizeof(C) * kWidth)));
-  unroll<4>([&](auto step) CAMK_INLINED {
-    constexpr int kHalf = kWidth >> (decltype(step)::value + 1);
-    if constexpr (kHalf > 0) x.v += __builtin_shuffle(x.v, Order{(k + kHalf) % kWidth...});
-  });
-  return x.v[0];
-}
-template <class C>
-CAMK_HD C sum_of_lanes(Lanes<C> x) {
-  return sum_of_lanes(x, std::make_integer_sequence<int, lanes_of<Lanes<C>>>{});
-}
-
-// In lane i the sum over the lanes of x[i]: halves of two packs change places and are added, until one pack is left.
-template <class C, int... k>
-CAMK_HD Lanes<C> sums_of_lanes(Lanes<C>* x, std::integer_sequence<int, k...>) {
-  constexpr int kWidth = sizeof...(k);
-  using Index = std::conditional_t<sizeof(C) == 8, int64_t, int32_t>;
-  typedef Index Order __attribute__((vector_size(sizeof(C) * kWidth)));
-  unroll<4>([&](auto step) CAMK_INLINED {
-    constexpr int kHalf = kWidth >> (decltype(step)::value + 1);
-    unroll<kHalf>([&](auto i) CAMK_INLINED {
-      const auto a = x[i].v, b = x[i + kHalf].v;
-      x[i] = __builtin_shuffle(a, b, Order{(k & kHalf ? kWidth + k : k)...}) +
-             __builtin_shuffle(a, b, Order{(k & kHalf ? kWidth + k - kHalf : k + kHalf)...});
-    });
-  });
-  return x[0];
-}
-template <class C>
-CAMK_HD Lanes<C> sums_of_lanes(Lanes<C> (&x)[lanes_of<Lanes<C>>]) {
-  return sums_of_lanes(x, std::make_integer_sequence<int, lanes_of<Lanes<C>>>{});
-}
-
 // Zeros, aligned for every load, as long as the object lives.
 template <class C>
 class Scratch {

@@ -22,6 +22,7 @@ from camkernels.fields import (
     RayModulation,
     SignalField,
     SinusoidalEncoder,
+    TensoRFKernels,
     VideoField,
     parameter_groups,
     spherical,
@@ -393,3 +394,49 @@ def test_a_quantised_ray_network_rounds_weights_and_grids_but_no_bias():
 def test_two_heads_need_three_strides():
     with pytest.raises(ValueError, match="strides must be at least 3"):
         VideoField(strides=(5, 2))
+
+
+# ---- precision of phases ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", [FourierImageField, CAMImageField])
+def test_phases_are_not_rounded_by_autocast_or_conversion(model):
+    torch.manual_seed(0)
+    field, x = model(width=16, num_frequencies=8), torch.rand(50, 2)
+    exact = field.encoder(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(field.encoder(x), exact)
+    y = field(x).detach()
+    half = field.bfloat16()
+    assert torch.equal(half.encoder(x), exact)
+    assert (half(x).float() - y).abs().max() < 0.05 * max(1.0, y.abs().max().item())
+
+
+def test_a_bias_of_inputs_is_not_rounded_by_autocast():
+    torch.manual_seed(0)
+    kernels = TensoRFKernels(kernels=50, grid_features=24, width=32)
+    with torch.no_grad():
+        kernels.bias.uniform_(-9, 9)
+    x, grid_features = torch.rand(5, 3), torch.rand(5, 24)
+    y = kernels(x, grid_features)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(kernels(x, grid_features), y.bfloat16())
+
+
+# ---- directions along the axis ---------------------------------------------------------------------------------------
+
+
+def test_directions_along_the_axis_have_no_gradient_of_angles():
+    directions = torch.tensor([[0.0, 0, 1], [0, 0, -1], [0, 0, 0], [1, 0, 0], [0, 2, 0]], requires_grad=True)
+    angles = spherical(directions)
+    expected = [[0.5, 0.5, 0.5, 0.5, 0.75], [-1, 1, 0, 0, 0]]
+    torch.testing.assert_close(angles, torch.tensor(expected))
+    angles.sum().backward()
+    assert directions.grad.isfinite().all() and not directions.grad[:2].any()
+    leaf = torch.randn(9, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(spherical, leaf)
+
+
+def test_channels_of_a_video_are_shared_evenly():
+    with pytest.raises(ValueError, match=r"^VideoField: channels must be a multiple of .*temporal_grids, 2, got 9"):
+        VideoField((2, 3), 9, (2, 1, 2), temporal_grids=(4, 6), nodes=5, lower_width=4)

@@ -217,3 +217,10 @@ def test_a_block_of_the_public_generator():
     h = F.conv2d(x, *(torch.floor(p.abs() * 31) / 31 * p.sign() for p in (weight, bias)), padding=1)
     expected = F.gelu(layer(F.pixel_shuffle(h, 2), [left, left + 1, *distances]))
     assert torch.allclose(block(x, (position / 2 - 1).unsqueeze(-1)), expected)
+
+
+def test_coordinates_that_the_network_has_no_grids_for():
+    with pytest.raises(ValueError, match=r"^CamMLP: coord_dim must be one of 0, 1, 2, 3, got 4"):
+        CamMLP(6, 3, coord_dim=4)
+    with pytest.raises(ValueError, match=r"^CamMLP: coord must be None where coord_dim is 0"):
+        CamMLP(6, 3, net_depth=2, net_width=16)(torch.rand(5, 6), torch.rand(5, 2))

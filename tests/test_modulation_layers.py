@@ -10,6 +10,7 @@ import torch
 
 import camkernels
 from camkernels import CoordinateModulation, Modulate, ModulatedMLP, testing
+from conftest import backends
 
 
 def is_uniform(tensor, bound):
@@ -224,3 +225,18 @@ def test_modulate_takes_frequencies_as_a_list_of_any_numbers():
     expected = h + torch.sin(h * torch.tensor([1.0, 2.0, 3.0]))
     layer = camkernels.Modulate(activation="residual_sine", frequencies=[1, 2, 3])
     torch.testing.assert_close(layer(h, gamma, beta), expected)
+
+
+@pytest.mark.parametrize("backend", backends("modulated_mlp"))
+def test_what_is_not_finite_stays_so_where_it_is(backend):
+    x, weights = torch.rand(5, 3), [torch.rand(4, 3), torch.rand(2, 4)]
+    modulation = torch.ones(5, 1, 2)
+    options = {"activation": "silu", "norm": "point", "backend": backend}
+    for of_one_point in (x, modulation):
+        before = of_one_point[2].clone()
+        of_one_point[2] = math.nan
+        y = camkernels.modulated_mlp(x, weights, modulation=modulation, **options)
+        assert y[2].isnan().all() and y[[0, 1, 3, 4]].isfinite().all()
+        of_one_point[2] = before
+    weights[0][1, 1] = math.nan
+    assert camkernels.modulated_mlp(x, weights, modulation=modulation, **options).isnan().all()

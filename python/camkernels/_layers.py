@@ -21,14 +21,15 @@ class KeepsGeometry(nn.Module):
 
 
 class KeepsFrequencies(nn.Module):
-    """A layer with a buffer `frequencies`, or None, that stays in float32 where the layer is converted to 16 bits: of
+    """A layer with a buffer of frequencies, or None, that stays in float32 where the layer is converted to 16 bits: of
     rounded ones, phases of many radians would be others."""
 
-    frequencies: Tensor | None
+    exact = "frequencies"  # the buffer
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        exact = self.frequencies
+        before = getattr(self, self.exact)
         super()._apply(fn, recurse)
-        if exact is not None and self.frequencies.dtype in (torch.float16, torch.bfloat16):
-            self.frequencies = exact.to(self.frequencies.device)
+        after = getattr(self, self.exact)
+        if before is not None and after.dtype in (torch.float16, torch.bfloat16):
+            setattr(self, self.exact, before.to(after.device))
         return self

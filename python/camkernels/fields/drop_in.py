@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import coordinate_modulation, modulate, modulated_mlp
+from .._checks import check_choice
 from .quantization import quantize_tanh
 from .radiance import skips_of
 
@@ -81,6 +82,7 @@ class CamMLP(nn.Module):
         coord_dim: int = 0,
     ):
         super().__init__()
+        check_choice("CamMLP", "coord_dim", coord_dim, (0, 1, 2, 3))
         self.input_dim, self.net_depth, self.net_width, self.skip_layer = input_dim, net_depth, net_width, skip_layer
         self.hidden_init, self.output_init, self.bias_init = hidden_init, output_init, bias_init
         self.hidden_activation = nn.ReLU() if hidden_activation is None else hidden_activation
@@ -110,6 +112,8 @@ class CamMLP(nn.Module):
                 self.bias_init(layer.bias)
 
     def forward(self, x: Tensor, coord: Tensor | None = None) -> Tensor:
+        if coord is not None and not self.coord_dim:
+            raise ValueError("CamMLP: coord must be None where coord_dim is 0; build the network with coord_dim")
         modulation = None if coord is None or not self.net_depth else self._modulation(coord)
         h = self._hidden(x, modulation) if self.net_depth else x
         if not self.output_enabled:

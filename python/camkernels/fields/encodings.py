@@ -8,6 +8,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from .._backends import define
+from .._layers import KeepsFrequencies
+
 
 class SinusoidalEncoder(nn.Module):
     """[x, sin(2^k x), sin(2^k x + pi/2)], k from min_deg to max_deg - 1 and for each k all axes of x; no factor pi.
@@ -38,11 +41,12 @@ class SinusoidalEncoder(nn.Module):
         return torch.cat([x, waves], -1) if self.use_identity else waves
 
 
-class RandFourierFeature(nn.Module):
+class RandFourierFeature(KeepsFrequencies):
     """scale / sqrt(num_frequencies) * [sin(p), cos(p)],  p = sigma x B; scale -1 stands for no factor.
 
     x [..., in_features] -> [..., 2 num_frequencies]. The entries of B, the buffer `proj`, are drawn once from N(0, 1)
-    times 2 pi / range, range being the length of the interval that coordinates come from.
+    times 2 pi / range, range being the length of the interval that coordinates come from. Phases are in float32 at
+    least, also under autocast and in a layer that was converted to 16 bits.
 
     Source: Tancik et al., "Fourier Features Let Networks Learn High Frequency Functions", 2020, as maincold2/CAM
     computes it.
@@ -50,6 +54,8 @@ class RandFourierFeature(nn.Module):
     >>> RandFourierFeature(2, num_frequencies=8, scale=-1)(torch.rand(5, 2)).shape
     torch.Size([5, 16])
     """
+
+    exact = "proj"
 
     def __init__(
         self, in_features: int, num_frequencies: int = 256, sigma: float = 10, scale: float = 80, range: float = 1.0
@@ -66,6 +72,7 @@ class RandFourierFeature(nn.Module):
 
     def forward(self, coords: Tensor) -> Tensor:
         """coords [..., in_features] -> [..., out_features]."""
-        phase = coords @ (self.proj * self.sigma)
+        dtype = torch.promote_types(coords.dtype, self.proj.dtype)
+        phase = define(torch.matmul, coords.to(dtype), self.proj.to(dtype) * self.sigma)
         waves = torch.cat([phase.sin(), phase.cos()], -1)
         return waves if self.scale == -1 else waves * (self.scale / math.sqrt(self.num_frequencies))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import GridGeometry, HashGrid, ModulatedMLP, RadialBasis, modulated_mlp, nearest
+from .._backends import define
 from .._checks import check_shape, check_size
 from .._radial_basis import shape_width
 from ..neighbors import kernel_shapes, second_moments, weighted_kmeans, width_bounds
@@ -166,7 +167,7 @@ class NeuRBFField(Field):
         """x [..., d] in [0, 1], neighbors as `nearest` finds them, or None -> [..., out_features]."""
         options = self.decoder.arguments()
         weights, (first, *others) = options.pop("weights"), options.pop("biases")
-        biases = [torch.addmv(first, weights[0], self.bias), *others]  # W_0 (h + bias) + b_0
+        biases = [define(torch.addmv, first, weights[0], self.bias), *others]  # W_0 (h + bias) + b_0
         return modulated_mlp(self.encode(x, neighbors), weights, biases, **options)
 
     @torch.no_grad()

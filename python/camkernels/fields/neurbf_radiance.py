@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import RadialBasis, modulated_mlp
+from .._backends import define
 from .._layers import KeepsFrequencies
 from ..neighbors import width_bounds
 from .field import Field
@@ -95,9 +96,10 @@ class TensoRFKernels(KeepsFrequencies, _RadianceKernels):
         """x [..., 3], grid_features [..., C], neighbors as `camkernels.nearest` finds them, or None -> [..., width]."""
         h = torch.cat([grid_features, self.basis(x, neighbors)], -1)
         weight = self.mix.weight
+        bias = define(torch.mv, weight, self.bias[0])
         return modulated_mlp(
-            h, [weight], [weight @ self.bias[0]], activation="residual_sine", frequencies=self.frequencies,
-            output_layer=False, backend=self.backend,
+            h, [weight], [bias], activation="residual_sine", frequencies=self.frequencies, output_layer=False,
+            backend=self.backend,
         )  # fmt: skip
 
     def official_views(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -94,6 +94,11 @@ class VideoField(Field):
         super().__init__()
         if len(strides) < 3:
             raise ValueError(f"VideoField: strides must be at least 3, for two heads, got {len(strides)}")
+        if channels % max(1, len(temporal_grids)):
+            raise ValueError(
+                f"VideoField: channels must be a multiple of the number of temporal_grids, {len(temporal_grids)}, got "
+                f"{channels}"
+            )
         self.config = {
             "size": tuple(size), "channels": channels, "strides": tuple(strides),
             "temporal_grids": tuple(temporal_grids), "nodes": nodes, "expansion": expansion, "reduction": reduction,

@@ -32,7 +32,7 @@ CAMK_HD C pack_at(const Operand<S>& from, int64_t i) {
   }
 }
 
-// The same number in every lane, one lane, and the sum of all lanes.
+// The same number in every lane, one lane, and sums of all lanes.
 template <class S>
 CAMK_HD Lanes<S> in_all_lanes(S x) {
   return Lanes<S>(x);
@@ -60,6 +60,13 @@ CAMK_HD void set_lane(Dual<Lanes<S>>& to, int64_t k, Dual<S> x) {
 template <class S>
 CAMK_HD Dual<S> sum_of_lanes(Dual<Lanes<S>> x) {
   return {sum_of_lanes(x.value), sum_of_lanes(x.along)};
+}
+// In lane i the sum over the lanes of x[i], the same bits as sum_of_lanes.
+template <class S>
+CAMK_HD Dual<Lanes<S>> sums_of_lanes(Dual<Lanes<S>> (&x)[lanes_of<Lanes<S>>]) {
+  Lanes<S> value[lanes_of<Lanes<S>>], along[lanes_of<Lanes<S>>];
+  for (int k = 0; k < lanes_of<Lanes<S>>; ++k) value[k] = x[k].value, along[k] = x[k].along;
+  return {sums_of_lanes(value), sums_of_lanes(along)};
 }
 
 // 0, 1, ...

@@ -90,8 +90,8 @@ CAMK_HD C constant_pack(Lanes<S> x) {
 template <int W, class S, class Row>
 CAMK_HD void gather_rows(const S* table, const Row& row, Lanes<S>* to) {
   if constexpr (std::is_same_v<S, float>) {
-    unroll<(W + 3) / 4>([&](auto part) CAMK_INLINED {
-      constexpr int kFirst = 4 * decltype(part)::value, kCount = std::min(4, W - kFirst);
+    unroll<(W + 3) / 4>([&](auto part) CAMK_INLINED {  // the last part is a whole one too, where the row is long enough
+      constexpr int kCount = std::min(4, W), kFirst = std::min(4 * decltype(part)::value, W - kCount);
       const auto columns = load_columns<kCount>([&](int l) CAMK_INLINED { return table + row(l) * W + kFirst; });
       unroll<kCount>([&](int c) CAMK_INLINED { to[kFirst + c] = columns[c]; });
     });

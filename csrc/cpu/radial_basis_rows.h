@@ -84,7 +84,7 @@ class RadialRows {
  private:
   static constexpr int kWidth = lanes_of<Pack>;
   // Points whose rows of features are fetched in advance; pairs, whose rows are; pairs of a group, whose rows are.
-  static constexpr int64_t kRowsAhead = 4, kPairsAhead = 48, kGroup = 32;
+  static constexpr int64_t kRowsAhead = 8, kPairsAhead = 48, kGroup = 32;
 
   struct Listed {
     const S* g;   // the row of its point's cotangent

@@ -97,7 +97,7 @@ class RadialRows {
     int64_t count = 0;
     bool within = true;
     Listed pairs[kGroup];
-    C slopes[kGroup];  // the gradient in u, to be summed over the lanes
+    N gradients[kGroup];  // in their weights
   };
 
   // body(c, waves) for all features: some packs of them from c on at a time.
@@ -230,12 +230,12 @@ class RadialRows {
           const Listed& listed = group.pairs[n];
           const C slope = add_pair<kSlopes>(in_all_lanes(listed.u), listed.g + c, listed.row, waves, features, to,
                                             sums.phase ? of_phase + c : nullptr);
-          if (kSlopes) group.slopes[n] = group.slopes[n] + slope;
+          if (weights) group.gradients[n] = group.gradients[n] + sum_of_lanes(slope);
         }
       });
       for (int64_t n = 0; weights && n < group.count; ++n) {
         const uint32_t p = group.pairs[n].number;
-        set_lane(pairs.gradient[p / kWidth], p % kWidth, sum_of_lanes(group.slopes[n]));
+        set_lane(pairs.gradient[p / kWidth], p % kWidth, group.gradients[n]);
       }
     }
   }
@@ -246,7 +246,7 @@ class RadialRows {
     if (kernel < 0) return;
     const uint32_t block = pair / pairs.block, lane = pair % kWidth;
     to.within &= pairs.within[block] != 0;
-    to.slopes[to.count] = C(0);
+    to.gradients[to.count] = N(0);
     to.pairs[to.count++] = {g(pairs.begin + int64_t(block) * kWidth + lane), kernel * problem_.pitch,
                             lane_of(pairs.u[pair / kWidth], lane), pair};
   }

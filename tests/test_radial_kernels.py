@@ -69,3 +69,26 @@ def test_a_neighbour_that_names_no_kernel_makes_its_point_nan_where_values_canno
     neighbors[2, 1] = 0
     (whole,) = torch.autograd.grad(of_point(x, neighbors)[[0, 1, 3, 4, 5]].sum(), features)
     torch.testing.assert_close(found, whole)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_have_the_same_bits_for_any_number_of_threads(backend):
+    """With more features than the loops take at a time."""
+    generator = torch.Generator().manual_seed(0)
+    x, centers, features = (torch.rand(*size, generator=generator) for size in ((300, 3), (200, 3), (200, 48)))
+    shapes, grad = torch.rand(200, 9, generator=generator), torch.rand(300, 48, generator=generator)
+    neighbors = torch.randint(200, (300, 5), generator=generator)
+    frequencies = torch.rand(45, generator=generator) * 30
+
+    def gradients(threads):
+        torch.set_num_threads(threads)
+        leaves = [t.clone().requires_grad_() for t in (x, centers, shapes, features)]
+        y = camkernels.radial_basis(*leaves, neighbors, frequencies=frequencies, keep=3, backend=backend)
+        return torch.autograd.grad(y, leaves, grad)
+
+    before = torch.get_num_threads()
+    try:
+        alone, together = gradients(1), gradients(2)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))

@@ -191,8 +191,8 @@ template <int N>
 CAMK_HD __m128 load_some(const float* p) {
   if constexpr (N == 4) return _mm_loadu_ps(p);
   if constexpr (N == 1) return _mm_load_ss(p);
-  const __m128 two = _mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-  return N == 2 ? two : _mm_movelh_ps(two, _mm_load_ss(p + 2));
+  if constexpr (N == 3) return _mm_maskload_ps(p, _mm_setr_epi32(-1, -1, -1, 0));
+  return _mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 }
 #endif
 

@@ -44,18 +44,40 @@ inline constexpr int64_t kLargeTable = 4 << 20;
 // Points of a cell, on average.
 inline constexpr int64_t kCellPoints = 16;
 
+// The least and the greatest coordinate of points [points, D] along each axis; NaN: neither.
+template <int D, class S>
+struct Extent {
+  Vec<S, D> low, high;
+
+  Extent(const S* x, int64_t points) {
+    using Pack = Lanes<S>;
+    constexpr int kWidth = lanes_of<Pack>;
+    constexpr S kMost = std::numeric_limits<S>::max();
+    const auto include = [](auto& least, auto& greatest, auto at) CAMK_INLINED {
+      least = at < least ? at : least, greatest = at > greatest ? at : greatest;
+    };
+    Vec<Pack, D> least, greatest;  // of kWidth points at a time, number by number
+    for (int k = 0; k < D; ++k) least[k] = Pack(kMost), greatest[k] = Pack(-kMost);
+    int64_t i = 0;
+    for (; i + kWidth <= points; i += kWidth) {
+      unroll<D>([&](int k) CAMK_INLINED { include(least[k].v, greatest[k].v, Pack::load(x + i * D + k * kWidth).v); });
+    }
+    for (int a = 0; a < D; ++a) low[a] = kMost, high[a] = -kMost;
+    for (int n = 0; n < D * kWidth; ++n) {
+      include(low[n % D], high[n % D], least[n / kWidth].v[n % kWidth]);
+      include(low[n % D], high[n % D], greatest[n / kWidth].v[n % kWidth]);
+    }
+    for (int64_t n = i * D; n < points * D; ++n) include(low[n % D], high[n % D], x[n]);
+  }
+};
+
 // The order of points [points, D] by the cells of a grid over them.
 template <int D, class S>
 Binned order_of_cells(const S* x, int64_t points) {
   const int64_t side = int64_t(std::pow(double(points) / kCellPoints, 1.0 / D)) + 1;
-  Vec<S, D> low, high, scale;
-  for (int a = 0; a < D; ++a) low[a] = std::numeric_limits<S>::max(), high[a] = std::numeric_limits<S>::lowest();
-  for (int64_t i = 0; i < points; ++i) {
-    for (int a = 0; a < D; ++a) {
-      const S at = x[i * D + a];
-      low[a] = at < low[a] ? at : low[a], high[a] = at > high[a] ? at : high[a];  // NaN: neither
-    }
-  }
+  const Extent<D, S> extent(x, points);
+  const Vec<S, D>&low = extent.low, &high = extent.high;
+  Vec<S, D> scale;
   int64_t cells = 1;
   for (int a = 0; a < D; ++a) scale[a] = S(side) / (high[a] - low[a]), cells *= side;
   std::vector<int32_t> cell_of(points);

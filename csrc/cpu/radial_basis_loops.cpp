@@ -27,8 +27,12 @@ struct RadialLoops {
   CAMK_HD math::RadialKernel<D, C> kernel(const Vec<C, D>& x, const int32_t* kernels) const {
     math::RadialKernel<D, C> found;
     found.kind = problem.kind, found.form = problem.shape, found.x = x;
-    int32_t rows[kWidth];
-    for (int l = 0; l < kWidth; ++l) rows[l] = std::max(kernels[l], 0);
+    typedef int32_t Numbers __attribute__((vector_size(4 * kWidth)));
+    Numbers numbers;
+    memcpy(&numbers, kernels, sizeof(numbers));
+    numbers = numbers > 0 ? numbers : Numbers{};
+    volatile int32_t rows[kWidth];  // read at every use: there are more addresses than registers
+    memcpy(const_cast<int32_t*>(rows), &numbers, sizeof(numbers));
     const auto row = [&](int l) CAMK_INLINED { return int64_t(rows[l]); };
     gather_operand<D>(problem.centers, row, found.center.v);
     if (math::radial_ignores_shape(problem.kind, problem.shape)) {

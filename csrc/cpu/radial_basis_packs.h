@@ -32,7 +32,7 @@ CAMK_HD C pack_at(const Operand<S>& from, int64_t i) {
   }
 }
 
-// The same number in every lane, one lane, and the sum of all lanes.
+// The same number in every lane, one lane, and sums of all lanes.
 template <class S>
 CAMK_HD Lanes<S> in_all_lanes(S x) {
   return Lanes<S>(x);
@@ -61,6 +61,13 @@ template <class S>
 CAMK_HD Dual<S> sum_of_lanes(Dual<Lanes<S>> x) {
   return {sum_of_lanes(x.value), sum_of_lanes(x.along)};
 }
+// In lane i the sum over the lanes of x[i], the same bits as sum_of_lanes.
+template <class S>
+CAMK_HD Dual<Lanes<S>> sums_of_lanes(Dual<Lanes<S>> (&x)[lanes_of<Lanes<S>>]) {
+  Lanes<S> value[lanes_of<Lanes<S>>], along[lanes_of<Lanes<S>>];
+  for (int k = 0; k < lanes_of<Lanes<S>>; ++k) value[k] = x[k].value, along[k] = x[k].along;
+  return {sums_of_lanes(value), sums_of_lanes(along)};
+}
 
 // 0, 1, ...
 template <class S>
@@ -83,8 +90,8 @@ CAMK_HD C constant_pack(Lanes<S> x) {
 template <int W, class S, class Row>
 CAMK_HD void gather_rows(const S* table, const Row& row, Lanes<S>* to) {
   if constexpr (std::is_same_v<S, float>) {
-    unroll<(W + 3) / 4>([&](auto part) CAMK_INLINED {
-      constexpr int kFirst = 4 * decltype(part)::value, kCount = std::min(4, W - kFirst);
+    unroll<(W + 3) / 4>([&](auto part) CAMK_INLINED {  // the last part is a whole one too, where the row is long enough
+      constexpr int kCount = std::min(4, W), kFirst = std::min(4 * decltype(part)::value, W - kCount);
       const auto columns = load_columns<kCount>([&](int l) CAMK_INLINED { return table + row(l) * W + kFirst; });
       unroll<kCount>([&](int c) CAMK_INLINED { to[kFirst + c] = columns[c]; });
     });

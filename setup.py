@@ -60,8 +60,11 @@ NVCC_FLAGS = ["-std=c++20", *OPTIMISE, "-Xcompiler=-fPIC,-fvisibility=hidden"]
 SPILL_GATE = ["-Xptxas=-warn-spills,-Werror"]
 CUDA_ARCHS = "8.0;9.0+PTX"
 CUDA_RUNTIME = ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+CXX_FLAGS += ["--param=ggc-min-heapsize=400000"]  # g++ tidies its memory less often: 5 % less time, 200 MB more
+X86 = platform.machine() in ("x86_64", "AMD64")
 ISAS = {
-    "baseline": [],
+    # on x86, for old processors only: -O2 compiles it in five sixths of the time; elsewhere it is all there is
+    "baseline": ["-O2"] if X86 and not DEBUG else [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
 }
@@ -124,7 +127,7 @@ def find_compiler() -> list[str]:
 
 
 def cpu_extensions() -> list[Extension]:
-    usable = list(ISAS) if platform.machine() in ("x86_64", "AMD64") else ["baseline"]
+    usable = list(ISAS) if X86 else ["baseline"]
     chosen = [isa for isa in os.environ.get("CAMKERNELS_ISAS", "").split(",") if isa] or usable
     if not set(chosen) <= set(usable):
         stop(f"CAMKERNELS_ISAS={','.join(chosen)}: this machine's compiler knows {', '.join(usable)}.")
@@ -185,6 +188,13 @@ class Step(NamedTuple):
             stop(f"could not make {self.output}; the command was\n{shlex.join(self.command)}")
         os.utime(self.output, ns=(started, started))  # a header saved while the compiler ran counts as changed
         Path(self.record).write_text(shlex.join(self.command))
+
+
+def expected_time(step: Step) -> tuple[bool, bool, int]:
+    """Greater for what compiles longer: device code, loops over all number types, much source of the same name."""
+    source = Path(step.inputs[0])
+    family = sum(path.stat().st_size for path in source.parent.glob(f"{source.stem}*"))
+    return source.suffix == ".cu", source.stem.endswith("_loops"), family
 
 
 def run_all(*stages: list[Step]) -> None:
@@ -255,6 +265,7 @@ class BuildLibraries(build_ext):
             link += [*runtime, f"-Wl,--version-script={self.build_temp}/sealed.map", "-Wl,-z,defs"]
             link += shlex.split(os.environ.get("LDFLAGS", ""))
             linking.append(Step(library, link, objects, f"{self.build_temp}/{name}/linked.cmd"))
+        compiling.sort(key=expected_time, reverse=True)  # no processor waits for a long one at the end
         run_all(compiling, linking)
         return flags
 

@@ -132,11 +132,12 @@ def compile_mlp(variant: MLPVariant) -> Facts:
     plan = modulated_mlp.Plan(
         features=32, outs=outs, activations=(1, 1, 0), omegas=(1.0,) * 3, skips=(False,) * 3, hidden=2, channels=1,
         point_norm=True, eps=1e-5, number=tl.float32, precision=variant.precision, block=shape.block,
-        chunk=shape.chunk, group=(2, 2) if variant.fused else None,
+        chunk=shape.chunk, in_memory=shape.in_memory, keeps=variant.kernel != "value",
+        group=(2, 2) if variant.fused else None,
     )  # fmt: skip
     settings = hash_grid.Settings((1.0,) * 48, 0.5, (), False, 0, 0, 16, False)
     constants = {"PLAN": plan, "GRID": hash_grid_mlp.grid_of(settings, 3, 2), "frequencies_ptr": None}
-    constants |= {"counts_ptr": None}
+    constants |= {"counts_ptr": None} | ({} if shape.in_memory else {"rows_ptr": None})
     parameters = ("table_ptr", "weights", "biases", "modulation_ptr", "y_ptr", "g_ptr")
     types = dict.fromkeys(parameters, f"*{variant.dtype}")
     numbers = ("x_ptr", "gx_ptr", "gradient_ptr", "rows_ptr", "biases_ptr", "sums_ptr", "table_sums_ptr", "scales_ptr")

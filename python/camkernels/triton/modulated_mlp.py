@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .._modulation import compute_dtype
 from .modulated_mlp_gradients import differentiate, x_gradient
+from .modulated_mlp_memory import evaluate_in_memory
 from .modulated_mlp_rows import Plan, evaluate, padded, points_of, x_columns
 from .modulated_mlp_sums import sums_kernel
 
@@ -41,11 +42,12 @@ class Settings(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """How a kernel is cut: points of a program, widest chunk of a layer, warps."""
+    """How a kernel is cut: points of a program, widest chunk of a layer, warps; whether chunks pass through memory."""
 
     block: int
     chunk: int
     warps: int
+    in_memory: bool = False
 
 
 # By whether the GPU multiplies from shared memory (sm_90 and later; others hold a chunk of weights in registers, so
@@ -60,32 +62,17 @@ FORWARD = {
         32: Shape(128, 32, 4),
         64: Shape(64, 64, 4),
         128: Shape(128, 128, 8),
-        256: Shape(128, 128, 8),
+        256: Shape(64, 64, 4, in_memory=True),
     },
     False: {
         16: Shape(128, 16, 4),
         32: Shape(64, 32, 4),
         64: Shape(64, 32, 4),
-        128: Shape(64, 32, 8),
-        256: Shape(32, 32, 8),
+        128: Shape(64, 64, 4, in_memory=True),
+        256: Shape(64, 64, 4, in_memory=True),
     },
 }
-BACKWARD = {
-    True: {
-        16: Shape(128, 16, 4),
-        32: Shape(64, 32, 4),
-        64: Shape(64, 32, 4),
-        128: Shape(128, 64, 8),
-        256: Shape(128, 64, 8),
-    },
-    False: {
-        16: Shape(128, 16, 4),
-        32: Shape(64, 32, 4),
-        64: Shape(32, 32, 8),
-        128: Shape(16, 64, 8),
-        256: Shape(16, 64, 8),
-    },
-}
+BACKWARD = {modern: {width: Shape(64, min(width, 64), 4, in_memory=True) for width in (16, 32, 64, 128, 256)} for modern in (True, False)}
 # Estimated, not measured: what a launch leaves in memory stays in the L2 cache until the sums read it.
 ROW_BYTES = 256 << 10  # per multiprocessor
 SUM_PROGRAMS = 4  # per multiprocessor
@@ -93,13 +80,19 @@ SUM_STAGES = 2
 SUM_WARPS = 4
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n", "before"])
 def value_kernel(
-    x_ptr, weights, biases, modulation_ptr, frequencies_ptr, y_ptr, n, per_row, PLAN: tl.constexpr
+    x_ptr, weights, biases, modulation_ptr, frequencies_ptr, y_ptr, rows_ptr, n, per_row, before, PLAN: tl.constexpr
 ):  # fmt: skip
-    """y [n, outputs]; a row of the modulation serves per_row points."""
-    r = tl.program_id(0).to(tl.int64) * PLAN.block + tl.arange(0, PLAN.block)
-    evaluate(x_ptr, r, r < n, r // per_row, weights, biases, modulation_ptr, frequencies_ptr, y_ptr, PLAN)
+    """y [n, outputs]; a row of the modulation serves per_row points. Of a launch's tiles, tile `before` first."""
+    r = (before + tl.program_id(0)).to(tl.int64) * PLAN.block + tl.arange(0, PLAN.block)
+    if PLAN.in_memory:
+        rows_ptr += tl.program_id(0).to(tl.int64) * PLAN.size
+        evaluate_in_memory(
+            x_ptr, r, r < n, r // per_row, weights, biases, modulation_ptr, frequencies_ptr, y_ptr, rows_ptr, PLAN
+        )  # fmt: skip
+    else:
+        evaluate(x_ptr, r, r < n, r // per_row, weights, biases, modulation_ptr, frequencies_ptr, y_ptr, PLAN)
 
 
 @triton.jit(do_not_specialize=["n", "span", "before"])
@@ -114,14 +107,14 @@ def gradients_kernel(
     tile = before + tl.program_id(0)
     rows_ptr += tl.program_id(0).to(tl.int64) * PLAN.size
     r, valid = points_of(tile, n, span, PLAN)
-    g = differentiate(
+    differentiate(
         g_ptr, x_ptr, r, valid, r // per_row, tile, weights, biases, modulation_ptr, frequencies_ptr, gradient_ptr,
         rows_ptr, biases_ptr, PLAN,
     )  # fmt: skip
     if gx_ptr is not None:
-        for i in tl.static_range(X_COUNT):
+        for i in range(X_COUNT):
             feature, seen = x_columns(i, PLAN)
-            gx = x_gradient(g, weights[0], rows_ptr, 0, i, PLAN).to(gx_ptr.dtype.element_ty)
+            gx = x_gradient(weights[0], rows_ptr, 0, i, PLAN).to(gx_ptr.dtype.element_ty)
             at = gx_ptr + r[:, None] * PLAN.features + feature[None, :]
             tl.store(at, gx, mask=valid[:, None] & seen[None, :])
 
@@ -138,7 +131,7 @@ def precision_of(number: torch.dtype, tf32: bool) -> str:
 
 def plan_of(
     settings: Settings, features: int, outs: Sequence[int], modulation: Tensor | None, number: torch.dtype,
-    shape: Shape, group: tuple[int, int] | None = None,
+    shape: Shape, group: tuple[int, int] | None = None, keeps: bool = False,
 ) -> Plan:  # fmt: skip
     """What a kernel is compiled for."""
     channels = 0 if modulation is None else modulation.shape[3] if modulation.ndim == 4 else 1
@@ -156,6 +149,8 @@ def plan_of(
         precision=precision_of(number, settings.tf32),
         block=shape.block,
         chunk=shape.chunk,
+        in_memory=shape.in_memory,
+        keeps=keeps,
         group=group,
     )
 
@@ -184,13 +179,37 @@ def value(
     shape = shape_of(FORWARD, outs, x.device)
     plan = plan_of(Settings(*settings), x.shape[1], outs, modulation, number, shape)
     y = weights[0].new_empty(len(x), plan.outputs)
-    if len(x) > 0:
-        with on_device(x):
-            value_kernel[(triton.cdiv(len(x), plan.block),)](
-                x, tuple(weights), tuple(biases) or None, modulation, frequencies, y, len(x), per_row(x, modulation),
-                plan, num_warps=shape.warps, num_stages=1,
-            )  # fmt: skip
+
+    def launch(rows: Tensor | None, before: int, tiles: int) -> None:
+        value_kernel[(tiles,)](
+            x, tuple(weights), tuple(biases) or None, modulation, frequencies, y, rows, len(x), per_row(x, modulation),
+            before, plan, num_warps=shape.warps, num_stages=1,
+        )  # fmt: skip
+
+    run_value(launch, x, plan)
     return y, x.new_empty(0, dtype=number)
+
+
+def run_value(launch: Callable[[Tensor | None, int, int], None], x: Tensor, plan: Plan) -> None:
+    """launch(memory of the tiles, first, count) for all tiles of the points x."""
+    tiles = triton.cdiv(len(x), plan.block)
+    at_once = tiles_at_once(tiles, x, plan) if plan.in_memory else max(1, tiles)
+    rows = x.new_empty(at_once, plan.size, dtype=dtype_of(plan)) if plan.in_memory else None
+    with on_device(x):
+        for before in range(0, tiles, at_once):
+            launch(rows, before, min(at_once, tiles - before))
+
+
+def dtype_of(plan: Plan) -> torch.dtype:
+    """PyTorch's name of the type of hidden values."""
+    return torch.float64 if plan.number == tl.float64 else torch.float32
+
+
+def tiles_at_once(tiles: int, x: Tensor, plan: Plan) -> int:
+    """How many tiles a launch takes, whose memory is to stay in the cache."""
+    count = processors(x.device)
+    fitting = count * ROW_BYTES // (plan.size * dtype_of(plan).itemsize)
+    return max(1, min(tiles, max(fitting, 2 * count)))
 
 
 def backward(
@@ -202,7 +221,7 @@ def backward(
     number = kept.dtype
     outs = [w.shape[0] for w in weights]
     shape = shape_of(BACKWARD, outs, x.device)
-    plan = plan_of(Settings(*settings), x.shape[1], outs, modulation, number, shape)
+    plan = plan_of(Settings(*settings), x.shape[1], outs, modulation, number, shape, keeps=True)
     job = Gradients(plan, x, weights, biases, modulation, mask)
 
     def launch(before: int, tiles: int) -> None:
@@ -225,16 +244,14 @@ class Gradients:
     ):  # fmt: skip
         self.x, self.weights, self.biases, self.modulation = x, weights, biases, modulation
         wants_x, self.wants_weights, self.wants_biases, self.wants_modulation = mask
-        self.number = torch.float64 if plan.number == tl.float64 else torch.float32
+        self.number = dtype_of(plan)
         points, self.span = per_row(x, modulation), len(x)
         if self.wants_modulation and points >= plan.block:
             self.span, plan = points, dataclasses.replace(plan, sums_modulation=True)
         self.plan = plan
         self.tiles = len(x) // max(self.span, 1) * triton.cdiv(self.span, plan.block)
-        count = processors(x.device)
-        fitting = count * ROW_BYTES // (plan.size * self.number.itemsize)
-        self.tiles_per_launch = max(1, min(self.tiles, max(fitting, 2 * count)))
-        self.splits = min(self.tiles_per_launch, triton.cdiv(SUM_PROGRAMS * count, plan.piece_at[-1]))
+        self.tiles_per_launch = tiles_at_once(self.tiles, x, plan)
+        self.splits = min(self.tiles_per_launch, triton.cdiv(SUM_PROGRAMS * processors(x.device), plan.piece_at[-1]))
         self.gx = torch.empty_like(x) if wants_x else None
         self.rows = self._numbers(self.tiles_per_launch, plan.size)
         self.of_weights = self._numbers(self.splits, plan.weight_at[-1]) if self.wants_weights else None

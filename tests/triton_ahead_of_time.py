@@ -127,12 +127,14 @@ def compile_mlp(variant: MLPVariant) -> Facts:
 
     module = hash_grid_mlp if variant.fused else modulated_mlp
     outs = (variant.width, variant.width, 3)
-    table = modulated_mlp.FORWARD if variant.kernel == "value" else modulated_mlp.BACKWARD
-    shape = table[variant.arch >= 90][modulated_mlp.padded(variant.width)]
+    is_value = variant.kernel == "value"
+    shape = modulated_mlp.FORWARD[variant.arch >= 90][variant.width] if is_value else modulated_mlp.THROUGH_MEMORY
+    if variant.fused:
+        shape = hash_grid_mlp.encoding_shape(shape)
     plan = modulated_mlp.Plan(
         features=32, outs=outs, activations=(1, 1, 0), omegas=(1.0,) * 3, skips=(False,) * 3, hidden=2, channels=1,
         point_norm=True, eps=1e-5, number=tl.float32, precision=variant.precision, block=shape.block,
-        chunk=shape.chunk, in_memory=shape.in_memory, keeps=variant.kernel != "value",
+        chunk=shape.chunk, in_memory=shape.in_memory, keeps=not is_value,
         group=(2, 2) if variant.fused else None,
     )  # fmt: skip
     settings = hash_grid.Settings((1.0,) * 48, 0.5, (), False, 0, 0, 16, False)
@@ -144,9 +146,10 @@ def compile_mlp(variant: MLPVariant) -> Facts:
     types |= dict.fromkeys(numbers, "*fp32") | {"layout_ptr": "*i64"}
     types |= {name: (types[name],) * len(outs) for name in ("weights", "biases")}
     kernel = modulated_mlp.sums_kernel if variant.kernel == "sums" else getattr(module, f"{variant.kernel}_kernel")
-    warps = modulated_mlp.SUM_WARPS if variant.kernel == "sums" else shape.warps
-    stages = modulated_mlp.SUM_STAGES if variant.kernel == "sums" else 1
-    return compile_kernel(kernel, types, constants, variant.arch, {"num_warps": warps, "num_stages": stages})
+    of_sums = {"num_warps": modulated_mlp.SUM_WARPS, "num_stages": modulated_mlp.SUM_STAGES}
+    return compile_kernel(
+        kernel, types, constants, variant.arch, of_sums if variant.kernel == "sums" else shape.options
+    )
 
 
 def compile_kernel(kernel: Any, types: dict[str, Any], constants: dict[str, Any], arch: int, options: dict) -> Facts:

@@ -19,7 +19,7 @@ from torch import Tensor
 from .._modulation import compute_dtype
 from . import hash_grid, modulated_mlp
 from .hash_grid import COLUMNS, UNROLLED_CORNERS, _cell, _entry, _extent, _settle, _slopes, _weight
-from .modulated_mlp import BACKWARD, FORWARD, Gradients, Shape, per_row, plan_of, run_value, shape_of
+from .modulated_mlp import THROUGH_MEMORY, Gradients, Shape, per_row, plan_of, run_value, value_shape
 from .modulated_mlp_gradients import differentiate, leave_x_gradient, x_places
 from .modulated_mlp_memory import evaluate_in_memory
 from .modulated_mlp_rows import evaluate, feature_places, padded, points_of
@@ -128,8 +128,7 @@ def differentiate_encoding(
     x_ptr, counts_ptr, scales_ptr, layout_ptr, table_ptr, gx_ptr, sums_ptr, rows_ptr, r, valid, GRID: tl.constexpr,
     PLAN: tl.constexpr,
 ):  # fmt: skip
-    """gx [n, D], and sums [entries, F] += weight * g, for gradients g of the features in memory, some levels at a time.
-    """
+    """gx [n, D], and sums [entries, F] += weight * g, for gradients g of the features in memory, some levels at a time."""
     D: tl.constexpr = GRID.dims
     BLOCK: tl.constexpr = PLAN.block
     ROWS: tl.constexpr = GRID.rows
@@ -202,12 +201,14 @@ def value_kernel(
 ):  # fmt: skip
     """y [n, outputs]; a row of the modulation serves per_row points. Of a launch's tiles, tile `before` first."""
     ROWS: tl.constexpr = GRID.rows
-    r = (before + tl.program_id(0)).to(tl.int64) * PLAN.block + tl.arange(0, PLAN.block)
+    tile = before + tl.program_id(0)
+    r = tile.to(tl.int64) * PLAN.block + tl.arange(0, PLAN.block)
     if PLAN.in_memory:
         rows_ptr += tl.program_id(0).to(tl.int64) * PLAN.size
         leave_features(x_ptr, counts_ptr, scales_ptr, layout_ptr, table_ptr, r, r < n, rows_ptr, GRID, PLAN)
         evaluate_in_memory(
-            rows_ptr, r, r < n, r // per_row, weights, biases, modulation_ptr, frequencies_ptr, y_ptr, rows_ptr, PLAN
+            rows_ptr, r, r < n, r // per_row, tile, weights, biases, modulation_ptr, frequencies_ptr, y_ptr, rows_ptr,
+            PLAN,
         )  # fmt: skip
     else:
         features = encode(x_ptr, counts_ptr, scales_ptr, layout_ptr, table_ptr, r, r < n, 0, ROWS, GRID, PLAN)
@@ -232,7 +233,7 @@ def gradients_kernel(
         rows_ptr, biases_ptr, PLAN,
     )  # fmt: skip
     if gx_ptr is not None or table_sums_ptr is not None:
-        leave_x_gradient(weights[0], rows_ptr, 0, PLAN)
+        leave_x_gradient(tile, weights[0], rows_ptr, 0, PLAN)
         differentiate_encoding(
             x_ptr, counts_ptr, scales_ptr, layout_ptr, table_ptr, gx_ptr, table_sums_ptr, rows_ptr, r, valid, GRID, PLAN
         )  # fmt: skip
@@ -259,11 +260,16 @@ def grid_of(settings: hash_grid.Settings, dims: int, features: int) -> Grid:
     )
 
 
+def encoding_shape(shape: Shape) -> Shape:
+    """Of a value, from that of the MLP alone: levels of more points than these do not fit into registers."""
+    return shape._replace(block=min(shape.block, 16 * shape.warps))
+
+
 class Call:
     """The tensors of the operators and what their kernels are compiled for."""
 
     def __init__(
-        self, shapes: dict[bool, dict[int, Shape]], x: Tensor, entries: Tensor, counts: Tensor | None,
+        self, keeps: bool, x: Tensor, entries: Tensor, counts: Tensor | None,
         weights: Sequence[Tensor], biases: Sequence[Tensor], modulation: Tensor | None, frequencies: Tensor | None,
         settings: Sequence[Any],
     ):  # fmt: skip
@@ -273,11 +279,11 @@ class Call:
         self.grid = grid_of(grid, dims, features)
         self.number = compute_dtype(entries, modulation, frequencies, *weights)
         outs = [w.shape[0] for w in weights]
-        self.shape = shape_of(shapes, outs, x.device)
+        self.shape = THROUGH_MEMORY if keeps else encoding_shape(value_shape(outs, x.device))
         mlp = modulated_mlp.Settings(*settings[GRID_SETTINGS:], keep=False, deterministic=grid.deterministic)
         of_grid = (features, self.grid.wide)
         width = self.grid.levels * features
-        self.plan = plan_of(mlp, width, outs, modulation, self.number, self.shape, of_grid, shapes is BACKWARD)
+        self.plan = plan_of(mlp, width, outs, modulation, self.number, self.shape, of_grid, keeps)
         scales, layout = hash_grid._levels_on(x.device, dims, tuple(grid.scales), tuple(grid.layout))
         self.tensors = (
             x, entries, counts, scales, layout, tuple(weights), tuple(biases) or None, modulation, frequencies,
@@ -289,13 +295,13 @@ def value(
     modulation: Tensor | None, frequencies: Tensor | None, *settings: Any,
 ) -> Tensor:  # fmt: skip
     """The operator triton_hash_grid_mlp."""
-    call = Call(FORWARD, x, table, counts, weights, biases, modulation, frequencies, settings)
+    call = Call(False, x, table, counts, weights, biases, modulation, frequencies, settings)
     y = weights[0].new_empty(len(x), call.plan.outputs)
 
     def launch(rows: Tensor | None, before: int, tiles: int) -> None:
         value_kernel[(tiles,)](
             *call.tensors, y, rows, len(x), per_row(x, modulation), before, call.grid, call.plan,
-            num_warps=call.shape.warps, num_stages=1,
+            **call.shape.options,
         )  # fmt: skip
 
     run_value(launch, x, call.plan)
@@ -309,7 +315,7 @@ def backward(
     """The operator triton_hash_grid_mlp_backward: gradients of <g, y> in x, table, weights, biases and modulation."""
     *settings, mask = settings_and_mask
     wants_x, wants_table, *wants = mask
-    call = Call(BACKWARD, x, table, counts, weights, biases, modulation, frequencies, settings)
+    call = Call(True, x, table, counts, weights, biases, modulation, frequencies, settings)
     if wants_table and call.deterministic:
         hash_grid.refuse_determinism("hash_grid_mlp_backward")
     job = Gradients(call.plan, x, weights, biases, modulation, [wants_x, *wants])
@@ -319,7 +325,7 @@ def backward(
     def launch(before: int, tiles: int) -> None:
         gradients_kernel[(tiles,)](
             g, *call.tensors, job.gx, sums, job.of_modulation, job.rows, job.of_biases, len(x), per_row(x, modulation),
-            job.span, before, call.grid, job.plan, num_warps=call.shape.warps, num_stages=1,
+            job.span, before, call.grid, job.plan, **call.shape.options,
         )  # fmt: skip
 
     job.run(launch, None)

@@ -49,30 +49,36 @@ class Shape(NamedTuple):
     warps: int
     in_memory: bool = False
 
+    @property
+    def options(self) -> dict[str, int | None]:
+        """Of the compiler. Without a limit the assembler spills, so that three blocks fit on a multiprocessor."""
+        return {"num_warps": self.warps, "num_stages": 1, "maxnreg": 255 if self.in_memory else None}
 
-# By whether the GPU multiplies from shared memory (sm_90 and later; others hold a chunk of weights in registers, so
-# that chunks are narrower), and by the widest layer, padded. The value's of sm_90 for 64 and 256 channels are the
-# fastest of those tried on an H100 and an H200; the others are chosen from machine code. Nothing spills up to 64
-# channels (but for gradients behind a grid on sm_90), nor up to 128 for the value on sm_90 and for gradients before it,
-# which tests/test_triton_compiled.py checks. On sm_90 a warp has 16 points or more: with fewer, warps share columns,
-# and what Triton 3.6 makes of that reads beyond shared memory.
+
+# Of all gradients, and of values of layers that do not fit into registers. Chosen from machine code: 16 points a warp,
+# and the widest chunk that spills nowhere.
+THROUGH_MEMORY = Shape(64, 32, 4, in_memory=True)
+# Of values, by whether the GPU multiplies from shared memory (sm_90 and later; others hold a chunk of weights in
+# registers, so that chunks are narrower), and by the widest layer, padded. That of sm_90 for 64 channels is the fastest
+# of those tried on an H100 and an H200; the others are chosen from machine code. On sm_90 a warp has 16 points or more:
+# with fewer, warps share columns, and what Triton 3.6 makes of that reads beyond shared memory. Nothing spills on sm_80
+# and sm_90, which tests/test_triton_compiled.py checks.
 FORWARD = {
     True: {
         16: Shape(128, 16, 4),
         32: Shape(128, 32, 4),
         64: Shape(64, 64, 4),
         128: Shape(128, 128, 8),
-        256: Shape(64, 64, 4, in_memory=True),
+        256: THROUGH_MEMORY,
     },
     False: {
         16: Shape(128, 16, 4),
         32: Shape(64, 32, 4),
         64: Shape(64, 32, 4),
-        128: Shape(64, 64, 4, in_memory=True),
-        256: Shape(64, 64, 4, in_memory=True),
+        128: THROUGH_MEMORY,
+        256: THROUGH_MEMORY,
     },
 }
-BACKWARD = {modern: {width: Shape(64, min(width, 64), 4, in_memory=True) for width in (16, 32, 64, 128, 256)} for modern in (True, False)}
 # Estimated, not measured: what a launch leaves in memory stays in the L2 cache until the sums read it.
 ROW_BYTES = 256 << 10  # per multiprocessor
 SUM_PROGRAMS = 4  # per multiprocessor
@@ -85,11 +91,13 @@ def value_kernel(
     x_ptr, weights, biases, modulation_ptr, frequencies_ptr, y_ptr, rows_ptr, n, per_row, before, PLAN: tl.constexpr
 ):  # fmt: skip
     """y [n, outputs]; a row of the modulation serves per_row points. Of a launch's tiles, tile `before` first."""
-    r = (before + tl.program_id(0)).to(tl.int64) * PLAN.block + tl.arange(0, PLAN.block)
+    tile = before + tl.program_id(0)
+    r = tile.to(tl.int64) * PLAN.block + tl.arange(0, PLAN.block)
     if PLAN.in_memory:
         rows_ptr += tl.program_id(0).to(tl.int64) * PLAN.size
         evaluate_in_memory(
-            x_ptr, r, r < n, r // per_row, weights, biases, modulation_ptr, frequencies_ptr, y_ptr, rows_ptr, PLAN
+            x_ptr, r, r < n, r // per_row, tile, weights, biases, modulation_ptr, frequencies_ptr, y_ptr, rows_ptr,
+            PLAN,
         )  # fmt: skip
     else:
         evaluate(x_ptr, r, r < n, r // per_row, weights, biases, modulation_ptr, frequencies_ptr, y_ptr, PLAN)
@@ -114,7 +122,7 @@ def gradients_kernel(
     if gx_ptr is not None:
         for i in range(X_COUNT):
             feature, seen = x_columns(i, PLAN)
-            gx = x_gradient(weights[0], rows_ptr, 0, i, PLAN).to(gx_ptr.dtype.element_ty)
+            gx = x_gradient(tile, weights[0], rows_ptr, 0, i, PLAN).to(gx_ptr.dtype.element_ty)
             at = gx_ptr + r[:, None] * PLAN.features + feature[None, :]
             tl.store(at, gx, mask=valid[:, None] & seen[None, :])
 
@@ -155,9 +163,9 @@ def plan_of(
     )
 
 
-def shape_of(table: dict[bool, dict[int, Shape]], outs: Sequence[int], device: torch.device) -> Shape:
+def value_shape(outs: Sequence[int], device: torch.device) -> Shape:
     modern = device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
-    return table[modern][padded(max(outs))]
+    return FORWARD[modern][padded(max(outs))]
 
 
 def on_device(x: Tensor) -> Any:
@@ -176,14 +184,14 @@ def value(
     """The operator triton_modulated_mlp; nothing is kept."""
     number = compute_dtype(x, modulation, frequencies, *weights)
     outs = [w.shape[0] for w in weights]
-    shape = shape_of(FORWARD, outs, x.device)
+    shape = value_shape(outs, x.device)
     plan = plan_of(Settings(*settings), x.shape[1], outs, modulation, number, shape)
     y = weights[0].new_empty(len(x), plan.outputs)
 
     def launch(rows: Tensor | None, before: int, tiles: int) -> None:
         value_kernel[(tiles,)](
             x, tuple(weights), tuple(biases) or None, modulation, frequencies, y, rows, len(x), per_row(x, modulation),
-            before, plan, num_warps=shape.warps, num_stages=1,
+            before, plan, **shape.options,
         )  # fmt: skip
 
     run_value(launch, x, plan)
@@ -220,15 +228,13 @@ def backward(
     *settings, mask = settings_and_mask
     number = kept.dtype
     outs = [w.shape[0] for w in weights]
-    shape = shape_of(BACKWARD, outs, x.device)
-    plan = plan_of(Settings(*settings), x.shape[1], outs, modulation, number, shape, keeps=True)
+    plan = plan_of(Settings(*settings), x.shape[1], outs, modulation, number, THROUGH_MEMORY, keeps=True)
     job = Gradients(plan, x, weights, biases, modulation, mask)
 
     def launch(before: int, tiles: int) -> None:
         gradients_kernel[(tiles,)](
             g, x, tuple(weights), tuple(biases) or None, modulation, frequencies, job.gx, job.of_modulation, job.rows,
-            job.of_biases, len(x), per_row(x, modulation), job.span, before, job.plan, num_warps=shape.warps,
-            num_stages=1,
+            job.of_biases, len(x), per_row(x, modulation), job.span, before, job.plan, **THROUGH_MEMORY.options,
         )  # fmt: skip
 
     job.run(launch, x)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .activation import slope
-from .modulated_mlp_memory import deviation_places, leave_layer, row_places
+from .modulated_mlp_memory import deviation_places, leave_layer, row_places, untold
 from .modulated_mlp_rows import columns, modulation_at, product, rate_of, scale_and_shift, x_columns
 
 
@@ -31,13 +31,13 @@ def x_places(first, COUNT: tl.constexpr, PLAN: tl.constexpr):
 
 @triton.jit
 def leave_rows(
-    source, r, valid, row, weights, biases, modulation_ptr, frequencies_ptr, rows_ptr, PLAN: tl.constexpr
+    source, r, valid, row, tile, weights, biases, modulation_ptr, frequencies_ptr, rows_ptr, PLAN: tl.constexpr
 ):  # fmt: skip
     """Leaves n, one over the deviation and the result of every layer that the derivative needs."""
     LAYERS: tl.constexpr = PLAN.layers if PLAN.needs_last else PLAN.layers - 1
     for layer in tl.static_range(LAYERS):
         leave_layer(
-            source, r, valid, row, weights[layer], None if biases is None else biases[layer], modulation_ptr,
+            source, r, valid, row, tile, weights[layer], None if biases is None else biases[layer], modulation_ptr,
             frequencies_ptr, rows_ptr, layer, PLAN,
         )  # fmt: skip
 
@@ -46,9 +46,7 @@ def leave_rows(
 
 
 @triton.jit
-def add_modulation_gradient(
-    gradient_ptr, scale, shift, r, valid, tile, layer: tl.constexpr, j, PLAN: tl.constexpr
-):
+def add_modulation_gradient(gradient_ptr, scale, shift, r, valid, tile, layer: tl.constexpr, j, PLAN: tl.constexpr):
     """Stores what a scale and a shift [BLOCK, 1 or width] get, of each point, or of the tile's points together."""
     if PLAN.sums_modulation:
         at, there = modulation_at(tile + tl.zeros([1], tl.int64), layer, j, PLAN)
@@ -124,7 +122,7 @@ def leave_bias_gradient(tile, rows_ptr, biases_ptr, layer: tl.constexpr, PLAN: t
 
 
 @triton.jit
-def leave_own_gradient(weight_ptr, rows_ptr, layer: tl.constexpr, PLAN: tl.constexpr):
+def leave_own_gradient(tile, weight_ptr, rows_ptr, layer: tl.constexpr, PLAN: tl.constexpr):
     """Leaves gradients of the result of the layer before."""
     BLOCK: tl.constexpr = PLAN.block
     COUNT: tl.constexpr = PLAN.counts[layer]
@@ -133,7 +131,7 @@ def leave_own_gradient(weight_ptr, rows_ptr, layer: tl.constexpr, PLAN: tl.const
     for i in range(PARTS):
         k = i * WIDTH + tl.arange(0, WIDTH)
         total = tl.zeros([BLOCK, WIDTH], PLAN.number)
-        for j in range(COUNT):
+        for j in range(0, untold(COUNT, tile)):
             total += through_weight(weight_ptr, rows_ptr, k, k < PLAN.owns[layer], layer, j, PLAN)
         tl.store(rows_ptr + gradient_places(layer - 1, i, PLAN), total)
     tl.debug_barrier()
@@ -149,14 +147,14 @@ def through_weight(weight_ptr, rows_ptr, k, seen, layer: tl.constexpr, j, PLAN: 
 
 
 @triton.jit
-def x_gradient(weight_ptr, rows_ptr, layer: tl.constexpr, i, PLAN: tl.constexpr):
+def x_gradient(tile, weight_ptr, rows_ptr, layer: tl.constexpr, i, PLAN: tl.constexpr):
     """Gradient of chunk i of x by the layer and those behind it."""
     BLOCK: tl.constexpr = PLAN.block
     WIDTH: tl.constexpr = PLAN.x_chunk
     COUNT: tl.constexpr = PLAN.counts[layer]
     feature, seen = x_columns(i, PLAN)
     total = tl.zeros([BLOCK, WIDTH], PLAN.number)
-    for j in range(COUNT):
+    for j in range(0, untold(COUNT, tile)):
         total += through_weight(weight_ptr, rows_ptr, PLAN.owns[layer] + feature, seen, layer, j, PLAN)
     if PLAN.x_later[layer]:
         total += tl.load(rows_ptr + x_places(i * PLAN.x_chunk, PLAN.x_chunk, PLAN))
@@ -164,11 +162,14 @@ def x_gradient(weight_ptr, rows_ptr, layer: tl.constexpr, i, PLAN: tl.constexpr)
 
 
 @triton.jit
-def leave_x_gradient(weight_ptr, rows_ptr, layer: tl.constexpr, PLAN: tl.constexpr):
+def leave_x_gradient(tile, weight_ptr, rows_ptr, layer: tl.constexpr, PLAN: tl.constexpr):
     """Adds up the gradient of x by the layer in memory."""
     COUNT: tl.constexpr = PLAN.x_count
     for i in range(COUNT):
-        tl.store(rows_ptr + x_places(i * PLAN.x_chunk, PLAN.x_chunk, PLAN), x_gradient(weight_ptr, rows_ptr, layer, i, PLAN))
+        tl.store(
+            rows_ptr + x_places(i * PLAN.x_chunk, PLAN.x_chunk, PLAN),
+            x_gradient(tile, weight_ptr, rows_ptr, layer, i, PLAN),
+        )
     tl.debug_barrier()
 
 
@@ -209,8 +210,8 @@ def layer_gradient(
         leave_bias_gradient(tile, rows_ptr, biases_ptr, layer, PLAN)
     if layer > 0:
         if PLAN.takes_x[layer]:
-            leave_x_gradient(weight_ptr, rows_ptr, layer, PLAN)
-        leave_own_gradient(weight_ptr, rows_ptr, layer, PLAN)
+            leave_x_gradient(tile, weight_ptr, rows_ptr, layer, PLAN)
+        leave_own_gradient(tile, weight_ptr, rows_ptr, layer, PLAN)
 
 
 @triton.jit
@@ -222,7 +223,7 @@ def differentiate(
 
     gradient_ptr: of the modulation; biases_ptr [tiles, all biases]: sums of each tile, or None where none is wanted."""
     LAYERS: tl.constexpr = PLAN.layers
-    leave_rows(source, r, valid, row, weights, biases, modulation_ptr, frequencies_ptr, rows_ptr, PLAN)
+    leave_rows(source, r, valid, row, tile, weights, biases, modulation_ptr, frequencies_ptr, rows_ptr, PLAN)
     leave_output_gradient(g_ptr, r, valid, rows_ptr, PLAN)
     for i in tl.static_range(LAYERS):
         layer_gradient(

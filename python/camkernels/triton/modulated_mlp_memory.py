@@ -44,32 +44,40 @@ def deviation_places(layer: tl.constexpr, PLAN: tl.constexpr):
 
 
 @triton.jit
+def untold(count, tile):
+    """count, of which the assembler is not told: it would write out the products of all chunks, and spill.
+
+    tile: a number that is not negative."""
+    return count + tl.minimum(tile, 0)
+
+
+@triton.jit
 def linear_chunk(
-    source, r, valid, rows_ptr, weight_ptr, bias_ptr, layer: tl.constexpr, j, PLAN: tl.constexpr
+    source, r, valid, tile, rows_ptr, weight_ptr, bias_ptr, layer: tl.constexpr, j, PLAN: tl.constexpr
 ):  # fmt: skip
     """Chunk j of W h + b in the layer, of the results of the layer before."""
-    PARTS: tl.constexpr = PLAN.counts[layer - 1] if layer > 0 else 0
-    X_PARTS: tl.constexpr = PLAN.x_count if PLAN.takes_x[layer] else 0
     z = bias_of(bias_ptr, layer, j, PLAN)
-    for i in range(PARTS):
-        k = i * PLAN.chunks[layer - 1] + tl.arange(0, PLAN.chunks[layer - 1])
-        h = tl.load(rows_ptr + result_places(layer - 1, i, PLAN))
-        z += times_weight(h, weight_ptr, k, k < PLAN.owns[layer], layer, j, PLAN)
-    for i in range(X_PARTS):
-        feature, seen = x_columns(i, PLAN)
-        x = x_values(source, r, valid, i, PLAN)
-        z += times_weight(x, weight_ptr, PLAN.owns[layer] + feature, seen, layer, j, PLAN)
+    if layer > 0:
+        for i in range(0, untold(PLAN.counts[layer - 1], tile)):
+            k = i * PLAN.chunks[layer - 1] + tl.arange(0, PLAN.chunks[layer - 1])
+            h = tl.load(rows_ptr + result_places(layer - 1, i, PLAN))
+            z += times_weight(h, weight_ptr, k, k < PLAN.owns[layer], layer, j, PLAN)
+    if PLAN.takes_x[layer]:
+        for i in range(0, untold(PLAN.x_count, tile)):
+            feature, seen = x_columns(i, PLAN)
+            x = x_values(source, r, valid, i, PLAN)
+            z += times_weight(x, weight_ptr, PLAN.owns[layer] + feature, seen, layer, j, PLAN)
     return z
 
 
 @triton.jit
-def leave_linear(source, r, valid, rows_ptr, weight_ptr, bias_ptr, layer: tl.constexpr, PLAN: tl.constexpr):
+def leave_linear(source, r, valid, tile, rows_ptr, weight_ptr, bias_ptr, layer: tl.constexpr, PLAN: tl.constexpr):
     """Leaves the chunks of W h + b. Their mean and one over their deviation [BLOCK], or 0 and 1 without a norm."""
     BLOCK: tl.constexpr = PLAN.block
     COUNT: tl.constexpr = PLAN.counts[layer]
     total = tl.zeros([BLOCK], PLAN.number)
     for j in range(COUNT):
-        z = linear_chunk(source, r, valid, rows_ptr, weight_ptr, bias_ptr, layer, j, PLAN)
+        z = linear_chunk(source, r, valid, tile, rows_ptr, weight_ptr, bias_ptr, layer, j, PLAN)
         tl.store(rows_ptr + row_places(layer, j, PLAN), z)
         total += tl.sum(z, 1)  # padding is 0
     tl.debug_barrier()
@@ -97,14 +105,14 @@ def normalised_chunk(rows_ptr, mean, inverse, layer: tl.constexpr, j, PLAN: tl.c
 
 @triton.jit
 def leave_layer(
-    source, r, valid, row, weight_ptr, bias_ptr, modulation_ptr, frequencies_ptr, rows_ptr, layer: tl.constexpr,
+    source, r, valid, row, tile, weight_ptr, bias_ptr, modulation_ptr, frequencies_ptr, rows_ptr, layer: tl.constexpr,
     PLAN: tl.constexpr,
 ):  # fmt: skip
     """Leaves the layer's results, 0 for points that are not there, and if kept its n and one over its deviation.
 
     The gradients of points that are not there are 0 as well: so must their product with results be."""
     COUNT: tl.constexpr = PLAN.counts[layer]
-    mean, inverse = leave_linear(source, r, valid, rows_ptr, weight_ptr, bias_ptr, layer, PLAN)
+    mean, inverse = leave_linear(source, r, valid, tile, rows_ptr, weight_ptr, bias_ptr, layer, PLAN)
     if PLAN.keeps and PLAN.normalised[layer]:
         tl.store(rows_ptr + deviation_places(layer, PLAN), inverse)
     for j in range(COUNT):
@@ -116,18 +124,18 @@ def leave_layer(
 
 @triton.jit
 def evaluate_in_memory(
-    source, r, valid, row, weights, biases, modulation_ptr, frequencies_ptr, y_ptr, rows_ptr, PLAN: tl.constexpr
+    source, r, valid, row, tile, weights, biases, modulation_ptr, frequencies_ptr, y_ptr, rows_ptr, PLAN: tl.constexpr
 ):  # fmt: skip
     """y [n, outputs] of the points r."""
     LAST: tl.constexpr = PLAN.layers - 1
     COUNT: tl.constexpr = PLAN.counts[LAST]
     for layer in tl.static_range(LAST):
         leave_layer(
-            source, r, valid, row, weights[layer], None if biases is None else biases[layer], modulation_ptr,
+            source, r, valid, row, tile, weights[layer], None if biases is None else biases[layer], modulation_ptr,
             frequencies_ptr, rows_ptr, layer, PLAN,
         )  # fmt: skip
     mean, inverse = leave_linear(
-        source, r, valid, rows_ptr, weights[LAST], None if biases is None else biases[LAST], LAST, PLAN
+        source, r, valid, tile, rows_ptr, weights[LAST], None if biases is None else biases[LAST], LAST, PLAN
     )  # fmt: skip
     at = y_ptr + r[:, None] * PLAN.outputs
     for j in range(COUNT):

@@ -3,8 +3,9 @@
 
 A layer is cut into chunks [BLOCK, width], so that a product reads a weight matrix piece by piece through shared memory.
 The chunks of narrow layers stay in registers as tuples (here); those of wide ones, and all of gradients, pass through
-memory (modulated_mlp_memory.py). Sizes are padded to powers of two of at least 16, the rest masked: weights there count as 0. Hidden
-values are of type PLAN.number, and so are sums; the formulas are those of csrc/math/norm.h and activation.h.
+memory (modulated_mlp_memory.py). Sizes are padded to powers of two of at least 16, the rest masked: weights there count
+as 0. Hidden values are of type PLAN.number, and so are sums; the formulas are those of csrc/math/norm.h and
+activation.h.
 """
 
 from __future__ import annotations
@@ -219,7 +220,7 @@ def feature_places(first, COUNT: tl.constexpr, PLAN: tl.constexpr):
 
 @triton.jit
 def x_values(source, r, valid, i, PLAN: tl.constexpr):
-    """Chunk i of x. source: where x lies; of encoded features the tile's memory, or themselves if they are not there."""
+    """Chunk i of x. source: where x lies; of encoded features the tile's memory, or they themselves."""
     if PLAN.group is None:
         k, seen = x_columns(i, PLAN)
         at = source + r[:, None] * PLAN.features + k[None, :]

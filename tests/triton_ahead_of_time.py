@@ -79,19 +79,19 @@ def cover() -> list[Variant]:
 
 
 def cover_mlp() -> list[MLPVariant]:
-    """Every kernel at every width that must not spill; dtypes take turns."""
+    """Every kernel at every width, alone and behind a grid; dtypes take turns, float32 where there are most registers.
+
+    Sums are of the same pieces from 32 channels on."""
     variants = []
     for (k, kernel), (w, width), (a, arch) in product(
-        enumerate(("value", "gradients", "sums")), enumerate((16, 32, 64)), enumerate(ARCHITECTURES)
+        enumerate(("value", "gradients")), enumerate((16, 32, 64, 128, 256)), enumerate(ARCHITECTURES)
     ):
         variants.append(MLPVariant(kernel, width, MLP_DTYPES[(k + w + a) % 3], arch))
-    variants += [MLPVariant(kernel, 64, "fp32", arch) for kernel in ("value", "gradients") for arch in ARCHITECTURES]
+    variants += [MLPVariant("sums", width, "fp32", arch) for width in (16, 32) for arch in ARCHITECTURES]
+    variants += [MLPVariant(kernel, 256, "fp32", arch) for kernel in ("value", "gradients") for arch in ARCHITECTURES]
+    variants += [MLPVariant("value", width, "fp32", 90) for width in (64, 128)]
     variants += [MLPVariant(kernel, 64, "fp16", 90, fused=True) for kernel in ("value", "gradients")]
-    variants += [
-        MLPVariant(*kernel, dtype, arch)
-        for *kernel, arch in (("value", 128, 90), ("gradients", 128, 80))
-        for dtype in ("fp32", "bf16")
-    ]
+    variants += [MLPVariant("value", 16, "fp32", 90, fused=True), MLPVariant("gradients", 256, "fp32", 80, fused=True)]
     variants += [MLPVariant("value", 64, "fp32", 90, precision="tf32")]
     return list(dict.fromkeys(variants))
 
@@ -146,10 +146,8 @@ def compile_mlp(variant: MLPVariant) -> Facts:
     types |= dict.fromkeys(numbers, "*fp32") | {"layout_ptr": "*i64"}
     types |= {name: (types[name],) * len(outs) for name in ("weights", "biases")}
     kernel = modulated_mlp.sums_kernel if variant.kernel == "sums" else getattr(module, f"{variant.kernel}_kernel")
-    of_sums = {"num_warps": modulated_mlp.SUM_WARPS, "num_stages": modulated_mlp.SUM_STAGES}
-    return compile_kernel(
-        kernel, types, constants, variant.arch, of_sums if variant.kernel == "sums" else shape.options
-    )
+    options = modulated_mlp.SUM_OPTIONS if variant.kernel == "sums" else shape.options
+    return compile_kernel(kernel, types, constants, variant.arch, options)
 
 
 def compile_kernel(kernel: Any, types: dict[str, Any], constants: dict[str, Any], arch: int, options: dict) -> Facts:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The hash grid and the MLP behind it in one Triton kernel: the features stay on the multiprocessor.
 
-A program encodes BLOCK points at all levels at once, [BLOCK, levels, features] with both padded to powers of two, and
-takes them through the layers (modulated_mlp_rows.py). The gradients of the table are added atomically.
+A program encodes BLOCK points, [BLOCK, levels, features] with both padded to powers of two, and takes them through the
+layers: all levels at once where the layers stay in registers (modulated_mlp_rows.py), some at a time where they pass
+through memory (modulated_mlp_memory.py). The gradients of the table are added atomically.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ def differentiate_encoding(
     x_ptr, counts_ptr, scales_ptr, layout_ptr, table_ptr, gx_ptr, sums_ptr, rows_ptr, r, valid, GRID: tl.constexpr,
     PLAN: tl.constexpr,
 ):  # fmt: skip
-    """gx [n, D], and sums [entries, F] += weight * g, for gradients g of the features in memory, some levels at a time."""
+    """gx [n, D], and sums [entries, F] += weight * g, for gradients g of the features, some levels at a time."""
     D: tl.constexpr = GRID.dims
     BLOCK: tl.constexpr = PLAN.block
     ROWS: tl.constexpr = GRID.rows
@@ -139,7 +140,8 @@ def differentiate_encoding(
         gx = gx + (tl.zeros([BLOCK], x_ptr.dtype.element_ty),)
     for first in range(0, ROWS, STEP):
         of_levels = differentiate_levels(
-            x_ptr, counts_ptr, scales_ptr, layout_ptr, table_ptr, gx_ptr, sums_ptr, rows_ptr, r, valid, first, GRID, PLAN
+            x_ptr, counts_ptr, scales_ptr, layout_ptr, table_ptr, gx_ptr, sums_ptr, rows_ptr, r, valid, first, GRID,
+            PLAN,
         )  # fmt: skip
         added = ()
         for d in tl.static_range(D):

@@ -82,8 +82,7 @@ FORWARD = {
 # Estimated, not measured: what a launch leaves in memory stays in the L2 cache until the sums read it.
 ROW_BYTES = 256 << 10  # per multiprocessor
 SUM_PROGRAMS = 4  # per multiprocessor
-SUM_STAGES = 2
-SUM_WARPS = 4
+SUM_OPTIONS = {"num_warps": 4, "num_stages": 2}
 
 
 @triton.jit(do_not_specialize=["n", "before"])
@@ -277,7 +276,7 @@ class Gradients:
                 if self.of_weights is not None:
                     sums_kernel[(self.plan.piece_at[-1], self.splits)](
                         inputs, self.rows, self.of_weights, len(self.x), self.span, before, tiles, self.plan,
-                        num_warps=SUM_WARPS, num_stages=SUM_STAGES,
+                        **SUM_OPTIONS,
                     )  # fmt: skip
 
     def _memory_of_modulation(self, points: int, per_row: int) -> Tensor:

@@ -46,14 +46,7 @@ def test_the_cover_has_every_size_on_both_architectures_and_every_dtype():
     assert len({(v.kernel, v.features, v.dtype) for v in GATED}) == len(KERNELS) * 4 * 4
 
 
-def but_for_gradients_behind_a_grid(variant):
-    """With 16 points a warp, without which Triton 3.6 reads beyond shared memory, these do not fit into registers."""
-    spills = variant in MLPS and variant.fused and variant.kernel == "gradients"
-    marks = pytest.mark.xfail(reason="464 bytes of stack with 16 points a warp", strict=True) if spills else ()
-    return pytest.param(variant, marks=marks)
-
-
-@pytest.mark.parametrize("variant", [but_for_gradients_behind_a_grid(v) for v in ALL], ids=str)
+@pytest.mark.parametrize("variant", ALL, ids=str)
 def test_nothing_spills(facts, variant):
     found = facts[variant]
     assert found.stack == 0 and found.count("LDL") == 0 and found.count("STL") == 0

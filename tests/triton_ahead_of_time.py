@@ -79,19 +79,19 @@ def cover() -> list[Variant]:
 
 
 def cover_mlp() -> list[MLPVariant]:
-    """Every kernel at every width that must not spill; dtypes take turns."""
+    """Every kernel at every width, alone and behind a grid; dtypes take turns, float32 where there are most registers.
+
+    Sums are of the same pieces from 32 channels on."""
     variants = []
     for (k, kernel), (w, width), (a, arch) in product(
-        enumerate(("value", "gradients", "sums")), enumerate((16, 32, 64)), enumerate(ARCHITECTURES)
+        enumerate(("value", "gradients")), enumerate((16, 32, 64, 128, 256)), enumerate(ARCHITECTURES)
     ):
         variants.append(MLPVariant(kernel, width, MLP_DTYPES[(k + w + a) % 3], arch))
-    variants += [MLPVariant(kernel, 64, "fp32", arch) for kernel in ("value", "gradients") for arch in ARCHITECTURES]
+    variants += [MLPVariant("sums", width, "fp32", arch) for width in (16, 32) for arch in ARCHITECTURES]
+    variants += [MLPVariant(kernel, 256, "fp32", arch) for kernel in ("value", "gradients") for arch in ARCHITECTURES]
+    variants += [MLPVariant("value", width, "fp32", 90) for width in (64, 128)]
     variants += [MLPVariant(kernel, 64, "fp16", 90, fused=True) for kernel in ("value", "gradients")]
-    variants += [
-        MLPVariant(*kernel, dtype, arch)
-        for *kernel, arch in (("value", 128, 90), ("gradients", 128, 80))
-        for dtype in ("fp32", "bf16")
-    ]
+    variants += [MLPVariant("value", 16, "fp32", 90, fused=True), MLPVariant("gradients", 256, "fp32", 80, fused=True)]
     variants += [MLPVariant("value", 64, "fp32", 90, precision="tf32")]
     return list(dict.fromkeys(variants))
 
@@ -127,25 +127,27 @@ def compile_mlp(variant: MLPVariant) -> Facts:
 
     module = hash_grid_mlp if variant.fused else modulated_mlp
     outs = (variant.width, variant.width, 3)
-    table = modulated_mlp.FORWARD if variant.kernel == "value" else modulated_mlp.BACKWARD
-    shape = table[variant.arch >= 90][modulated_mlp.padded(variant.width)]
+    is_value = variant.kernel == "value"
+    shape = modulated_mlp.FORWARD[variant.arch >= 90][variant.width] if is_value else modulated_mlp.THROUGH_MEMORY
+    if variant.fused:
+        shape = hash_grid_mlp.encoding_shape(shape)
     plan = modulated_mlp.Plan(
         features=32, outs=outs, activations=(1, 1, 0), omegas=(1.0,) * 3, skips=(False,) * 3, hidden=2, channels=1,
         point_norm=True, eps=1e-5, number=tl.float32, precision=variant.precision, block=shape.block,
-        chunk=shape.chunk, group=(2, 2) if variant.fused else None,
+        chunk=shape.chunk, in_memory=shape.in_memory, keeps=not is_value,
+        group=(2, 2) if variant.fused else None,
     )  # fmt: skip
     settings = hash_grid.Settings((1.0,) * 48, 0.5, (), False, 0, 0, 16, False)
     constants = {"PLAN": plan, "GRID": hash_grid_mlp.grid_of(settings, 3, 2), "frequencies_ptr": None}
-    constants |= {"counts_ptr": None}
+    constants |= {"counts_ptr": None} | ({} if shape.in_memory else {"rows_ptr": None})
     parameters = ("table_ptr", "weights", "biases", "modulation_ptr", "y_ptr", "g_ptr")
     types = dict.fromkeys(parameters, f"*{variant.dtype}")
     numbers = ("x_ptr", "gx_ptr", "gradient_ptr", "rows_ptr", "biases_ptr", "sums_ptr", "table_sums_ptr", "scales_ptr")
     types |= dict.fromkeys(numbers, "*fp32") | {"layout_ptr": "*i64"}
     types |= {name: (types[name],) * len(outs) for name in ("weights", "biases")}
     kernel = modulated_mlp.sums_kernel if variant.kernel == "sums" else getattr(module, f"{variant.kernel}_kernel")
-    warps = modulated_mlp.SUM_WARPS if variant.kernel == "sums" else shape.warps
-    stages = modulated_mlp.SUM_STAGES if variant.kernel == "sums" else 1
-    return compile_kernel(kernel, types, constants, variant.arch, {"num_warps": warps, "num_stages": stages})
+    options = modulated_mlp.SUM_OPTIONS if variant.kernel == "sums" else shape.options
+    return compile_kernel(kernel, types, constants, variant.arch, options)
 
 
 def compile_kernel(kernel: Any, types: dict[str, Any], constants: dict[str, Any], arch: int, options: dict) -> Facts:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .._modulation import compute_dtype
 from .modulated_mlp_gradients import differentiate, x_gradient
+from .modulated_mlp_memory import evaluate_in_memory
 from .modulated_mlp_rows import Plan, evaluate, padded, points_of, x_columns
 from .modulated_mlp_sums import sums_kernel
 
@@ -41,65 +42,64 @@ class Settings(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """How a kernel is cut: points of a program, widest chunk of a layer, warps."""
+    """How a kernel is cut: points of a program, widest chunk of a layer, warps; whether chunks pass through memory."""
 
     block: int
     chunk: int
     warps: int
+    in_memory: bool = False
+
+    @property
+    def options(self) -> dict[str, int | None]:
+        """Of the compiler. Without a limit the assembler spills, so that three blocks fit on a multiprocessor."""
+        return {"num_warps": self.warps, "num_stages": 1, "maxnreg": 255 if self.in_memory else None}
 
 
-# By whether the GPU multiplies from shared memory (sm_90 and later; others hold a chunk of weights in registers, so
-# that chunks are narrower), and by the widest layer, padded. The value's of sm_90 for 64 and 256 channels are the
-# fastest of those tried on an H100 and an H200; the others are chosen from machine code. Nothing spills up to 64
-# channels (but for gradients behind a grid on sm_90), nor up to 128 for the value on sm_90 and for gradients before it,
-# which tests/test_triton_compiled.py checks. On sm_90 a warp has 16 points or more: with fewer, warps share columns,
-# and what Triton 3.6 makes of that reads beyond shared memory.
+# Of all gradients, and of values of layers that do not fit into registers. Chosen from machine code: 16 points a warp,
+# and the widest chunk that spills nowhere.
+THROUGH_MEMORY = Shape(64, 32, 4, in_memory=True)
+# Of values, by whether the GPU multiplies from shared memory (sm_90 and later; others hold a chunk of weights in
+# registers, so that chunks are narrower), and by the widest layer, padded. That of sm_90 for 64 channels is the fastest
+# of those tried on an H100 and an H200; the others are chosen from machine code. On sm_90 a warp has 16 points or more:
+# with fewer, warps share columns, and what Triton 3.6 makes of that reads beyond shared memory. Nothing spills on sm_80
+# and sm_90, which tests/test_triton_compiled.py checks.
 FORWARD = {
     True: {
         16: Shape(128, 16, 4),
         32: Shape(128, 32, 4),
         64: Shape(64, 64, 4),
         128: Shape(128, 128, 8),
-        256: Shape(128, 128, 8),
+        256: THROUGH_MEMORY,
     },
     False: {
         16: Shape(128, 16, 4),
         32: Shape(64, 32, 4),
         64: Shape(64, 32, 4),
-        128: Shape(64, 32, 8),
-        256: Shape(32, 32, 8),
-    },
-}
-BACKWARD = {
-    True: {
-        16: Shape(128, 16, 4),
-        32: Shape(64, 32, 4),
-        64: Shape(64, 32, 4),
-        128: Shape(128, 64, 8),
-        256: Shape(128, 64, 8),
-    },
-    False: {
-        16: Shape(128, 16, 4),
-        32: Shape(64, 32, 4),
-        64: Shape(32, 32, 8),
-        128: Shape(16, 64, 8),
-        256: Shape(16, 64, 8),
+        128: THROUGH_MEMORY,
+        256: THROUGH_MEMORY,
     },
 }
 # Estimated, not measured: what a launch leaves in memory stays in the L2 cache until the sums read it.
 ROW_BYTES = 256 << 10  # per multiprocessor
 SUM_PROGRAMS = 4  # per multiprocessor
-SUM_STAGES = 2
-SUM_WARPS = 4
+SUM_OPTIONS = {"num_warps": 4, "num_stages": 2}
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n", "before"])
 def value_kernel(
-    x_ptr, weights, biases, modulation_ptr, frequencies_ptr, y_ptr, n, per_row, PLAN: tl.constexpr
+    x_ptr, weights, biases, modulation_ptr, frequencies_ptr, y_ptr, rows_ptr, n, per_row, before, PLAN: tl.constexpr
 ):  # fmt: skip
-    """y [n, outputs]; a row of the modulation serves per_row points."""
-    r = tl.program_id(0).to(tl.int64) * PLAN.block + tl.arange(0, PLAN.block)
-    evaluate(x_ptr, r, r < n, r // per_row, weights, biases, modulation_ptr, frequencies_ptr, y_ptr, PLAN)
+    """y [n, outputs]; a row of the modulation serves per_row points. Of a launch's tiles, tile `before` first."""
+    tile = before + tl.program_id(0)
+    r = tile.to(tl.int64) * PLAN.block + tl.arange(0, PLAN.block)
+    if PLAN.in_memory:
+        rows_ptr += tl.program_id(0).to(tl.int64) * PLAN.size
+        evaluate_in_memory(
+            x_ptr, r, r < n, r // per_row, tile, weights, biases, modulation_ptr, frequencies_ptr, y_ptr, rows_ptr,
+            PLAN,
+        )  # fmt: skip
+    else:
+        evaluate(x_ptr, r, r < n, r // per_row, weights, biases, modulation_ptr, frequencies_ptr, y_ptr, PLAN)
 
 
 @triton.jit(do_not_specialize=["n", "span", "before"])
@@ -114,14 +114,14 @@ def gradients_kernel(
     tile = before + tl.program_id(0)
     rows_ptr += tl.program_id(0).to(tl.int64) * PLAN.size
     r, valid = points_of(tile, n, span, PLAN)
-    g = differentiate(
+    differentiate(
         g_ptr, x_ptr, r, valid, r // per_row, tile, weights, biases, modulation_ptr, frequencies_ptr, gradient_ptr,
         rows_ptr, biases_ptr, PLAN,
     )  # fmt: skip
     if gx_ptr is not None:
-        for i in tl.static_range(X_COUNT):
+        for i in range(X_COUNT):
             feature, seen = x_columns(i, PLAN)
-            gx = x_gradient(g, weights[0], rows_ptr, 0, i, PLAN).to(gx_ptr.dtype.element_ty)
+            gx = x_gradient(tile, weights[0], rows_ptr, 0, i, PLAN).to(gx_ptr.dtype.element_ty)
             at = gx_ptr + r[:, None] * PLAN.features + feature[None, :]
             tl.store(at, gx, mask=valid[:, None] & seen[None, :])
 
@@ -138,7 +138,7 @@ def precision_of(number: torch.dtype, tf32: bool) -> str:
 
 def plan_of(
     settings: Settings, features: int, outs: Sequence[int], modulation: Tensor | None, number: torch.dtype,
-    shape: Shape, group: tuple[int, int] | None = None,
+    shape: Shape, group: tuple[int, int] | None = None, keeps: bool = False,
 ) -> Plan:  # fmt: skip
     """What a kernel is compiled for."""
     channels = 0 if modulation is None else modulation.shape[3] if modulation.ndim == 4 else 1
@@ -156,13 +156,15 @@ def plan_of(
         precision=precision_of(number, settings.tf32),
         block=shape.block,
         chunk=shape.chunk,
+        in_memory=shape.in_memory,
+        keeps=keeps,
         group=group,
     )
 
 
-def shape_of(table: dict[bool, dict[int, Shape]], outs: Sequence[int], device: torch.device) -> Shape:
+def value_shape(outs: Sequence[int], device: torch.device) -> Shape:
     modern = device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
-    return table[modern][padded(max(outs))]
+    return FORWARD[modern][padded(max(outs))]
 
 
 def on_device(x: Tensor) -> Any:
@@ -181,16 +183,40 @@ def value(
     """The operator triton_modulated_mlp; nothing is kept."""
     number = compute_dtype(x, modulation, frequencies, *weights)
     outs = [w.shape[0] for w in weights]
-    shape = shape_of(FORWARD, outs, x.device)
+    shape = value_shape(outs, x.device)
     plan = plan_of(Settings(*settings), x.shape[1], outs, modulation, number, shape)
     y = weights[0].new_empty(len(x), plan.outputs)
-    if len(x) > 0:
-        with on_device(x):
-            value_kernel[(triton.cdiv(len(x), plan.block),)](
-                x, tuple(weights), tuple(biases) or None, modulation, frequencies, y, len(x), per_row(x, modulation),
-                plan, num_warps=shape.warps, num_stages=1,
-            )  # fmt: skip
+
+    def launch(rows: Tensor | None, before: int, tiles: int) -> None:
+        value_kernel[(tiles,)](
+            x, tuple(weights), tuple(biases) or None, modulation, frequencies, y, rows, len(x), per_row(x, modulation),
+            before, plan, **shape.options,
+        )  # fmt: skip
+
+    run_value(launch, x, plan)
     return y, x.new_empty(0, dtype=number)
+
+
+def run_value(launch: Callable[[Tensor | None, int, int], None], x: Tensor, plan: Plan) -> None:
+    """launch(memory of the tiles, first, count) for all tiles of the points x."""
+    tiles = triton.cdiv(len(x), plan.block)
+    at_once = tiles_at_once(tiles, x, plan) if plan.in_memory else max(1, tiles)
+    rows = x.new_empty(at_once, plan.size, dtype=dtype_of(plan)) if plan.in_memory else None
+    with on_device(x):
+        for before in range(0, tiles, at_once):
+            launch(rows, before, min(at_once, tiles - before))
+
+
+def dtype_of(plan: Plan) -> torch.dtype:
+    """PyTorch's name of the type of hidden values."""
+    return torch.float64 if plan.number == tl.float64 else torch.float32
+
+
+def tiles_at_once(tiles: int, x: Tensor, plan: Plan) -> int:
+    """How many tiles a launch takes, whose memory is to stay in the cache."""
+    count = processors(x.device)
+    fitting = count * ROW_BYTES // (plan.size * dtype_of(plan).itemsize)
+    return max(1, min(tiles, max(fitting, 2 * count)))
 
 
 def backward(
@@ -201,15 +227,13 @@ def backward(
     *settings, mask = settings_and_mask
     number = kept.dtype
     outs = [w.shape[0] for w in weights]
-    shape = shape_of(BACKWARD, outs, x.device)
-    plan = plan_of(Settings(*settings), x.shape[1], outs, modulation, number, shape)
+    plan = plan_of(Settings(*settings), x.shape[1], outs, modulation, number, THROUGH_MEMORY, keeps=True)
     job = Gradients(plan, x, weights, biases, modulation, mask)
 
     def launch(before: int, tiles: int) -> None:
         gradients_kernel[(tiles,)](
             g, x, tuple(weights), tuple(biases) or None, modulation, frequencies, job.gx, job.of_modulation, job.rows,
-            job.of_biases, len(x), per_row(x, modulation), job.span, before, job.plan, num_warps=shape.warps,
-            num_stages=1,
+            job.of_biases, len(x), per_row(x, modulation), job.span, before, job.plan, **THROUGH_MEMORY.options,
         )  # fmt: skip
 
     job.run(launch, x)
@@ -225,16 +249,14 @@ class Gradients:
     ):  # fmt: skip
         self.x, self.weights, self.biases, self.modulation = x, weights, biases, modulation
         wants_x, self.wants_weights, self.wants_biases, self.wants_modulation = mask
-        self.number = torch.float64 if plan.number == tl.float64 else torch.float32
+        self.number = dtype_of(plan)
         points, self.span = per_row(x, modulation), len(x)
         if self.wants_modulation and points >= plan.block:
             self.span, plan = points, dataclasses.replace(plan, sums_modulation=True)
         self.plan = plan
         self.tiles = len(x) // max(self.span, 1) * triton.cdiv(self.span, plan.block)
-        count = processors(x.device)
-        fitting = count * ROW_BYTES // (plan.size * self.number.itemsize)
-        self.tiles_per_launch = max(1, min(self.tiles, max(fitting, 2 * count)))
-        self.splits = min(self.tiles_per_launch, triton.cdiv(SUM_PROGRAMS * count, plan.piece_at[-1]))
+        self.tiles_per_launch = tiles_at_once(self.tiles, x, plan)
+        self.splits = min(self.tiles_per_launch, triton.cdiv(SUM_PROGRAMS * processors(x.device), plan.piece_at[-1]))
         self.gx = torch.empty_like(x) if wants_x else None
         self.rows = self._numbers(self.tiles_per_launch, plan.size)
         self.of_weights = self._numbers(self.splits, plan.weight_at[-1]) if self.wants_weights else None
@@ -254,7 +276,7 @@ class Gradients:
                 if self.of_weights is not None:
                     sums_kernel[(self.plan.piece_at[-1], self.splits)](
                         inputs, self.rows, self.of_weights, len(self.x), self.span, before, tiles, self.plan,
-                        num_warps=SUM_WARPS, num_stages=SUM_STAGES,
+                        **SUM_OPTIONS,
                     )  # fmt: skip
 
     def _memory_of_modulation(self, points: int, per_row: int) -> Tensor:

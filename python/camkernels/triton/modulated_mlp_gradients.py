@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Gradients of the modulated MLP for the BLOCK points of a program, in Triton.
 
-A program takes a tile of BLOCK points through the layers once more, leaves what the norms give in memory (`rows_ptr`,
-a part of its own), and goes back through the layers. It also leaves there what modulated_mlp_sums.py makes the
-gradients of the weights of: each layer's result and the gradient of its W h + b.
+A program takes a tile of BLOCK points through the layers once more (modulated_mlp_memory.py), keeping in memory what
+the norms give, and goes back through the layers, chunk by chunk. It also leaves there what modulated_mlp_sums.py makes
+the gradients of the weights of: each layer's result and the gradient of its W h + b.
 """
 
 from __future__ import annotations
@@ -12,36 +12,8 @@ import triton
 import triton.language as tl
 
 from .activation import slope
-from .modulated_mlp_rows import (
-    activated_layer,
-    columns,
-    forward_layer,
-    modulation_at,
-    product,
-    rate_of,
-    scale_and_shift,
-    x_columns,
-)
-
-# ---- rows of the program ---------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def row_places(layer: tl.constexpr, j, PLAN: tl.constexpr):
-    """Where chunk j of the layer is left."""
-    p, o = tl.arange(0, PLAN.block), tl.arange(0, PLAN.chunks[layer])
-    return PLAN.row_at[layer] + j * PLAN.block * PLAN.chunks[layer] + p[:, None] * PLAN.chunks[layer] + o[None, :]
-
-
-@triton.jit
-def deviation_places(layer: tl.constexpr, PLAN: tl.constexpr):
-    return PLAN.row_at[layer] + PLAN.counts[layer] * PLAN.block * PLAN.chunks[layer] + tl.arange(0, PLAN.block)
-
-
-@triton.jit
-def result_places(layer: tl.constexpr, j, PLAN: tl.constexpr):
-    """Where chunk j of the result of the layer is left."""
-    return PLAN.result_at[layer] - PLAN.row_at[layer] + row_places(layer, j, PLAN)
+from .modulated_mlp_memory import deviation_places, leave_layer, row_places, untold
+from .modulated_mlp_rows import columns, modulation_at, product, rate_of, scale_and_shift, x_columns
 
 
 @triton.jit
@@ -51,63 +23,30 @@ def gradient_places(layer: tl.constexpr, j, PLAN: tl.constexpr):
 
 
 @triton.jit
-def x_places(i: tl.constexpr, PLAN: tl.constexpr):
-    """Where chunk i of the gradient of x is added up."""
-    p, k = tl.arange(0, PLAN.block), tl.arange(0, PLAN.x_chunk)
-    return PLAN.gradient_at[PLAN.layers] + i * PLAN.block * PLAN.x_chunk + p[:, None] * PLAN.x_chunk + k[None, :]
-
-
-@triton.jit
-def feature_places(PLAN: tl.constexpr):
-    """Where encoded features are left."""
-    p, k = tl.arange(0, PLAN.block), tl.arange(0, PLAN.x_width)
-    return PLAN.gradient_at[PLAN.layers + 1] + p[:, None] * PLAN.x_width + k[None, :]
+def x_places(first, COUNT: tl.constexpr, PLAN: tl.constexpr):
+    """Where columns [BLOCK, COUNT] of the gradient of x are added up, `first` and those behind it."""
+    p, k = tl.arange(0, PLAN.block), first + tl.arange(0, COUNT)
+    return PLAN.gradient_at[PLAN.layers] + p[:, None] * (PLAN.x_count * PLAN.x_chunk) + k[None, :]
 
 
 @triton.jit
 def leave_rows(
-    source, r, valid, row, weights, biases, modulation_ptr, frequencies_ptr, rows_ptr, WITH_RESULTS: tl.constexpr,
-    PLAN: tl.constexpr,
+    source, r, valid, row, tile, weights, biases, modulation_ptr, frequencies_ptr, rows_ptr, PLAN: tl.constexpr
 ):  # fmt: skip
-    """Leaves n and one over the deviation of every layer that the derivative needs, and on demand the results."""
+    """Leaves n, one over the deviation and the result of every layer that the derivative needs."""
     LAYERS: tl.constexpr = PLAN.layers if PLAN.needs_last else PLAN.layers - 1
-    h = ()
     for layer in tl.static_range(LAYERS):
-        n, inverse = forward_layer(
-            h, source, r, valid, weights[layer], None if biases is None else biases[layer], layer, PLAN
-        )
-        leave_layer(n, inverse, rows_ptr, layer, PLAN)
-        if layer < PLAN.layers - 1:
-            h = activated_layer(n, modulation_ptr, frequencies_ptr, row, valid, layer, PLAN)
-            if WITH_RESULTS:
-                leave_results(h, valid, rows_ptr, layer, PLAN)
-    tl.debug_barrier()  # other threads may read them
-
-
-@triton.jit
-def leave_layer(n, inverse, rows_ptr, layer: tl.constexpr, PLAN: tl.constexpr):
-    COUNT: tl.constexpr = PLAN.counts[layer]
-    for j in tl.static_range(COUNT):
-        tl.store(rows_ptr + row_places(layer, j, PLAN), n[j])
-    if PLAN.point_norm and layer < PLAN.hidden:
-        tl.store(rows_ptr + deviation_places(layer, PLAN), inverse)
-
-
-@triton.jit
-def leave_results(h, valid, rows_ptr, layer: tl.constexpr, PLAN: tl.constexpr):
-    """A layer's results; 0 for points that are not there, whose gradients are 0 as well: their product must be."""
-    COUNT: tl.constexpr = PLAN.counts[layer]
-    for j in tl.static_range(COUNT):
-        tl.store(rows_ptr + result_places(layer, j, PLAN), tl.where(valid[:, None], h[j], 0.0))
+        leave_layer(
+            source, r, valid, row, tile, weights[layer], None if biases is None else biases[layer], modulation_ptr,
+            frequencies_ptr, rows_ptr, layer, PLAN,
+        )  # fmt: skip
 
 
 # ---- gradients of a layer --------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def add_modulation_gradient(
-    gradient_ptr, scale, shift, r, valid, tile, layer: tl.constexpr, j: tl.constexpr, PLAN: tl.constexpr
-):
+def add_modulation_gradient(gradient_ptr, scale, shift, r, valid, tile, layer: tl.constexpr, j, PLAN: tl.constexpr):
     """Stores what a scale and a shift [BLOCK, 1 or width] get, of each point, or of the tile's points together."""
     if PLAN.sums_modulation:
         at, there = modulation_at(tile + tl.zeros([1], tl.int64), layer, j, PLAN)
@@ -122,20 +61,23 @@ def add_modulation_gradient(
 
 @triton.jit
 def through_activation(
-    g, r, valid, row, tile, modulation_ptr, frequencies_ptr, gradient_ptr, rows_ptr, layer: tl.constexpr,
+    r, valid, row, tile, modulation_ptr, frequencies_ptr, gradient_ptr, rows_ptr, layer: tl.constexpr,
     PLAN: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a layer's result -> of n. gradient_ptr: of the modulation."""
+    """Gradients of a layer's result -> w of n, in their place; sums [BLOCK] of w and n w over the channels.
+
+    gradient_ptr: of the modulation."""
     COUNT: tl.constexpr = PLAN.counts[layer]
     BLOCK: tl.constexpr = PLAN.block
     of_scale = tl.zeros([BLOCK], PLAN.number)
     of_shift = tl.zeros([BLOCK], PLAN.number)
-    w = ()
-    for j in tl.static_range(COUNT):
+    sum_w = tl.zeros([BLOCK], PLAN.number)
+    sum_nw = tl.zeros([BLOCK], PLAN.number)
+    for j in range(COUNT):
         n = tl.load(rows_ptr + row_places(layer, j, PLAN))
+        g = tl.load(rows_ptr + gradient_places(layer, j, PLAN))
         scale, shift = scale_and_shift(modulation_ptr, row, valid, layer, j, PLAN)
-        s = scale * n + shift
-        of_s = g[j] * slope(s, rate_of(frequencies_ptr, layer, j, PLAN), PLAN.activations[layer])
+        of_s = g * slope(scale * n + shift, rate_of(frequencies_ptr, layer, j, PLAN), PLAN.activations[layer])
         of_s = tl.where(valid[:, None], of_s, 0.0)
         if gradient_ptr is not None and layer < PLAN.hidden:
             if PLAN.channels > 1:
@@ -143,135 +85,133 @@ def through_activation(
             else:
                 of_scale += tl.sum(of_s * n, 1)
                 of_shift += tl.sum(of_s, 1)
-        w = w + (scale * of_s,)
+        w = scale * of_s
+        tl.store(rows_ptr + gradient_places(layer, j, PLAN), w)
+        sum_w += tl.sum(w, 1)
+        sum_nw += tl.sum(n * w, 1)
     if gradient_ptr is not None and layer < PLAN.hidden and PLAN.channels == 1:
         add_modulation_gradient(gradient_ptr, of_scale[:, None], of_shift[:, None], r, valid, tile, layer, 0, PLAN)
-    return w
+    tl.debug_barrier()
+    return sum_w, sum_nw
 
 
 @triton.jit
-def through_norm(w, valid, rows_ptr, layer: tl.constexpr, PLAN: tl.constexpr):
-    """Gradients of n -> of W h + b."""
+def through_norm(sum_w, sum_nw, valid, rows_ptr, layer: tl.constexpr, PLAN: tl.constexpr):
+    """Gradients w of n -> of W h + b, in their place."""
     COUNT: tl.constexpr = PLAN.counts[layer]
-    BLOCK: tl.constexpr = PLAN.block
-    if PLAN.point_norm and layer < PLAN.hidden:
-        mean_w = tl.zeros([BLOCK], PLAN.number)
-        mean_nw = tl.zeros([BLOCK], PLAN.number)
-        for j in tl.static_range(COUNT):
-            mean_w += tl.sum(w[j], 1) / PLAN.outs[layer]
-            mean_nw += tl.sum(w[j] * tl.load(rows_ptr + row_places(layer, j, PLAN)), 1) / PLAN.outs[layer]
-        inverse = tl.load(rows_ptr + deviation_places(layer, PLAN))
-        g = ()
-        for j in tl.static_range(COUNT):
-            n = tl.load(rows_ptr + row_places(layer, j, PLAN))
-            _, there = columns(layer, j, PLAN)
-            gz = inverse[:, None] * (w[j] - mean_w[:, None] - n * mean_nw[:, None])
-            g = g + (tl.where(valid[:, None] & there, gz, 0.0),)
-        return g
-    else:
-        return w
+    mean_w, mean_nw = sum_w / PLAN.outs[layer], sum_nw / PLAN.outs[layer]
+    inverse = tl.load(rows_ptr + deviation_places(layer, PLAN))
+    for j in range(COUNT):
+        n = tl.load(rows_ptr + row_places(layer, j, PLAN))
+        at = rows_ptr + gradient_places(layer, j, PLAN)
+        _, there = columns(layer, j, PLAN)
+        g = inverse[:, None] * (tl.load(at) - mean_w[:, None] - n * mean_nw[:, None])
+        tl.store(at, tl.where(valid[:, None] & there, g, 0.0))
+    tl.debug_barrier()
 
 
 @triton.jit
-def leave_gradient(g, tile, rows_ptr, biases_ptr, layer: tl.constexpr, PLAN: tl.constexpr):
-    """Leaves gradients of W h + b, and their sums over the tile."""
+def leave_bias_gradient(tile, rows_ptr, biases_ptr, layer: tl.constexpr, PLAN: tl.constexpr):
+    """Leaves the sums of the gradients of W h + b over the tile."""
     COUNT: tl.constexpr = PLAN.counts[layer]
-    for j in tl.static_range(COUNT):
-        tl.store(rows_ptr + gradient_places(layer, j, PLAN), g[j])
+    biases_ptr += tile.to(tl.int64) * PLAN.bias_at[PLAN.layers] + PLAN.bias_at[layer]
+    for j in range(COUNT):
+        g = tl.load(rows_ptr + gradient_places(layer, j, PLAN))
         o = j * PLAN.chunks[layer] + tl.arange(0, PLAN.chunks[layer])
-        at = biases_ptr + tile.to(tl.int64) * PLAN.bias_at[PLAN.layers] + PLAN.bias_at[layer] + o
-        tl.store(at, tl.sum(g[j], 0), mask=o < PLAN.outs[layer])
+        tl.store(biases_ptr + o, tl.sum(g, 0), mask=o < PLAN.outs[layer])
 
 
 @triton.jit
-def own_gradient(g, weight_ptr, layer: tl.constexpr, PLAN: tl.constexpr):
-    """Gradients of the result of the layer before."""
+def leave_own_gradient(tile, weight_ptr, rows_ptr, layer: tl.constexpr, PLAN: tl.constexpr):
+    """Leaves gradients of the result of the layer before."""
     BLOCK: tl.constexpr = PLAN.block
     COUNT: tl.constexpr = PLAN.counts[layer]
     PARTS: tl.constexpr = PLAN.counts[layer - 1]
     WIDTH: tl.constexpr = PLAN.chunks[layer - 1]
-    total = ()
-    for _ in tl.static_range(PARTS):
-        total = total + (tl.zeros([BLOCK, WIDTH], PLAN.number),)
-    for j in tl.static_range(COUNT):
-        total = add_transposed_products(total, g[j], weight_ptr, layer, j, PLAN)
-    return total
+    for i in range(PARTS):
+        k = i * WIDTH + tl.arange(0, WIDTH)
+        total = tl.zeros([BLOCK, WIDTH], PLAN.number)
+        for j in range(0, untold(COUNT, tile)):
+            total += through_weight(weight_ptr, rows_ptr, k, k < PLAN.owns[layer], layer, j, PLAN)
+        tl.store(rows_ptr + gradient_places(layer - 1, i, PLAN), total)
+    tl.debug_barrier()
 
 
 @triton.jit
-def add_transposed_products(total, g, weight_ptr, layer: tl.constexpr, j: tl.constexpr, PLAN: tl.constexpr):
-    """Gradients of the result of the layer before, plus what chunk j of the layer gives."""
-    PARTS: tl.constexpr = PLAN.counts[layer - 1]
+def through_weight(weight_ptr, rows_ptr, k, seen, layer: tl.constexpr, j, PLAN: tl.constexpr):
+    """What the gradient of chunk j of W h + b gives to inputs k of the layer."""
     o = j * PLAN.chunks[layer] + tl.arange(0, PLAN.chunks[layer])
-    found = ()
-    for i in tl.static_range(PARTS):
-        k = i * PLAN.chunks[layer - 1] + tl.arange(0, PLAN.chunks[layer - 1])
-        at = weight_ptr + o[:, None] * PLAN.ins[layer] + k[None, :]
-        weight = tl.load(at, mask=(o < PLAN.outs[layer])[:, None] & (k < PLAN.owns[layer])[None, :], other=0.0)
-        found = found + (total[i] + product(g, weight, PLAN),)
-    return found
+    at = weight_ptr + o[:, None] * PLAN.ins[layer] + k[None, :]
+    weight = tl.load(at, mask=(o < PLAN.outs[layer])[:, None] & seen[None, :], other=0.0)
+    return product(tl.load(rows_ptr + gradient_places(layer, j, PLAN)), weight, PLAN)
 
 
 @triton.jit
-def x_gradient(g, weight_ptr, rows_ptr, layer: tl.constexpr, i: tl.constexpr, PLAN: tl.constexpr):
+def x_gradient(tile, weight_ptr, rows_ptr, layer: tl.constexpr, i, PLAN: tl.constexpr):
     """Gradient of chunk i of x by the layer and those behind it."""
     BLOCK: tl.constexpr = PLAN.block
     WIDTH: tl.constexpr = PLAN.x_chunk
     COUNT: tl.constexpr = PLAN.counts[layer]
-    k, seen = x_columns(i, PLAN)
+    feature, seen = x_columns(i, PLAN)
     total = tl.zeros([BLOCK, WIDTH], PLAN.number)
-    for j in tl.static_range(COUNT):
-        o = j * PLAN.chunks[layer] + tl.arange(0, PLAN.chunks[layer])
-        at = weight_ptr + o[:, None] * PLAN.ins[layer] + PLAN.owns[layer] + k[None, :]
-        total += product(g[j], tl.load(at, mask=(o < PLAN.outs[layer])[:, None] & seen[None, :], other=0.0), PLAN)
+    for j in range(0, untold(COUNT, tile)):
+        total += through_weight(weight_ptr, rows_ptr, PLAN.owns[layer] + feature, seen, layer, j, PLAN)
     if PLAN.x_later[layer]:
-        total += tl.load(rows_ptr + x_places(i, PLAN))
+        total += tl.load(rows_ptr + x_places(i * PLAN.x_chunk, PLAN.x_chunk, PLAN))
     return total
 
 
 @triton.jit
-def leave_x_gradient(g, weight_ptr, rows_ptr, layer: tl.constexpr, PLAN: tl.constexpr):
-    """Adds up the gradient of x by a layer other than the first."""
-    COUNT: tl.constexpr = PLAN.x_count if PLAN.takes_x[layer] else 0
-    for i in tl.static_range(COUNT):
-        tl.store(rows_ptr + x_places(i, PLAN), x_gradient(g, weight_ptr, rows_ptr, layer, i, PLAN))
+def leave_x_gradient(tile, weight_ptr, rows_ptr, layer: tl.constexpr, PLAN: tl.constexpr):
+    """Adds up the gradient of x by the layer in memory."""
+    COUNT: tl.constexpr = PLAN.x_count
+    for i in range(COUNT):
+        tl.store(
+            rows_ptr + x_places(i * PLAN.x_chunk, PLAN.x_chunk, PLAN),
+            x_gradient(tile, weight_ptr, rows_ptr, layer, i, PLAN),
+        )
+    tl.debug_barrier()
 
 
 # ---- all layers ------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def output_gradient(g_ptr, r, valid, rows_ptr, PLAN: tl.constexpr):
-    """Gradients of the last layer's result; that of an x behind it is left in memory."""
+def leave_output_gradient(g_ptr, r, valid, rows_ptr, PLAN: tl.constexpr):
+    """Leaves gradients of the last layer's result, and of an x behind it."""
     LAST: tl.constexpr = PLAN.layers - 1
     COUNT: tl.constexpr = PLAN.counts[LAST]
     X_COUNT: tl.constexpr = PLAN.x_count if PLAN.skips[LAST] else 0
     at = g_ptr + r[:, None] * PLAN.outputs
-    g = ()
-    for j in tl.static_range(COUNT):
+    for j in range(COUNT):
         o, there = columns(LAST, j, PLAN)
-        g = g + (tl.load(at + o, mask=valid[:, None] & there, other=0.0).to(PLAN.number),)
-    for i in tl.static_range(X_COUNT):
+        g = tl.load(at + o, mask=valid[:, None] & there, other=0.0)
+        tl.store(rows_ptr + gradient_places(LAST, j, PLAN), g.to(PLAN.number))
+    for i in range(X_COUNT):
         feature, seen = x_columns(i, PLAN)
         behind = tl.load(at + PLAN.outs[LAST] + feature[None, :], mask=valid[:, None] & seen[None, :], other=0.0)
-        tl.store(rows_ptr + x_places(i, PLAN), behind.to(PLAN.number))
-    return g
+        tl.store(rows_ptr + x_places(i * PLAN.x_chunk, PLAN.x_chunk, PLAN), behind.to(PLAN.number))
+    tl.debug_barrier()
 
 
 @triton.jit
 def layer_gradient(
-    g, valid, r, row, tile, modulation_ptr, frequencies_ptr, gradient_ptr, rows_ptr, biases_ptr, layer: tl.constexpr,
-    PLAN: tl.constexpr,
+    r, valid, row, tile, weight_ptr, modulation_ptr, frequencies_ptr, gradient_ptr, rows_ptr, biases_ptr,
+    layer: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the layer's result -> of its W h + b; on the way those of its modulation."""
+    """Gradients of the layer's result -> of its W h + b, and of the layer before's result; those of its modulation."""
     if layer < PLAN.layers - 1 or PLAN.needs_last:
-        w = through_activation(
-            g, r, valid, row, tile, modulation_ptr, frequencies_ptr, gradient_ptr, rows_ptr, layer, PLAN
+        sum_w, sum_nw = through_activation(
+            r, valid, row, tile, modulation_ptr, frequencies_ptr, gradient_ptr, rows_ptr, layer, PLAN
         )  # fmt: skip
-        g = through_norm(w, valid, rows_ptr, layer, PLAN)
+        if PLAN.normalised[layer]:
+            through_norm(sum_w, sum_nw, valid, rows_ptr, layer, PLAN)
     if biases_ptr is not None:
-        leave_gradient(g, tile, rows_ptr, biases_ptr, layer, PLAN)
-    return g
+        leave_bias_gradient(tile, rows_ptr, biases_ptr, layer, PLAN)
+    if layer > 0:
+        if PLAN.takes_x[layer]:
+            leave_x_gradient(tile, weight_ptr, rows_ptr, layer, PLAN)
+        leave_own_gradient(tile, weight_ptr, rows_ptr, layer, PLAN)
 
 
 @triton.jit
@@ -279,20 +219,14 @@ def differentiate(
     g_ptr, source, r, valid, row, tile, weights, biases, modulation_ptr, frequencies_ptr, gradient_ptr, rows_ptr,
     biases_ptr, PLAN: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the first layer's W h + b; on the way those of the modulation, and what its sums need.
+    """Leaves gradients of the first layer's W h + b; on the way those of the modulation, and what its sums need.
 
     gradient_ptr: of the modulation; biases_ptr [tiles, all biases]: sums of each tile, or None where none is wanted."""
     LAYERS: tl.constexpr = PLAN.layers
-    leave_rows(
-        source, r, valid, row, weights, biases, modulation_ptr, frequencies_ptr, rows_ptr, biases_ptr is not None, PLAN
-    )  # fmt: skip
-    g = output_gradient(g_ptr, r, valid, rows_ptr, PLAN)
+    leave_rows(source, r, valid, row, tile, weights, biases, modulation_ptr, frequencies_ptr, rows_ptr, PLAN)
+    leave_output_gradient(g_ptr, r, valid, rows_ptr, PLAN)
     for i in tl.static_range(LAYERS):
-        g = layer_gradient(
-            g, valid, r, row, tile, modulation_ptr, frequencies_ptr, gradient_ptr, rows_ptr, biases_ptr, LAYERS - 1 - i,
-            PLAN,
+        layer_gradient(
+            r, valid, row, tile, weights[LAYERS - 1 - i], modulation_ptr, frequencies_ptr, gradient_ptr, rows_ptr,
+            biases_ptr, LAYERS - 1 - i, PLAN,
         )  # fmt: skip
-        if i < LAYERS - 1:
-            leave_x_gradient(g, weights[LAYERS - 1 - i], rows_ptr, LAYERS - 1 - i, PLAN)
-            g = own_gradient(g, weights[LAYERS - 1 - i], LAYERS - 1 - i, PLAN)
-    return g

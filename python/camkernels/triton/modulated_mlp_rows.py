@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT
 """What a program of the modulated MLP does with its BLOCK points, in Triton.
 
-A layer's values are a tuple of chunks [BLOCK, width], so that a product reads a weight matrix piece by piece through
-shared memory. Sizes are padded to powers of two of at least 16, the rest masked: weights there count as 0. Hidden
-values are of type PLAN.number, and so are sums; the formulas are those of csrc/math/norm.h and activation.h.
+A layer is cut into chunks [BLOCK, width], so that a product reads a weight matrix piece by piece through shared memory.
+The chunks of narrow layers stay in registers as tuples (here); those of wide ones, and all of gradients, pass through
+memory (modulated_mlp_memory.py). Sizes are padded to powers of two of at least 16, the rest masked: weights there count
+as 0. Hidden values are of type PLAN.number, and so are sums; the formulas are those of csrc/math/norm.h and
+activation.h.
 """
 
 from __future__ import annotations
@@ -40,6 +42,8 @@ class Plan:
     precision: str  # of a product of two float32
     block: int
     chunk: int  # the widest
+    in_memory: bool = False  # chunks pass through memory; else they stay in registers
+    keeps: bool = False  # what passes through memory stays there, for gradients
     sums_modulation: bool = False  # its gradient is summed over the points of a tile
     group: tuple[int, int] | None = None  # x is encoded here: groups of so many features, padded to so many
 
@@ -88,28 +92,38 @@ class Plan:
 
     @property
     def x_chunk(self) -> int:
-        return min(self.chunk, self.x_width) if self.group is None else self.x_width
+        return min(self.chunk, self.x_width) if self.group is None or self.in_memory else self.x_width
 
     @property
     def x_count(self) -> int:
-        return 1 if self.group else triton.cdiv(self.features, self.x_chunk)
+        return triton.cdiv(self.x_width if self.group else self.features, self.x_chunk)
 
-    # ---- what the backward pass leaves in memory ---------------------------------------------------------------------
+    # ---- what a tile leaves in memory --------------------------------------------------------------------------------
 
     @property
     def row_at(self) -> tuple[int, ...]:
-        """Where a tile leaves a layer's chunks, then one over its deviations; last the size of the whole."""
-        return self._places([count + 1 for count in self._columns], 0)
+        """Where a layer's chunks are left, then one over its deviations; last the size of the whole.
+
+        Unless they are kept, results take the place of the layer's chunks, and a layer that of the last but one."""
+        if self.keeps:
+            return self._places([count + 1 for count in self._columns], 0)
+        place = self.block * max(self._columns)
+        return (*(layer % 2 * place for layer in range(self.layers)), 2 * place)
 
     @property
     def result_at(self) -> tuple[int, ...]:
-        """Where a tile leaves the layers' results; then the size so far."""
-        return self._places(self._columns, self.row_at[-1])
+        """Where the layers' results are left; then the size so far."""
+        return self._places(self._columns, self.row_at[-1]) if self.keeps else self.row_at
 
     @property
     def gradient_at(self) -> tuple[int, ...]:
-        """Where a tile leaves the gradients of W h + b, last that of x; then the size so far."""
+        """Where the gradients of W h + b are left, last that of x; then the size so far."""
         return self._places([*self._columns, self.x_count * self.x_chunk], self.result_at[-1])
+
+    @property
+    def features_at(self) -> int:
+        """Where encoded features are left."""
+        return (self.gradient_at if self.keeps else self.row_at)[-1]
 
     @property
     def _columns(self) -> list[int]:
@@ -118,7 +132,7 @@ class Plan:
     @property
     def size(self) -> int:
         """Numbers that a tile leaves; encoded features are the last."""
-        return self.gradient_at[-1] + (self.block * self.x_width if self.group else 0)
+        return self.features_at + (self.block * self.x_width if self.group else 0)
 
     def _places(self, columns: list[int], start: int) -> tuple[int, ...]:
         return tuple(accumulate((self.block * count for count in columns), initial=start))
@@ -138,6 +152,10 @@ class Plan:
         """Where a layer's part of the pieces of all weights begins, a product of chunks each; last their number."""
         parts = [a + self.x_count * takes for a, takes in zip((0, *self.counts[:-1]), self.takes_x, strict=True)]
         return tuple(accumulate((a * count for a, count in zip(parts, self.counts, strict=True)), initial=0))
+
+    @property
+    def normalised(self) -> tuple[bool, ...]:
+        return tuple(self.point_norm and layer < self.hidden for layer in range(self.layers))
 
     @property
     def x_later(self) -> tuple[bool, ...]:
@@ -194,14 +212,32 @@ def x_columns(i, PLAN: tl.constexpr):
 
 
 @triton.jit
+def feature_places(first, COUNT: tl.constexpr, PLAN: tl.constexpr):
+    """Where encoded features [BLOCK, COUNT] are left, `first` and those behind it."""
+    p, k = tl.arange(0, PLAN.block), first + tl.arange(0, COUNT)
+    return PLAN.features_at + p[:, None] * PLAN.x_width + k[None, :]
+
+
+@triton.jit
 def x_values(source, r, valid, i, PLAN: tl.constexpr):
-    """Chunk i of x. source: where x lies, or the encoded features themselves."""
+    """Chunk i of x. source: where x lies; of encoded features the tile's memory, or they themselves."""
     if PLAN.group is None:
         k, seen = x_columns(i, PLAN)
         at = source + r[:, None] * PLAN.features + k[None, :]
         return tl.load(at, mask=valid[:, None] & seen[None, :], other=0.0)
+    elif PLAN.in_memory:
+        return tl.load(source + feature_places(i * PLAN.x_chunk, PLAN.x_chunk, PLAN))
     else:
         return source
+
+
+@triton.jit
+def times_weight(a, weight_ptr, k, seen, layer: tl.constexpr, j, PLAN: tl.constexpr):
+    """What inputs k of the layer, a [BLOCK, len(k)], give to its chunk j."""
+    o = j * PLAN.chunks[layer] + tl.arange(0, PLAN.chunks[layer])
+    at = weight_ptr + o[None, :] * PLAN.ins[layer] + k[:, None]
+    weight = tl.load(at, mask=seen[:, None] & (o < PLAN.outs[layer])[None, :], other=0.0)
+    return product(a, weight, PLAN)
 
 
 @triton.jit
@@ -210,10 +246,7 @@ def add_products(z, a, weight_ptr, k, seen, layer: tl.constexpr, PLAN: tl.conste
     COUNT: tl.constexpr = PLAN.counts[layer]
     found = ()
     for j in tl.static_range(COUNT):
-        o = j * PLAN.chunks[layer] + tl.arange(0, PLAN.chunks[layer])
-        at = weight_ptr + o[None, :] * PLAN.ins[layer] + k[:, None]
-        weight = tl.load(at, mask=seen[:, None] & (o < PLAN.outs[layer])[None, :], other=0.0)
-        found = found + (z[j] + product(a, weight, PLAN),)
+        found = found + (z[j] + times_weight(a, weight_ptr, k, seen, layer, j, PLAN),)
     return found
 
 
@@ -237,7 +270,7 @@ def linear(h, source, r, valid, weight_ptr, bias_ptr, layer: tl.constexpr, PLAN:
 
 
 @triton.jit
-def bias_of(bias_ptr, layer: tl.constexpr, j: tl.constexpr, PLAN: tl.constexpr):
+def bias_of(bias_ptr, layer: tl.constexpr, j, PLAN: tl.constexpr):
     """Chunk j of the bias of the layer, for every point."""
     BLOCK: tl.constexpr = PLAN.block
     WIDTH: tl.constexpr = PLAN.chunks[layer]
@@ -252,39 +285,50 @@ def bias_of(bias_ptr, layer: tl.constexpr, j: tl.constexpr, PLAN: tl.constexpr):
 
 
 @triton.jit
-def columns(layer: tl.constexpr, j: tl.constexpr, PLAN: tl.constexpr):
+def columns(layer: tl.constexpr, j, PLAN: tl.constexpr):
     """Of chunk j of the layer: its columns [1, width], and whether the layer has them."""
     o = (j * PLAN.chunks[layer] + tl.arange(0, PLAN.chunks[layer]))[None, :]
     return o, o < PLAN.outs[layer]
 
 
 @triton.jit
-def normalise(z, layer: tl.constexpr, PLAN: tl.constexpr):
-    """n and one over its deviation [BLOCK] of a layer's chunks."""
-    BLOCK: tl.constexpr = PLAN.block
-    COUNT: tl.constexpr = PLAN.counts[layer]
-    if PLAN.point_norm and layer < PLAN.hidden:
-        total = tl.zeros([BLOCK], PLAN.number)
-        for j in tl.static_range(COUNT):
-            total += tl.sum(z[j], 1)  # padding is 0
-        mean = (total / PLAN.outs[layer])[:, None]
-        squares = tl.zeros([BLOCK], PLAN.number)
-        for j in tl.static_range(COUNT):
-            _, there = columns(layer, j, PLAN)
-            centred = tl.where(there, z[j] - mean, 0.0)
-            squares += tl.sum(centred * centred, 1)
-        inverse = 1 / tl.sqrt(squares / PLAN.outs[layer] + PLAN.eps)
-        n = ()
-        for j in tl.static_range(COUNT):
-            _, there = columns(layer, j, PLAN)
-            n = n + (tl.where(there, z[j] - mean, 0.0) * inverse[:, None],)
-        return n, inverse
-    else:
-        return z, tl.full([BLOCK], 1.0, PLAN.number)
+def centred(z, mean, layer: tl.constexpr, j, PLAN: tl.constexpr):
+    """Chunk j of the layer minus the mean [BLOCK]; padding stays 0."""
+    _, there = columns(layer, j, PLAN)
+    return tl.where(there, z - mean[:, None], 0.0)
 
 
 @triton.jit
-def modulation_at(row, layer: tl.constexpr, j: tl.constexpr, PLAN: tl.constexpr):
+def inverse_deviation(squares, layer: tl.constexpr, PLAN: tl.constexpr):
+    """One over the deviation of a layer with that sum of centred squares."""
+    return 1 / tl.sqrt(squares / PLAN.outs[layer] + PLAN.eps)
+
+
+@triton.jit
+def normalise(z, layer: tl.constexpr, PLAN: tl.constexpr):
+    """n of a layer's chunks."""
+    BLOCK: tl.constexpr = PLAN.block
+    COUNT: tl.constexpr = PLAN.counts[layer]
+    if PLAN.normalised[layer]:
+        total = tl.zeros([BLOCK], PLAN.number)
+        for j in tl.static_range(COUNT):
+            total += tl.sum(z[j], 1)  # padding is 0
+        mean = total / PLAN.outs[layer]
+        squares = tl.zeros([BLOCK], PLAN.number)
+        for j in tl.static_range(COUNT):
+            c = centred(z[j], mean, layer, j, PLAN)
+            squares += tl.sum(c * c, 1)
+        inverse = inverse_deviation(squares, layer, PLAN)
+        n = ()
+        for j in tl.static_range(COUNT):
+            n = n + (centred(z[j], mean, layer, j, PLAN) * inverse[:, None],)
+        return n
+    else:
+        return z
+
+
+@triton.jit
+def modulation_at(row, layer: tl.constexpr, j, PLAN: tl.constexpr):
     """Where the scale of chunk j lies in the modulation, and which there is; the shift is PLAN.channels further."""
     at = ((row * PLAN.hidden + layer) * (2 * PLAN.channels))[:, None]
     if PLAN.channels > 1:
@@ -295,7 +339,7 @@ def modulation_at(row, layer: tl.constexpr, j: tl.constexpr, PLAN: tl.constexpr)
 
 
 @triton.jit
-def scale_and_shift(modulation_ptr, row, valid, layer: tl.constexpr, j: tl.constexpr, PLAN: tl.constexpr):
+def scale_and_shift(modulation_ptr, row, valid, layer: tl.constexpr, j, PLAN: tl.constexpr):
     """gamma and beta that broadcast to chunk j; row: of each point, in the modulation."""
     if PLAN.channels > 0 and layer < PLAN.hidden:
         at, there = modulation_at(row, layer, j, PLAN)
@@ -307,7 +351,7 @@ def scale_and_shift(modulation_ptr, row, valid, layer: tl.constexpr, j: tl.const
 
 
 @triton.jit
-def rate_of(frequencies_ptr, layer: tl.constexpr, j: tl.constexpr, PLAN: tl.constexpr):
+def rate_of(frequencies_ptr, layer: tl.constexpr, j, PLAN: tl.constexpr):
     """Omega of a sine; of a residual one its frequencies [1, width]."""
     if PLAN.activations[layer] == RESIDUAL_SINE:
         o, there = columns(layer, j, PLAN)
@@ -317,16 +361,10 @@ def rate_of(frequencies_ptr, layer: tl.constexpr, j: tl.constexpr, PLAN: tl.cons
 
 
 @triton.jit
-def activated(n, modulation_ptr, frequencies_ptr, row, valid, layer: tl.constexpr, j: tl.constexpr, PLAN: tl.constexpr):
+def activated(n, modulation_ptr, frequencies_ptr, row, valid, layer: tl.constexpr, j, PLAN: tl.constexpr):
     """Chunk j of a layer's result, f(scale n + shift)."""
     scale, shift = scale_and_shift(modulation_ptr, row, valid, layer, j, PLAN)
     return activate(scale * n + shift, rate_of(frequencies_ptr, layer, j, PLAN), PLAN.activations[layer])
-
-
-@triton.jit
-def forward_layer(h, source, r, valid, weight_ptr, bias_ptr, layer: tl.constexpr, PLAN: tl.constexpr):
-    """Normalised chunks of the layer, and one over their deviation; h: chunks of the layer before."""
-    return normalise(linear(h, source, r, valid, weight_ptr, bias_ptr, layer, PLAN), layer, PLAN)
 
 
 @triton.jit
@@ -346,18 +384,25 @@ def evaluate(
     """y [n, outputs] of the points r."""
     LAYERS: tl.constexpr = PLAN.layers
     COUNT: tl.constexpr = PLAN.counts[LAYERS - 1]
-    X_COUNT: tl.constexpr = PLAN.x_count if PLAN.skips[LAYERS - 1] else 0
     h = ()
     for layer in tl.static_range(LAYERS):
-        n, _ = forward_layer(
-            h, source, r, valid, weights[layer], None if biases is None else biases[layer], layer, PLAN
-        )
+        z = linear(h, source, r, valid, weights[layer], None if biases is None else biases[layer], layer, PLAN)
+        n = normalise(z, layer, PLAN)
         h = activated_layer(n, modulation_ptr, frequencies_ptr, row, valid, layer, PLAN)
     at = y_ptr + r[:, None] * PLAN.outputs
     for j in tl.static_range(COUNT):
         o, there = columns(LAYERS - 1, j, PLAN)
         tl.store(at + o, h[j].to(y_ptr.dtype.element_ty), mask=valid[:, None] & there)
-    for i in tl.static_range(X_COUNT):
+    append_x(source, r, valid, y_ptr, PLAN)
+
+
+@triton.jit
+def append_x(source, r, valid, y_ptr, PLAN: tl.constexpr):
+    """Stores x behind the last layer's result, where it belongs."""
+    LAST: tl.constexpr = PLAN.layers - 1
+    COUNT: tl.constexpr = PLAN.x_count if PLAN.skips[LAST] else 0
+    at = y_ptr + r[:, None] * PLAN.outputs + PLAN.outs[LAST]
+    for i in tl.static_range(COUNT):
         feature, seen = x_columns(i, PLAN)
         x = x_values(source, r, valid, i, PLAN).to(y_ptr.dtype.element_ty)
-        tl.store(at + PLAN.outs[LAYERS - 1] + feature[None, :], x, mask=valid[:, None] & seen[None, :])
+        tl.store(at + feature[None, :], x, mask=valid[:, None] & seen[None, :])

@@ -10,7 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .modulated_mlp_gradients import feature_places, gradient_places, result_places
+from .modulated_mlp_gradients import gradient_places
+from .modulated_mlp_memory import result_places
 from .modulated_mlp_rows import points_of, product, x_columns, x_values
 
 
@@ -50,11 +51,8 @@ def sum_x(x_ptr, rows_ptr, sums_ptr, first, last, before, n, span, j, i, layer: 
     total = tl.zeros([OUT, WIDTH], PLAN.number)
     for tile in range(first, last):
         rows = rows_ptr + tile * PLAN.size
-        if PLAN.group is None:
-            r, valid = points_of(before + tile, n, span, PLAN)
-            x = x_values(x_ptr, r, valid, i, PLAN)
-        else:
-            x = tl.load(rows + feature_places(PLAN))
+        r, valid = points_of(before + tile, n, span, PLAN)
+        x = x_values(x_ptr if PLAN.group is None else rows, r, valid, i, PLAN)
         total += product(gradient_chunk(rows, layer, j, PLAN), x, PLAN)
     k, seen = x_columns(i, PLAN)
     store_sum(sums_ptr, total, j * OUT + tl.arange(0, OUT), PLAN.owns[layer] + k, seen[None, :], before, layer, PLAN)

@@ -101,3 +101,20 @@ def test_weights_of_a_volume():
     weights = volume_weights(torch.full((3, 3, 5), 1.0), features)
     expected = (1 - math.exp(-1)) * torch.tensor([0, 0.5, 0.5, 0, 0])
     assert torch.allclose(weights, expected.expand(3, 3, 5))
+
+
+def test_features_that_are_alike_everywhere_weigh_nothing():
+    assert not volume_weights(torch.ones(4, 4, 4), torch.ones(3, 4, 4, 4)).any()
+
+
+@pytest.mark.parametrize("build", [lambda: TensoRFKernels(9, 4, width=8), lambda: KPlanesKernels(9, 4)])
+def test_a_whole_official_state_is_taken_in_part(build):
+    field = build()
+    names = field.official_views(field.state_dict())
+    state = {name: torch.rand_like(view) for name, view in names.items()}
+    field.load_official({**state, "density_plane.0": torch.rand(3), "kci0": torch.zeros(1)})
+    for name, view in field.official_views(field.state_dict()).items():
+        assert torch.equal(view, state[name])
+    state.popitem()
+    with pytest.raises(ValueError, match=r"load_official: the state lacks"):
+        field.load_official(state)

@@ -189,3 +189,10 @@ def test_resume_on_something_else(tmp_path, fitted, capsys):
         base[2] = save(values, tmp_path / "other.png")
         expect_error(capsys, base, name, "give the same picture")
     assert not (tmp_path / "o").exists()
+
+
+def test_kernels_that_find_no_place_are_said(tmp_path, capsys):
+    picture = save(np.random.default_rng(0).integers(256, size=(6, 5, 3), dtype=np.uint8), tmp_path / "small.png")
+    arguments = ["--model", "neurbf", "--kernels", "31", "--steps", "1", "--out", str(tmp_path / "out")]
+    assert main(["fit", "image", str(picture), *arguments]) == 2
+    assert "the kernels cannot be placed: " in capsys.readouterr().err

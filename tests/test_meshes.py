@@ -120,6 +120,22 @@ def test_file_types(tmp_path, suffix):
     assert meshes.volume(mesh) == pytest.approx(trimesh.creation.icosphere(1).volume, rel=1e-5)
 
 
+def test_parts_that_face_inwards_are_cavities_or_refused(tmp_path):
+    ball, other = trimesh.creation.icosphere(2), trimesh.creation.icosphere(2)
+    other.apply_scale(0.5)
+    other.invert()
+    trimesh.util.concatenate([ball, other]).export(tmp_path / "hollow.ply")
+    mesh = meshes.read_mesh(tmp_path / "hollow.ply")
+    assert meshes.volume(mesh) == pytest.approx(ball.volume * 7 / 8, rel=1e-5)
+    for size in (1.0, 2.0):  # of twice the size it encloses as much as the ball, with the other sign
+        loose = other.copy()
+        loose.apply_scale(size)
+        loose.apply_translation([3, 0, 0])
+        trimesh.util.concatenate([ball, loose]).export(tmp_path / "loose.ply")
+        with pytest.raises(UserError, match=r"has a part of 320 triangles that face inwards.*turn it round first"):
+            meshes.read_mesh(tmp_path / "loose.ply")
+
+
 @pytest.mark.parametrize(("size", "place"), [(1e-12, 0.0), (1e12, 0.0), (1.0, 1e9)])
 def test_vertices_at_one_place_are_one_at_any_size(size, place, tmp_path):
     box = trimesh.creation.box()

@@ -180,6 +180,15 @@ def test_errors_say_what_is_wrong(error, message, x, centers, k):
         nearest(x, centers, k)
 
 
+def test_squares_that_overflow_are_equal_by_every_method():
+    x, centers = 1e300 * (rand(9, 2) - 0.5), 1e300 * (rand(40, 2, seed=1) - 0.5)
+    index = NeighborIndex(centers)
+    wanted = neighbors.search_all(centers, x, 5)
+    for method in ("cells", "cKDTree", "exhaustive") if _ops.cpu_isa else ("cKDTree", "exhaustive"):
+        index.method, index._prepared = method, {}
+        assert torch.equal(index.search(x, 5)[0], wanted[0]), method
+
+
 # ---- under traces and transforms -------------------------------------------------------------------------------------
 
 

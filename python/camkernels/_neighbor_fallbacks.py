@@ -45,6 +45,8 @@ def search_tree(built: Any, centers: Tensor, x: Tensor, k: int) -> tuple[Tensor,
     left, width = torch.arange(len(x)), min(k + 1, len(centers))
     while len(left):
         distances, near = built.query(x[left].numpy(), range(1, width + 1), workers=torch.get_num_threads())
+        if (near == len(centers)).any():  # squares overflow, and the tree calls what is infinitely far missing
+            return search_all(centers, x, k)
         near = torch.from_numpy(near).long().sort(-1).values
         found = _squares(centers[near] - x[left].unsqueeze(1)).sort(dim=-1, stable=True)
         rows[left] = near.gather(1, found.indices[:, :k]).int()

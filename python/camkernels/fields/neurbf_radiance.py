@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,14 @@ class _RadianceKernels(Field):
     def official_views(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
         names = {"kc0.weight": "centers", "ks0.weight": "shapes", "lc0.weight": "features"}
         return {theirs: own[f"basis.{ours}"] for theirs, ours in names.items()}
+
+    def load_official(self, state: Mapping[str, Any]) -> None:
+        """Takes over what is of this part in a state_dict of the public code's model.
+
+        Raises ValueError, and changes nothing, if a name is missing or a shape is another.
+        """
+        names = self.official_views(self.state_dict())
+        super().load_official({name: t for name, t in state.items() if name in names})
 
 
 class TensoRFKernels(KeepsFrequencies, _RadianceKernels):
@@ -158,7 +167,7 @@ def volume_weights(density: Tensor, features: Tensor) -> Tensor:
     torch.Size([4, 4, 4])
     """
     low, high = features.aminmax()
-    scaled = (features - low) / (high - low)
+    scaled = (features - low) / torch.where(high > low, high - low, 1)
     padded = nn.functional.pad(scaled.unsqueeze(0), [1] * 6, mode="replicate")[0]
     inner = slice(1, -1)
     squares = torch.zeros_like(density)

@@ -52,7 +52,8 @@ class NeuRBFSDFField(NeuRBFField):
         options = {
             "kernels": kernels, "neighbors": neighbors, "features": features, "feature_waves": tuple(feature_waves),
             "n_levels": n_levels, "n_features_per_level": n_features_per_level, "log2_hashmap_size": log2_hashmap_size,
-            "base_resolution": base_resolution, "finest_resolution": finest_resolution, "width": width,
+            "base_resolution": min(base_resolution, finest_resolution), "finest_resolution": finest_resolution,
+            "width": width,
             "hidden_layers": hidden_layers, "decoder_waves": tuple(decoder_waves),
         }  # fmt: skip
         super().__init__(HALF_EXTENT, 1, kind="nlin", shape="isotropic", backend=backend, **options)

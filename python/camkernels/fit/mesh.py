@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .distance import SignedDistance
 from .errors import UserError, check_file, require
 
 RADIUS = 0.495  # of the sphere about the middle of the unit cube that a mesh is scaled into
@@ -90,17 +91,48 @@ def _checked(path: Path, mesh: Mesh) -> Mesh:
             "example with MeshLab"
         )
     inside = volume(mesh)
+    if inside < 0:
+        mesh = replace(mesh, triangles=mesh.triangles.flip(1), notes=("all triangles face inwards: they are turned",))
+    _check_cavities(path, mesh)
     if abs(inside) < 1e-9 * float(mesh.vertices.amax(0).sub(mesh.vertices.amin(0)).norm()) ** 3:
         raise UserError(f"{path} encloses no volume; give the mesh of a solid")
-    if inside < 0:
-        return replace(mesh, triangles=mesh.triangles.flip(1), notes=("all triangles face inwards: they are turned",))
     return mesh
+
+
+def _check_cavities(path: Path, mesh: Mesh) -> None:
+    """UserError where a part of it faces inwards and lies in no other part, whose cavity it could be."""
+    part = _parts(mesh)
+    shares = _volumes(mesh)
+    inwards = shares.new_zeros(int(part.max()) + 1).index_add_(0, part, shares) < 0
+    for i in inwards.nonzero()[:, 0]:
+        own, others = (mesh.triangles[chosen] for chosen in (part == i, part != i))
+        corner = mesh.vertices[own[0, :1]]
+        if not len(others) or SignedDistance(mesh.vertices, others)(corner).item() >= 0:
+            raise UserError(
+                f"{path} has a part of {len(own):,} triangles that face inwards, and it is in no other part; turn it "
+                "round first, for example with MeshLab"
+            )
+
+
+def _parts(mesh: Mesh) -> Tensor:
+    """[T] for each triangle, the number of the connected part that it belongs to."""
+    sparse, graphs = require("scipy.sparse"), require("scipy.sparse.csgraph")
+    count = len(mesh.vertices)
+    begin, end = (mesh.triangles[:, list(corners)].flatten().numpy() for corners in ((0, 1), (1, 2)))
+    links = sparse.coo_matrix((np.ones(len(begin), bool), (begin, end)), (count, count))
+    number = graphs.connected_components(links, directed=False)[1]  # of vertices, those in no triangle too
+    return torch.from_numpy(number)[mesh.triangles[:, 0]].unique(return_inverse=True)[1]
 
 
 def volume(mesh: Mesh) -> float:
     """What the surface encloses, negative if its triangles face inwards."""
+    return float(_volumes(mesh).sum())
+
+
+def _volumes(mesh: Mesh) -> Tensor:
+    """[T] what each triangle adds to the volume: the tetrahedron that it makes with the middle of the vertices."""
     a, b, c = (mesh.vertices - mesh.vertices.mean(0))[mesh.triangles].unbind(1)
-    return float((a * torch.linalg.cross(b, c)).sum()) / 6
+    return (a * torch.linalg.cross(b, c)).sum(-1) / 6
 
 
 def place(mesh: Mesh) -> tuple[Mesh, Placement]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import json
 import re
 import sys
 from pathlib import Path
@@ -151,3 +152,22 @@ def test_the_readme_quotes_the_results_of_the_radial_basis():
             for provider in (gate.PROVIDER, "eager")
         ]
         assert f"| {' | '.join(cells)} | 1/{held[1] / held[0]:.0f} |" in README
+
+
+def test_the_readme_quotes_the_results_of_training_steps():
+    sys.path.insert(0, str(ROOT))
+    from bench import step, timing
+
+    name = "bench/results/cpu-zen5-avx512-steps.jsonl"
+    assert f"`{name}`" in README
+    lines = (ROOT / name).read_text().splitlines()
+    records = {(record["model"], record["regime"]): record for record in map(json.loads, lines)}
+    for model in ("hash", "hash-cam", "neurbf"):
+        tuned, default = (records[model, regime] for regime in ("tuned", "default"))
+        cells = [
+            f"`{model}`",
+            f"{tuned['ms'][step.OURS]['median']:.1f}",
+            *(timing.spread(tuned["speedup"][side]) for side in step.GRID_FORMS),
+            ", ".join(f"{default['speedup'][side]['median']:.1f}" for side in step.GRID_FORMS),
+        ]
+        assert f"| {' | '.join(cells)} |" in README

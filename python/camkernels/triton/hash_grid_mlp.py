@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The hash grid and the MLP behind it in one Triton kernel: the features stay on the multiprocessor.
+"""The hash grid and the MLP behind it in one Triton kernel, without a tensor of features.
 
 A program encodes BLOCK points, [BLOCK, levels, features] with both padded to powers of two, and takes them through the
 layers: all levels at once where the layers stay in registers (modulated_mlp_rows.py), some at a time where they pass

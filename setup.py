@@ -56,11 +56,11 @@ OPTIMISE = ["-O0", "-g"] if DEBUG else ["-O3"]
 TORCH_TARGET = (2, 11)  # the oldest PyTorch that can load what is built here
 CXX_FLAGS = ["-std=c++20", *OPTIMISE, "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
 CXX_FLAGS += ["-Wall", "-Wextra", "-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*TORCH_TARGET)]
+CXX_FLAGS += ["--param=ggc-min-heapsize=400000"]  # g++ tidies its memory less often: faster, for some 200 MB a file
 NVCC_FLAGS = ["-std=c++20", *OPTIMISE, "-Xcompiler=-fPIC,-fvisibility=hidden"]
 SPILL_GATE = ["-Xptxas=-warn-spills,-Werror"]
 CUDA_ARCHS = "8.0;9.0+PTX"
 CUDA_RUNTIME = ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-CXX_FLAGS += ["--param=ggc-min-heapsize=400000"]  # g++ tidies its memory less often: faster, for some 200 MB a file
 X86 = platform.machine() in ("x86_64", "AMD64")
 ISAS = {
     # on x86 for old processors only, where -O2 saves a sixth of its build; elsewhere it is all there is

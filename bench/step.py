@@ -47,9 +47,9 @@ def trainers(name: str, picture: Picture, batch: int, device: str) -> dict[str, 
     settings = Settings(Stop(STEPS), batch, own.learning_rate)
     pixels = Pixels(picture, batch, torch.device(device))
     pixels.prepare(own)
-    fields = {OURS: own, **{side: plain_fields.plain(own, form) for side, form in GRID_FORMS.items()}}
-    if not any(isinstance(layer, HashGrid) for layer in own.modules()):
-        del fields["fair"]
+    has_table = any(isinstance(layer, HashGrid) for layer in own.modules())
+    forms = {side: form for side, form in GRID_FORMS.items() if has_table or side == "plain"}
+    fields = {OURS: own} | {side: plain_fields.plain(own, form) for side, form in forms.items()}
     return {side: Trainer(field, pixels.loss, settings) for side, field in fields.items()}
 
 

@@ -408,7 +408,7 @@ def test_phases_are_not_rounded_by_autocast_or_conversion(model):
         assert torch.equal(field.encoder(x), exact)
     y = field(x).detach()
     half = field.bfloat16()
-    assert torch.equal(half.encoder(x), exact)
+    assert torch.equal(half.encoder(x), exact) and half.encoder(x.bfloat16()).dtype == torch.bfloat16
     assert (half(x).float() - y).abs().max() < 0.05 * max(1.0, y.abs().max().item())
 
 
@@ -435,6 +435,11 @@ def test_directions_along_the_axis_have_no_gradient_of_angles():
     assert directions.grad.isfinite().all() and not directions.grad[:2].any()
     leaf = torch.randn(9, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(spherical, leaf)
+    vertical = torch.tensor([[0.0, 0, 1], [0, 0, 0]], requires_grad=True)
+    (first,) = torch.autograd.grad(spherical(vertical).sum(), vertical, create_graph=True)
+    first.square().sum().backward()
+    assert vertical.grad.isfinite().all()
+    assert torch.func.jvp(spherical, (vertical.detach(),), (torch.ones(2, 3),))[1].isfinite().all()
 
 
 def test_channels_of_a_video_are_shared_evenly():

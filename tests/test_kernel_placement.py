@@ -161,7 +161,7 @@ def test_shapes_refuse_moments_and_bounds_that_give_none(shape):
     moments, low, high = torch.ones(3, 1 if shape == "isotropic" else 4), torch.zeros(2), torch.ones(2)
     with pytest.raises(ValueError, match=r"^kernel_shapes: moments must be finite"):
         kernel_shapes(moments * float("nan"), (low, high), shape=shape)
-    with pytest.raises(ValueError, match=r"^kernel_shapes: moments must be above 0 where the least half-width is 0"):
+    with pytest.raises(ValueError, match=r"^kernel_shapes: moments must be above 0 where the square of the least"):
         kernel_shapes(moments * 0, (low, high), shape=shape)
     for bounds in ((high, high / 2), (-high, high), (low, low), (low, high / 0)):
         with pytest.raises(ValueError, match=r"^kernel_shapes: bounds must be from 0 on and in order"):

@@ -127,6 +127,12 @@ def test_parts_that_face_inwards_are_cavities_or_refused(tmp_path):
     trimesh.util.concatenate([ball, other]).export(tmp_path / "hollow.ply")
     mesh = meshes.read_mesh(tmp_path / "hollow.ply")
     assert meshes.volume(mesh) == pytest.approx(ball.volume * 7 / 8, rel=1e-5)
+    pair = [other.copy() for _ in range(2)]  # each the nearest surface of the other
+    for part, at in zip(pair, (5.0, 6.2), strict=True):
+        part.apply_translation([at, 0, 0])
+    trimesh.util.concatenate([ball, *pair]).export(tmp_path / "pair.ply")
+    with pytest.raises(UserError, match=r"has a part of 320 triangles that face inwards"):
+        meshes.read_mesh(tmp_path / "pair.ply")
     for size in (1.0, 2.0):  # of twice the size it encloses as much as the ball, with the other sign
         loose = other.copy()
         loose.apply_scale(size)
@@ -134,6 +140,18 @@ def test_parts_that_face_inwards_are_cavities_or_refused(tmp_path):
         trimesh.util.concatenate([ball, loose]).export(tmp_path / "loose.ply")
         with pytest.raises(UserError, match=r"has a part of 320 triangles that face inwards.*turn it round first"):
             meshes.read_mesh(tmp_path / "loose.ply")
+
+
+def test_what_is_in_no_triangle_or_has_no_volume_does_not_count(tmp_path):
+    ball = trimesh.creation.icosphere(1)
+    stray = trimesh.Trimesh([*ball.vertices, [100, 0, 0]], ball.faces, process=False)
+    stray.export(tmp_path / "stray.ply")
+    assert len(meshes.read_mesh(tmp_path / "stray.ply").vertices) == 42
+    for seed in range(9):
+        corners = np.random.default_rng(seed).normal(size=(3, 3)) + 4
+        flat = trimesh.Trimesh(corners, [[0, 1, 2], [2, 1, 0]], process=False)
+        trimesh.util.concatenate([ball, flat]).export(tmp_path / "flat.ply")
+        assert len(meshes.read_mesh(tmp_path / "flat.ply").triangles) == 82
 
 
 @pytest.mark.parametrize(("size", "place"), [(1e-12, 0.0), (1e12, 0.0), (1.0, 1e9)])

@@ -238,5 +238,8 @@ def test_what_is_not_finite_stays_so_where_it_is(backend):
         y = camkernels.modulated_mlp(x, weights, modulation=modulation, **options)
         assert y[2].isnan().all() and y[[0, 1, 3, 4]].isfinite().all()
         of_one_point[2] = before
+    weights[1][1, 1] = math.nan
+    y = camkernels.modulated_mlp(x, weights, modulation=modulation, **options)
+    assert y[:, 1].isnan().all() and y[:, 0].isfinite().all()
     weights[0][1, 1] = math.nan
     assert camkernels.modulated_mlp(x, weights, modulation=modulation, **options).isnan().all()

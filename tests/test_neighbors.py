@@ -237,6 +237,30 @@ def test_tensors_without_values_have_neighbors_without():
         three_nearest(rand(5, 3).to("meta"), rand(2, 3).to("meta"))
 
 
+@pytest.mark.parametrize("first", [torch.float32, torch.float64], ids=str)
+def test_the_dtype_of_distances_does_not_depend_on_earlier_searches(first):
+    x, centers = rand(9, 2).float(), rand(30, 2, seed=1).float()
+    compiled = torch.compile(three_nearest, fullgraph=True, backend="aot_eager")
+    for dtype in (first, torch.float32, torch.float64):
+        for search in (compiled, lambda x, c: three_nearest(x, c.clone())):
+            assert search(x, centers.to(dtype))[1].dtype == dtype
+    with pytest.raises(ValueError, match=r"^nearest: index must be of these centers"):
+        nearest(x, centers.double(), 3, index=NeighborIndex(centers))
+
+
+def test_the_operator_of_graphs():
+    torch.library.opcheck(_ops.operators.nearest_among.default, (rand(2, 5, 2), rand(30, 2, seed=1), 3))
+
+
+def test_an_index_has_no_place_in_a_transform():
+    x, centers = rand(5, 2), rand(30, 2, seed=1)
+    index = NeighborIndex(centers)
+    with pytest.raises(ValueError, match=r"^nearest: index must be None inside torch\.compile"):
+        torch.vmap(lambda point: nearest(point, centers, 2, index=index))(x)
+    with pytest.raises(ValueError, match=r"^NeighborIndex: centers must have values, got a tensor on meta"):
+        NeighborIndex(centers.to("meta"))
+
+
 def test_an_index_is_one():
     with pytest.raises(TypeError, match=r"^nearest: index must be a NeighborIndex or None, got int"):
         nearest(rand(2, 2), rand(3, 2), 1, index=3)

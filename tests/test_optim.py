@@ -355,6 +355,8 @@ def test_a_hash_grid_learns():
         ({"betas": (0.9, 1.0)}, "SparseRowAdam: betas must be at least 0 and at most 0.99999"),
         ({"betas": (math.nan, 0.9)}, "SparseRowAdam: betas must be finite, got nan"),
         ({"betas": (0.9,)}, r"SparseRowAdam: betas must be two numbers, got \(0\.9,\)"),
+        ({"betas": 0.9}, r"SparseRowAdam: betas must be two numbers, got 0\.9"),
+        ({"params": [{"params": [table(2, 2)], "weight_decay": 0.1}]}, "a group of parameters has weight_decay; its"),
         ({"params": [{"params": [table(2, 2)], "lr": -1.0}]}, "SparseRowAdam: lr must be"),
         ({"params": [{"params": [table(2, 2)], "eps": math.nan}]}, "SparseRowAdam: eps must be"),
         ({"params": [torch.nn.Parameter(torch.tensor(1.0))]}, "SparseRowAdam: parameters must have rows"),
@@ -377,12 +379,13 @@ def test_states_of_others_are_refused_and_change_nothing():
     parameter.grad = torch.ones_like(parameter)
     optimizer, adam, wider = SparseRowAdam([parameter]), torch.optim.Adam([parameter]), table(3, 4)
     wider.grad = torch.ones_like(wider)
-    others = [adam, SparseRowAdam([wider])]
-    for one in (optimizer, *others):
+    sgd, fresh = torch.optim.SGD([parameter]), torch.optim.Adam([parameter])
+    others = [adam, SparseRowAdam([wider]), sgd, fresh]
+    for one in (optimizer, *others[:3]):
         one.step()
     before = {name: value.clone() for name, value in optimizer.state[parameter].items()}
     for other in others:
-        with pytest.raises(ValueError, match=r"the state of a parameter must have the shapes .*load one that this"):
+        with pytest.raises(ValueError, match=r"the state of a parameter must have the shapes|a group of parameters"):
             optimizer.load_state_dict(other.state_dict())
         assert all(torch.equal(optimizer.state[parameter][name], value) for name, value in before.items())
 

@@ -124,6 +124,7 @@ def test_frequencies_are_not_rounded_to_16_bits(dtype):
         layer.to(dtype)
         assert torch.equal(layer.frequencies, exact)
         layer.load_state_dict(state)  # of the layer before
+        assert layer.double().to(dtype).frequencies.dtype == torch.float32
     mlp = camkernels.ModulatedMLP(2, 3, width=3, activation="residual_sine", frequencies=waves, dtype=dtype)
     assert torch.equal(mlp.frequencies, exact) and mlp(torch.rand(5, 2, dtype=dtype)).dtype == dtype
 

@@ -63,9 +63,9 @@ struct Extent {
       unroll<D>([&](int k) CAMK_INLINED { include(least[k].v, greatest[k].v, Pack::load(x + i * D + k * kWidth).v); });
     }
     for (int a = 0; a < D; ++a) low[a] = kMost, high[a] = -kMost;
-    for (int n = 0; n < D * kWidth; ++n) {
-      include(low[n % D], high[n % D], least[n / kWidth].v[n % kWidth]);
-      include(low[n % D], high[n % D], greatest[n / kWidth].v[n % kWidth]);
+    for (int n = 0; n < D * kWidth; ++n) {  // a lane of NaN alone has the first values of both
+      low[n % D] = std::min<S>(low[n % D], least[n / kWidth].v[n % kWidth]);
+      high[n % D] = std::max<S>(high[n % D], greatest[n / kWidth].v[n % kWidth]);
     }
     for (int64_t n = i * D; n < points * D; ++n) include(low[n % D], high[n % D], x[n]);
   }

@@ -31,8 +31,9 @@ struct RadialLoops {
     Numbers numbers;
     memcpy(&numbers, kernels, sizeof(numbers));
     numbers = numbers > 0 ? numbers : Numbers{};
-    volatile int32_t rows[kWidth];  // read at every use: there are more addresses than registers
-    memcpy(const_cast<int32_t*>(rows), &numbers, sizeof(numbers));
+    int32_t stored[kWidth];
+    memcpy(stored, &numbers, sizeof(numbers));
+    const volatile int32_t* rows = stored;  // read at every use: there are more addresses than registers
     const auto row = [&](int l) CAMK_INLINED { return int64_t(rows[l]); };
     gather_operand<D>(problem.centers, row, found.center.v);
     if (math::radial_ignores_shape(problem.kind, problem.shape)) {

@@ -21,15 +21,15 @@ class KeepsGeometry(nn.Module):
 
 
 class KeepsFrequencies(nn.Module):
-    """A layer with a buffer of frequencies, or None, that stays in float32 where the layer is converted to 16 bits: of
+    """A layer with a buffer of frequencies, or None, that is in float32 where the layer is converted to 16 bits: of
     rounded ones, phases of many radians would be others."""
 
-    exact = "frequencies"  # the buffer
+    _frequency_buffer = "frequencies"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        before = getattr(self, self.exact)
+        before = getattr(self, self._frequency_buffer)
         super()._apply(fn, recurse)
-        after = getattr(self, self.exact)
+        after = getattr(self, self._frequency_buffer)
         if before is not None and after.dtype in (torch.float16, torch.bfloat16):
-            setattr(self, self.exact, before.to(after.device))
+            setattr(self, self._frequency_buffer, before.to(after.device, torch.float32))
         return self

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -56,9 +56,13 @@ cuda_missing = _load(FOLDER / "_cuda.so") if platform.system() == "Linux" else "
 _kernels: dict[str, tuple[str, ...]] = {}  # per operator, the devices whose kernels were loaded with the package
 
 
-def declare(schema: str, fake: Callable) -> Callable:
+# Of an operator that waits for the device, which a CUDA graph cannot record.
+WAITS = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []
+
+
+def declare(schema: str, fake: Callable, tags: Sequence[torch.Tag] = ()) -> Callable:
     """Defines an operator by its schema, with a function that gives its outputs on meta tensors; returns it bound."""
-    library.define(schema)
+    library.define(schema, tags=tags)
     name = schema.split("(")[0]
     _kernels[name] = ()
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -137,6 +138,8 @@ class Modulate(KeepsFrequencies):
             raise ValueError("Modulate: frequencies must be given for 'residual_sine', one per channel")
         if frequencies is None or isinstance(frequencies, Tensor):
             constants = frequencies
+        elif isinstance(frequencies, (str, Real)):
+            raise TypeError(f"Modulate: frequencies must be a tensor or a list, one per channel, got {frequencies!r}")
         else:
             constants = torch.tensor([float(f) for f in frequencies])
         self.register_buffer("frequencies", constants, persistent=False)

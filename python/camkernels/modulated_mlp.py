@@ -196,9 +196,9 @@ def modulated_mlp(
     advises: inside, the products of its own backward are rounded.
     Hidden values are float32, or float64 if a tensor is float64. On the CPU at most three quarters of those that the
     backward pass needs are kept up to 2 GiB per call, all are computed again beyond; the environment variable
-    CAMKERNELS_RECOMPUTE=0|1 overrides that. A NaN in x or modulation makes its own point's row NaN, one in a weight or
-    bias the rows of all points; nothing is hidden or clamped. Derivatives at values that are not finite differ between
-    backends.
+    CAMKERNELS_RECOMPUTE=0|1 overrides that. A NaN in x or modulation makes the rows of its points NaN, one in a weight
+    or bias of a hidden layer those of all points, of the output layer its column; nothing is hidden or clamped.
+    Derivatives at values that are not finite differ between backends.
 
     Raises ValueError for shapes, values and mixed devices, TypeError for dtypes, RuntimeError where a
     backend that was asked for cannot run.

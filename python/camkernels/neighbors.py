@@ -43,7 +43,9 @@ def _search_meta(x: Tensor, centers: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return x.new_empty(*x.shape[:-1], k, dtype=torch.int32), x.new_empty(*x.shape[:-1], k, dtype=dtype)
 
 
-_NEAREST_AMONG = _ops.declare("nearest_among(Tensor x, Tensor centers, int k) -> (Tensor, Tensor)", _search_meta)
+_NEAREST_AMONG = _ops.declare(
+    "nearest_among(Tensor x, Tensor centers, int k) -> (Tensor, Tensor)", _search_meta, tags=_ops.WAITS
+)
 
 
 def _search_among(x: Tensor, centers: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -95,6 +97,8 @@ class NeighborIndex:
     def __init__(self, centers: Tensor):
         op = "NeighborIndex"
         _check_centers(op, centers)
+        if centers.is_meta:
+            raise ValueError(f"{op}: centers must have values, got a tensor on meta; build it where they are")
         _check_finite(op, "centers", centers)
         self.device = home_of(centers.device)
         self.centers = self._coordinates(centers).clone()
@@ -106,7 +110,10 @@ class NeighborIndex:
 
     def holds(self, centers: Tensor) -> bool:
         """Whether it was built from these centers, value by value, and is where searches among them run."""
-        return self.device == home_of(centers.device) and torch.equal(self.centers, self._coordinates(centers))
+        if self.device != home_of(centers.device):
+            return False
+        given = self._coordinates(centers)  # of equal values in another dtype distances would be, too
+        return given.dtype == self.centers.dtype and torch.equal(self.centers, given)
 
     def __repr__(self) -> str:
         return f"NeighborIndex(centers={list(self.centers.shape)}, method={self.method!r}, device={str(self.device)!r})"
@@ -169,7 +176,7 @@ def nearest(
     dtypes. index: a `NeighborIndex` of the same centers, which saves building one. return_squared_distances:
     (neighbours, squared distances [..., k] in float32, or float64 if x or centers are). Nothing is differentiable.
     Where it runs: `NeighborIndex`. A graph of torch.compile or torch.export holds the search, torch.vmap goes over x;
-    they take no index, those of the last four centers are remembered.
+    index must be None there, and those of the last four centers are remembered.
 
     Raises ValueError for shapes, k, mixed devices, an index of other centers and coordinates that are not finite,
     TypeError for dtypes. On a GPU x is not looked at, unless CAMKERNELS_CHECK=1, because the host would wait for the
@@ -186,6 +193,10 @@ def nearest(
     if not (index is None or isinstance(index, NeighborIndex)):
         raise TypeError(f"{op}: index must be a NeighborIndex or None, got {type(index).__name__}")
     if not (has_values(x) and has_values(centers)):
+        if index is not None:
+            raise ValueError(
+                f"{op}: index must be None inside torch.compile, torch.export and torch.vmap; leave it out"
+            )
         _check_centers(op, centers)
         _check_search(x, centers, k)
         found = _NEAREST_AMONG(x.detach(), centers.detach(), k)
@@ -383,16 +394,20 @@ def kernel_shapes(
 def _check_widths(op: str, squares: Tensor) -> None:
     if can_look_at(squares) and not (squares > 0).all():
         raise ValueError(
-            f"{op}: moments must be above 0 where the least half-width is 0, got {squares.min().item():g}; give a "
-            "least half-width above 0"
+            f"{op}: moments must be above 0 where the square of the least half-width is 0, got "
+            f"{squares.min().item():g}; give a greater least half-width"
         )
 
 
 def _check_start(op: str, start: Tensor, count: int, points: Tensor) -> None:
     """ValueError or TypeError unless these are rows [count] of the points, or centres [count, d]."""
+    if not isinstance(start, Tensor):
+        raise TypeError(f"{op}: start must be a torch.Tensor or None, got {type(start).__name__}")
     if start.ndim != 1:
-        check_floating(op, "start", start)
         check_shape(op, "start", start, [count, points.shape[1]], "or rows [count]")
+        check_floating(op, "start", start)
+        if can_look_at(start):
+            _check_finite(op, "start", start)
         return
     check_shape(op, "start", start, [count], "or centres [count, d]")
     if start.is_floating_point() or start.is_complex() or start.dtype == torch.bool:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -21,6 +21,7 @@ from ._checks import check_floating, check_number
 __all__ = ["SparseRowAdam"]
 
 OP = "SparseRowAdam"
+OTHERS_OPTIONS = {"weight_decay", "amsgrad", "momentum", "maximize"}  # of torch's optimizers, which would be ignored
 LARGEST_BETA = 0.99999  # bounds the table of corrections
 
 # values, exp_avg, exp_avg_sq [n, ...], step int32 [n], all changed in place; gradient [n, ...], or [k, ...] of the rows
@@ -86,7 +87,7 @@ class SparseRowAdam(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _check_options(group)
+            _check_group(group, self.defaults)
             for parameter in group["params"]:
                 check_floating(OP, "parameters", parameter)
                 if parameter.ndim == 0:
@@ -136,6 +137,8 @@ class SparseRowAdam(Optimizer):
             list(chain.from_iterable(group["params"] for group in groups))
             for groups in (self.param_groups, state_dict["param_groups"])
         )
+        for group in state_dict["param_groups"]:
+            _check_group(group, self.defaults)
         for parameter, number in zip(own, given, strict=False):  # other numbers of parameters torch refuses
             _check_state(parameter, state_dict["state"].get(number, {}))
         super().load_state_dict(state_dict)
@@ -148,9 +151,9 @@ class SparseRowAdam(Optimizer):
 def _check_options(group: dict[str, Any]) -> None:
     check_number(OP, "lr", group["lr"], least=0.0)
     check_number(OP, "eps", group["eps"], least=0.0)
-    betas = tuple(group["betas"])
-    if len(betas) != 2:
-        raise ValueError(f"{OP}: betas must be two numbers, got {betas}")
+    betas = group["betas"]
+    if not isinstance(betas, Sequence) or len(betas) != 2:
+        raise ValueError(f"{OP}: betas must be two numbers, got {betas!r}")
     for beta in betas:
         check_number(OP, "betas", beta)
     if not all(0 <= beta <= LARGEST_BETA for beta in betas):
@@ -158,6 +161,17 @@ def _check_options(group: dict[str, Any]) -> None:
             f"{OP}: betas must be at least 0 and at most {LARGEST_BETA}, got {betas}; for slower averages use "
             "torch.optim.Adam"
         )
+
+
+def _check_group(group: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """ValueError unless this optimizer has saved such a group of options."""
+    others = sorted(OTHERS_OPTIONS & group.keys())
+    missing = sorted(defaults.keys() - group.keys())
+    if others or missing:
+        lists = {"has": others, "lacks": missing}
+        found = " and ".join(f"{verb} {', '.join(names)}" for verb, names in lists.items() if names)
+        raise ValueError(f"{OP}: a group of parameters {found}; its options are {', '.join(defaults)}")
+    _check_options(group)
 
 
 def _check_state(parameter: Tensor, state: dict[str, Any]) -> None:

@@ -112,8 +112,11 @@ class CamMLP(nn.Module):
                 self.bias_init(layer.bias)
 
     def forward(self, x: Tensor, coord: Tensor | None = None) -> Tensor:
-        if coord is not None and not self.coord_dim:
-            raise ValueError("CamMLP: coord must be None where coord_dim is 0; build the network with coord_dim")
+        if coord is not None and self.net_depth and not self.coord_dim:
+            raise ValueError(
+                f"CamMLP: coord must be None where coord_dim is 0, got {list(coord.shape)}; build the network with a "
+                "coord_dim"
+            )
         modulation = None if coord is None or not self.net_depth else self._modulation(coord)
         h = self._hidden(x, modulation) if self.net_depth else x
         if not self.output_enabled:

@@ -55,7 +55,7 @@ class RandFourierFeature(KeepsFrequencies):
     torch.Size([5, 16])
     """
 
-    exact = "proj"
+    _frequency_buffer = "proj"
 
     def __init__(
         self, in_features: int, num_frequencies: int = 256, sigma: float = 10, scale: float = 80, range: float = 1.0
@@ -75,4 +75,6 @@ class RandFourierFeature(KeepsFrequencies):
         dtype = torch.promote_types(coords.dtype, self.proj.dtype)
         phase = define(torch.matmul, coords.to(dtype), self.proj.to(dtype) * self.sigma)
         waves = torch.cat([phase.sin(), phase.cos()], -1)
+        if coords.dtype in (torch.float16, torch.bfloat16):
+            waves = waves.to(coords.dtype)
         return waves if self.scale == -1 else waves * (self.scale / math.sqrt(self.num_frequencies))

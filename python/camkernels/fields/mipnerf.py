@@ -25,12 +25,15 @@ def spherical(directions: Tensor) -> Tensor:
     """Directions [B, 3] -> [2, B]: azimuth in [0, 1], atan2(y, x) / 2 pi + 1/2, and elevation in [-1, 1],
     -2/pi atan2(z, hypot(x, y)), which is positive for rays that look down. Gradients are 0 along the z axis, where the
     angles have none."""
-    flat, z = directions[..., :2], directions[..., 2]
-    vertical = (flat == 0).all(-1)
-    x, y = torch.where(vertical.unsqueeze(-1), flat.detach(), flat).unbind(-1)
-    azimuth = torch.where(vertical, torch.atan2(y, x).detach(), torch.atan2(y, x.where(~vertical, 1)))
-    elevation = torch.atan2(z, torch.linalg.vector_norm(flat, dim=-1))
-    return torch.stack([azimuth / math.pi / 2 + 0.5, elevation * (-2 / math.pi)])
+    vertical = (directions[..., :2] == 0).all(-1)
+    other = torch.where(vertical.unsqueeze(-1), directions.new_tensor([1.0, 0.0, 0.0]), directions)
+    return torch.where(vertical, _angles(directions.detach()), _angles(other))
+
+
+def _angles(directions: Tensor) -> Tensor:
+    x, y, z = directions.unbind(-1)
+    azimuth = torch.atan2(y, x) / math.pi / 2 + 0.5
+    return torch.stack([azimuth, torch.atan2(z, torch.sqrt(x * x + y * y)) * (-2 / math.pi)])
 
 
 class RayModulation(Field):

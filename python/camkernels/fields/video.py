@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import CoordinateModulation, Modulate, coordinate_modulation
+from .._checks import check_size
 from .field import Field, linear_views
 from .quantization import FULL, quantize_tanh
 
@@ -94,7 +95,8 @@ class VideoField(Field):
         super().__init__()
         if len(strides) < 3:
             raise ValueError(f"VideoField: strides must be at least 3, for two heads, got {len(strides)}")
-        if channels % max(1, len(temporal_grids)):
+        check_size("VideoField", "number of temporal_grids", len(temporal_grids))
+        if channels % len(temporal_grids):
             raise ValueError(
                 f"VideoField: channels must be a multiple of the number of temporal_grids, {len(temporal_grids)}, got "
                 f"{channels}"

@@ -21,7 +21,7 @@ from ..fields import MODELS
 from ..fields.image import pixel_centres
 from .checkpoint import build_model, load_checkpoint, save_checkpoint
 from .compare import Comparison, compare_steps
-from .errors import UserError, require
+from .errors import require
 from .metrics import psnr, psnr_of_mse, ssim
 from .picture import Picture, quantize, read_picture, write_picture
 from .plots import write_error_picture, write_loss_curve, write_modulation_maps
@@ -33,6 +33,7 @@ from .start import (
     check_same_task,
     load_training,
     new_model,
+    placing,
     run_report,
     settings_of,
     write_report,
@@ -268,10 +269,8 @@ def adapt(model: nn.Module, picture: Picture, seed: int, quiet: bool = True) -> 
     bar = functools.partial(require("tqdm").tqdm, desc="placing kernels", disable=quiet, file=sys.stderr)
     width, height = picture.size
     values = picture.to_tensor().to(next(model.parameters()).device).reshape(height, width, -1)
-    try:
+    with placing("ask for fewer kernels"):
         model.adapt(values, generator=torch.Generator().manual_seed(seed), progress=bar)
-    except ValueError as error:
-        raise UserError(f"the kernels cannot be placed: {error}; ask for fewer kernels") from error
 
 
 def default_config(name: str, picture: Picture) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .distance import SignedDistance
 from .errors import UserError, check_file, require
 
 RADIUS = 0.495  # of the sphere about the middle of the unit cube that a mesh is scaled into
@@ -67,7 +67,9 @@ def read_mesh(path: str | Path) -> Mesh:
 
 
 def _merged(vertices: np.ndarray, triangles: np.ndarray) -> Mesh:
-    """One vertex for all that are at one place, to a hundred-millionth of the longest side."""
+    """Of the vertices of triangles, one for all at one place, to a hundred-millionth of the longest side."""
+    used, corners = np.unique(triangles, return_inverse=True)
+    vertices, triangles = vertices[used], corners.reshape(-1, 3)
     low = vertices.min(0)
     side = (vertices - low).max() or 1.0
     places = np.rint((vertices - low) / side * 1e8).astype(np.int64)
@@ -91,27 +93,42 @@ def _checked(path: Path, mesh: Mesh) -> Mesh:
             "example with MeshLab"
         )
     inside = volume(mesh)
+    if abs(inside) < _least_volume(mesh):
+        _check_cavities(path, mesh)
+        raise UserError(f"{path} encloses no volume; give the mesh of a solid")
     if inside < 0:
         mesh = replace(mesh, triangles=mesh.triangles.flip(1), notes=("all triangles face inwards: they are turned",))
     _check_cavities(path, mesh)
-    if abs(inside) < 1e-9 * float(mesh.vertices.amax(0).sub(mesh.vertices.amin(0)).norm()) ** 3:
-        raise UserError(f"{path} encloses no volume; give the mesh of a solid")
     return mesh
 
 
+def _least_volume(mesh: Mesh) -> float:
+    """Below it a volume is one of rounding."""
+    return 1e-9 * float(mesh.vertices.amax(0).sub(mesh.vertices.amin(0)).norm()) ** 3
+
+
 def _check_cavities(path: Path, mesh: Mesh) -> None:
-    """UserError where a part of it faces inwards and lies in no other part, whose cavity it could be."""
-    part = _parts(mesh)
-    shares = _volumes(mesh)
-    inwards = shares.new_zeros(int(part.max()) + 1).index_add_(0, part, shares) < 0
+    """UserError where a part faces inwards and lies in no other part, whose cavity it could be."""
+    part, shares = _parts(mesh), _volumes(mesh)
+    inwards = shares.new_zeros(int(part.max()) + 1).index_add_(0, part, shares) < -_least_volume(mesh)
     for i in inwards.nonzero()[:, 0]:
         own, others = (mesh.triangles[chosen] for chosen in (part == i, part != i))
-        corner = mesh.vertices[own[0, :1]]
-        if not len(others) or SignedDistance(mesh.vertices, others)(corner).item() >= 0:
+        if _windings(mesh.vertices[own[0, 0]], mesh.vertices[others]) < 0.5:
             raise UserError(
                 f"{path} has a part of {len(own):,} triangles that face inwards, and it is in no other part; turn it "
                 "round first, for example with MeshLab"
             )
+
+
+def _windings(point: Tensor, corners: Tensor) -> float:
+    """How often a closed surface of triangles [T, 3, 3] goes round a point [3]: the sum of their solid angles.
+
+    Source: Van Oosterom and Strackee, "The Solid Angle of a Plane Triangle", 1983.
+    """
+    a, b, c = (corners - point).unbind(1)
+    la, lb, lc = (t.norm(dim=-1) for t in (a, b, c))
+    below = la * lb * lc + (a * b).sum(-1) * lc + (b * c).sum(-1) * la + (c * a).sum(-1) * lb
+    return float(torch.atan2((a * torch.linalg.cross(b, c)).sum(-1), below).sum()) / (2 * math.pi)
 
 
 def _parts(mesh: Mesh) -> Tensor:

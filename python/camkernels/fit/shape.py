@@ -18,7 +18,7 @@ from .. import RadialBasis
 from ..fields import SHAPE_MODELS
 from .checkpoint import build_model, load_checkpoint, save_checkpoint
 from .distance import SignedDistance
-from .errors import UserError, require
+from .errors import require
 from .mesh import Mesh, Placement, place, read_mesh, sample_surface, write_mesh
 from .picture import write_picture
 from .plots import write_loss_curve
@@ -31,6 +31,7 @@ from .start import (
     check_same_task,
     load_training,
     new_model,
+    placing,
     run_report,
     settings_of,
     write_report,
@@ -227,13 +228,11 @@ def _adapt(model: nn.Module, samples: Samples, seed: int, quiet: bool, say: Call
         return
     tqdm = require("tqdm").tqdm
     generator = torch.Generator().manual_seed(seed)
-    try:
+    with placing("ask for fewer kernels or more --samples"):
         model.adapt(
             samples.x, samples.distances, generator=generator,
             progress=lambda rounds: tqdm(rounds, desc="placing kernels", disable=quiet),
         )  # fmt: skip
-    except ValueError as error:
-        raise UserError(f"the kernels cannot be placed: {error}; ask for fewer kernels or more --samples") from error
 
 
 @dataclass

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,15 @@ class Options:
     def stop(self) -> Stop | None:
         """The stop rule that was asked for."""
         return None if self.steps is None and self.seconds is None else Stop(self.steps, self.seconds)
+
+
+@contextlib.contextmanager
+def placing(remedy: str) -> Iterator[None]:
+    """Within, kernels are placed where the data are; UserError where that fails."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"the kernels cannot be placed: {error}; {remedy}") from error
 
 
 def check_device(name: str) -> torch.device:

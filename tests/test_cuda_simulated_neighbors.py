@@ -153,6 +153,7 @@ def test_what_does_not_fit_is_refused(sim: Simulated) -> None:
 def home(sim: Simulated, monkeypatch: pytest.MonkeyPatch) -> None:
     """The device that `Elsewhere` plays has kernels: the simulated one."""
     monkeypatch.setattr(neighbors, "home_of", lambda device: device)
+    monkeypatch.setattr(neighbors, "has_values", lambda tensor: True)  # also those on "meta"
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3, 4])

@@ -14,7 +14,10 @@ struct Dual {
   CAMK_HD explicit Dual(double constant) : value(C(constant)), along(C(0)) {}
   CAMK_HD friend Dual operator+(Dual a, Dual b) { return {a.value + b.value, a.along + b.along}; }
   CAMK_HD friend Dual operator-(Dual a, Dual b) { return {a.value - b.value, a.along - b.along}; }
-  CAMK_HD friend Dual operator*(Dual a, Dual b) { return {a.value * b.value, a.value * b.along + a.along * b.value}; }
+  // Which of the two products is rounded is said: left to a compiler, it would be one here and the other there.
+  CAMK_HD friend Dual operator*(Dual a, Dual b) {
+    return {a.value * b.value, multiply_add(a.value, b.along, a.along * b.value)};
+  }
   CAMK_HD friend Dual operator/(Dual a, Dual b) {
     const C ratio = a.value / b.value;
     return {ratio, (a.along - ratio * b.along) / b.value};

@@ -97,8 +97,6 @@ class NeighborIndex:
     def __init__(self, centers: Tensor):
         op = "NeighborIndex"
         _check_centers(op, centers)
-        if centers.is_meta:
-            raise ValueError(f"{op}: centers must have values, got a tensor on meta; build it where they are")
         _check_finite(op, "centers", centers)
         self.device = home_of(centers.device)
         self.centers = self._coordinates(centers).clone()

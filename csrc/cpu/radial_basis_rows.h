@@ -165,7 +165,7 @@ class RadialRows {
       if (sums) add(sums + row + i * kWidth, cotangent * gradient_of(psi.value));
       if constexpr (kSlopes) {
         const C part = pack_at<C>(features, row + i * kWidth) * constant_pack<C>(cotangent);
-        slope = slope + part * psi.slope;
+        slope = multiply_add(part, psi.slope, slope);
         if (of_phase) add(of_phase + i * kWidth, gradient_of(part * psi.phase_slope));
       }
     });

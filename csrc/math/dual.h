@@ -18,6 +18,10 @@ struct Dual {
   CAMK_HD friend Dual operator*(Dual a, Dual b) {
     return {a.value * b.value, multiply_add(a.value, b.along, a.along * b.value)};
   }
+  CAMK_HD friend Dual multiply_add(Dual a, Dual b, Dual c) {
+    return {multiply_add(a.value, b.value, c.value),
+            multiply_add(a.value, b.along, multiply_add(a.along, b.value, c.along))};
+  }
   CAMK_HD friend Dual operator/(Dual a, Dual b) {
     const C ratio = a.value / b.value;
     return {ratio, (a.along - ratio * b.along) / b.value};

@@ -237,3 +237,23 @@ def test_gradients_of_modulation_that_no_point_reads_are_zero(backend, channels)
         y = camkernels.modulated_mlp(torch.rand(0, 3, device=device), weights, None, modulation, backend=backend)
         (gradient,) = torch.autograd.grad(y.sum(), modulation)
         assert torch.equal(gradient, torch.zeros_like(modulation))
+
+
+@pytest.mark.parametrize("few", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("width", [16, 48])
+@pytest.mark.parametrize("backend", [b for b in backends("modulated_mlp") if b != "reference"])
+def test_layers_of_few_columns(backend, width, few):
+    """Few outputs, and few inputs for the gradients in x, of layers without padding: products of another form."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"x": (101, few), "weights.0": (width, few), "weights.1": (width, width), "weights.2": (few, width)}
+    sizes |= {"biases.0": (width,), "biases.1": (width,), "biases.2": (few,)}
+    inputs = {name: torch.rand(*size, generator=generator, dtype=torch.float64) - 0.5 for name, size in sizes.items()}
+    call = testing.Call({name: t.to(device_of(backend)) for name, t in inputs.items()}, {"activation": "silu"})
+    functions = (function_of("modulated_mlp", backend), definition_of("modulated_mlp"))
+    actual, expected = (testing.evaluate(f, call, order=2) for f in functions)
+    for name, wanted in expected.items():
+        testing.assert_close(actual[name], wanted, rtol=1e-12, atol=1e-12, name=name)
+    single = testing.Call({name: t.float() for name, t in call.inputs.items()}, call.options)
+    found = testing.evaluate(functions[0], single, order=1)
+    for name, tensor in found.items():
+        testing.assert_close(tensor.double(), expected[name], rtol=1e-4, atol=1e-5, name=name)

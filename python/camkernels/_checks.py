@@ -33,6 +33,16 @@ def check_dtype(op: str, name: str, dtype: torch.dtype) -> None:
         raise TypeError(f"{op}: {name} must be torch.float32, float64, bfloat16 or float16, got {dtype}")
 
 
+def check_finite(op: str, name: str, points: Tensor) -> None:
+    """ValueError unless all coordinates of points [..., d] are finite."""
+    broken = ~points.detach().isfinite().all(-1)
+    if broken.any():
+        raise ValueError(
+            f"{op}: {name} must be finite, got {int(broken.sum())} points with NaN or infinite coordinates; leave them "
+            "out"
+        )
+
+
 def check_shape(op: str, name: str, tensor: Tensor, expected: Sequence[int | str], remedy: str) -> None:
     """ValueError unless the shape fits; a string stands for any size, a leading "..." for any number of axes."""
     wanted = list(expected)

@@ -12,11 +12,20 @@ from torch import Tensor
 
 from . import _ops
 from ._backends import Call, can_run
-from ._checks import check_choice, check_floating, check_number, check_same_device, check_shape, check_size
+from ._checks import (
+    check_choice,
+    check_finite,
+    check_floating,
+    check_number,
+    check_same_device,
+    check_shape,
+    check_size,
+)
+from ._kernel_shapes import kernel_shapes, matrix_rows, width_bounds
 from ._modulation import compute_dtype
 from ._neighbor_cells import build
 from ._neighbor_fallbacks import search_all, search_tree, tree
-from ._radial_basis import KINDS, MOST_DIMS, SHAPES, can_look_at, has_values, shape_width
+from ._radial_basis import MOST_DIMS, SHAPES, can_look_at, has_values
 
 __all__ = ["NeighborIndex", "kernel_shapes", "nearest", "second_moments", "weighted_kmeans", "width_bounds"]
 
@@ -39,8 +48,8 @@ _NEAREST = _ops.declare(
 
 
 def _search_meta(x: Tensor, centers: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(torch.promote_types(x.dtype, centers.dtype), torch.float32)
-    return x.new_empty(*x.shape[:-1], k, dtype=torch.int32), x.new_empty(*x.shape[:-1], k, dtype=dtype)
+    size = (*x.shape[:-1], k)
+    return x.new_empty(size, dtype=torch.int32), x.new_empty(size, dtype=compute_dtype(x, centers))
 
 
 _NEAREST_AMONG = _ops.declare(
@@ -97,7 +106,7 @@ class NeighborIndex:
     def __init__(self, centers: Tensor):
         op = "NeighborIndex"
         _check_centers(op, centers)
-        _check_finite(op, "centers", centers)
+        check_finite(op, "centers", centers)
         self.device = home_of(centers.device)
         self.centers = self._coordinates(centers).clone()
         self.method = search_method(self.device.type)
@@ -122,7 +131,7 @@ class NeighborIndex:
         _check_search(x, self.centers, k)
         dims = self.centers.shape[1]
         if self.device.type == "cpu" or can_look_at(x):
-            _check_finite("nearest", "x", x)
+            check_finite("nearest", "x", x)
         points = self._coordinates(x)
         dtype = torch.promote_types(points.dtype, self.centers.dtype)
         points = points.to(dtype).reshape(-1, dims).contiguous()
@@ -224,15 +233,6 @@ def _check_search(x: Tensor, centers: Tensor, k: int) -> None:
         raise ValueError(f"{op}: k must be at most the number of centers, {count}, got {k}; use min(k, {count})")
 
 
-def _check_finite(op: str, name: str, t: Tensor) -> None:
-    broken = ~t.detach().isfinite().all(-1)
-    if broken.any():
-        raise ValueError(
-            f"{op}: {name} must be finite, got {int(broken.sum())} points with NaN or infinite coordinates; leave them "
-            "out"
-        )
-
-
 # ---- kernels where the data are --------------------------------------------------------------------------------------
 
 
@@ -317,84 +317,10 @@ def second_moments(
     elif shape == "diagonal":
         squares, least = o * o, o.new_ones(dims)
     else:
-        squares = _matrix_rows(o.unsqueeze(-1) * o.unsqueeze(-2), shape)
-        least = _matrix_rows(torch.eye(dims, dtype=o.dtype, device=o.device), shape)
+        squares = matrix_rows(o.unsqueeze(-1) * o.unsqueeze(-2), shape)
+        least = matrix_rows(torch.eye(dims, dtype=o.dtype, device=o.device), shape)
     empty = (1e-10 * alpha * least).expand(len(centers), -1)
     return (_means(masses * squares, masses, rows, empty) / alpha).to(points.dtype)
-
-
-def width_bounds(low: Tensor, high: Tensor, resolution: Tensor, *, least: float = 0.0) -> tuple[Tensor, Tensor]:
-    """(the least, the greatest) half-width [d] of kernels in a domain from low [d] to high [d].
-
-    A hundredth of half the pitch of a grid of resolution [d] cells, but no less than `least`; a tenth of the domain.
-
-    >>> import torch
-    >>> width_bounds(torch.zeros(2), torch.ones(2), torch.tensor([5, 10]))
-    (tensor([0.0010, 0.0005]), tensor([0.1000, 0.1000]))
-    """
-    extent = high - low
-    return (extent / resolution / 200).clamp(min=least), extent / 10
-
-
-def kernel_shapes(
-    moments: Tensor,
-    bounds: tuple[Tensor, Tensor],
-    *,
-    kind: str = "ivq",
-    shape: str = "full",
-) -> Tensor:
-    """Shapes [n, s] of `radial_basis` for kernels with `second_moments` [n, s] in the same form, so that most kinds are
-    1/2 at a distance of the root of the moment.
-
-    bounds: the least and the greatest half-width [d], as `width_bounds` gives them; beyond them moments are clipped,
-    and those off the diagonal to 0.999 of what a positive matrix can have. In three axes and more a matrix may
-    nevertheless not be positive; "projected" is NaN there.
-
-    Raises ValueError for shapes and values, TypeError for dtypes.
-
-    Source: initialisation of Chen et al., "NeuRBF", ICCV 2023.
-
-    >>> import torch
-    >>> kernel_shapes(torch.full((1, 2), 0.25), (torch.zeros(2), torch.ones(2)), shape="diagonal").tolist()
-    [[4.0, 4.0]]
-    """
-    op = "kernel_shapes"
-    check_floating(op, "moments", moments)
-    check_choice(op, "kind", kind, KINDS)
-    check_choice(op, "shape", shape, SHAPES)
-    dims = len(bounds[0])
-    for bound in bounds:
-        check_shape(op, "bounds", bound, [dims], "one half-width for each axis")
-    check_shape(op, "moments", moments, ["n", shape_width(shape, dims)], f"shape={shape!r} in {dims} axes")
-    if can_look_at(moments):
-        _check_finite(op, "moments", moments)
-        if not ((bounds[0] >= 0) & (bounds[0] <= bounds[1]) & (bounds[1] > 0) & bounds[1].isfinite()).all():
-            given = " and ".join(str(bound.tolist()) for bound in bounds)
-            raise ValueError(f"{op}: bounds must be from 0 on and in order, the greatest above 0, got {given}")
-    dtype, moments = moments.dtype, moments.to(compute_dtype(moments))
-    least, most = (bound.to(moments).square() for bound in bounds)
-    moments = moments * {"nlin": 4.0, "ivmq": 1 / 3}.get(kind, 1.0)
-    if shape in ("isotropic", "diagonal"):
-        if shape == "isotropic":
-            least, most = least.max(), most.min()
-        clipped = moments.clamp(least, most)
-        _check_widths(op, clipped)
-        return (clipped.rsqrt() if kind == "nlin" else 1 / clipped).to(dtype)
-    matrices = _clipped(_matrices(moments, shape, dims), least, most)
-    _check_widths(op, matrices.diagonal(dim1=-2, dim2=-1))
-    inverse = torch.linalg.inv(matrices)
-    if shape != "projected":
-        return _matrix_rows(inverse, shape).to(dtype)
-    values, vectors = torch.linalg.eigh(inverse)
-    return (vectors * values.sqrt().unsqueeze(-2)).mT.flatten(1).to(dtype)
-
-
-def _check_widths(op: str, squares: Tensor) -> None:
-    if can_look_at(squares) and not (squares > 0).all():
-        raise ValueError(
-            f"{op}: moments must be above 0 where the square of the least half-width is 0, got "
-            f"{squares.min().item():g}; give a greater least half-width"
-        )
 
 
 def _check_start(op: str, start: Tensor, count: int, points: Tensor) -> None:
@@ -405,7 +331,7 @@ def _check_start(op: str, start: Tensor, count: int, points: Tensor) -> None:
         check_shape(op, "start", start, [count, points.shape[1]], "or rows [count]")
         check_floating(op, "start", start)
         if can_look_at(start):
-            _check_finite(op, "start", start)
+            check_finite(op, "start", start)
         return
     check_shape(op, "start", start, [count], "or centres [count, d]")
     if start.is_floating_point() or start.is_complex() or start.dtype == torch.bool:
@@ -427,7 +353,7 @@ def _check_weights(op: str, points: Tensor, weights: Tensor) -> None:
     if can_look_at(weights) and not ((weights >= 0) & weights.isfinite()).all():
         raise ValueError(f"{op}: weights must be finite and not negative; clamp them")
     if can_look_at(points):
-        _check_finite(op, "points", points)
+        check_finite(op, "points", points)
 
 
 def _means(weighted: Tensor, masses: Tensor, rows: Tensor, otherwise: Tensor) -> Tensor:
@@ -435,27 +361,3 @@ def _means(weighted: Tensor, masses: Tensor, rows: Tensor, otherwise: Tensor) ->
     total = torch.zeros_like(otherwise).index_add_(0, rows, weighted)
     mass = masses.new_zeros(len(otherwise), 1).index_add_(0, rows, masses)
     return torch.where(mass > 0, total / mass, otherwise)
-
-
-def _matrix_rows(matrices: Tensor, shape: str) -> Tensor:
-    """Matrices [..., d, d] as rows of a form [..., s]."""
-    if shape != "symmetric":
-        return matrices.flatten(-2)
-    row, column = torch.triu_indices(*matrices.shape[-2:], device=matrices.device)
-    return matrices[..., row, column]
-
-
-def _matrices(rows: Tensor, shape: str, dims: int) -> Tensor:
-    """Inverse of _matrix_rows."""
-    if shape != "symmetric":
-        return rows.unflatten(-1, (dims, dims))
-    row, column = torch.triu_indices(dims, dims, device=rows.device)
-    matrices = rows.new_empty(*rows.shape[:-1], dims, dims)
-    matrices[..., row, column] = matrices[..., column, row] = rows
-    return matrices
-
-
-def _clipped(matrices: Tensor, least: Tensor, most: Tensor) -> Tensor:
-    diagonal = matrices.diagonal(dim1=-2, dim2=-1).clamp(least, most)
-    bound = 0.999 * (diagonal.unsqueeze(-1) * diagonal.unsqueeze(-2)).sqrt()
-    return matrices.clamp(-bound, bound).diagonal_scatter(diagonal, dim1=-2, dim2=-1)

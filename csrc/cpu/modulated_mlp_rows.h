@@ -146,37 +146,30 @@ void deactivate_plain_rows(RowLayer<C> layer, int64_t count, Rows<C> slope, cons
   });
 }
 
-// What a row's gradients add up to: of w per channel, else of g, which is w / scale; and of n times that.
-template <class C>
-struct RowSums {
-  Lanes<C> sum, sum_n;
-};
-
-// d: gradient of y -> of n, into the same place.
+// d: gradient of y -> of z, for a row; to_scale, to_shift: gradients of scale and shift. Its packs add up w per
+// channel, else g, which is w / scale; and n times that.
 template <bool PerChannel, class C>
-CAMK_HD RowSums<C> deactivate_row(int64_t columns, const C* z, const C* slope, C r, const C* scale, C* d, C* to_scale,
-                                  C* to_shift) {
+CAMK_HD void deactivate_row(RowLayer<C> layer, C share, const C* z, const C* slope, C r, const C* scale, C* d,
+                            C* to_scale, C* to_shift) {
   using Pack = Lanes<C>;
-  RowSums<C> sums{Pack(C(0)), Pack(C(0))};
-  for (int64_t o = 0; o < columns; o += lanes_of<Pack>) {
+  Pack sum(C(0)), sum_n(C(0));
+  each_pack(layer, [&](int64_t o) CAMK_INLINED {
     const Pack n = Pack::load(z + o) * Pack(r), factor = columns_of<PerChannel>(scale, o);
     const auto of = math::modulate_gradients(factor, n, Pack::load(d + o), Pack::load(slope + o));
     of.n.store(d + o);
     if constexpr (PerChannel) of.scale.store(to_scale + o), of.shift.store(to_shift + o);
     const Pack added = PerChannel ? of.n : of.shift;
-    sums = {sums.sum + added, multiply_add(n, added, sums.sum_n)};
-  }
-  return sums;
-}
-
-// d: gradient of n -> of z.
-template <class C>
-CAMK_HD void unnormalise_row(int64_t columns, const C* z, C r, C mean, C mean_n, C* d) {
-  using Pack = Lanes<C>;
-  for (int64_t o = 0; o < columns; o += lanes_of<Pack>) {
+    sum = sum + added, sum_n = multiply_add(n, added, sum_n);
+  });
+  const C total = sum_of_lanes(sum), total_n = sum_of_lanes(sum_n);
+  if constexpr (!PerChannel) *to_scale = total_n, *to_shift = total;
+  if (!layer.norm) return;
+  const C part = PerChannel ? share : share * *scale;
+  const Pack mean(total * part), mean_n(total_n * part);
+  each_pack(layer, [=](int64_t o) CAMK_INLINED {
     const Pack n = Pack::load(z + o) * Pack(r);
-    math::norm_jacobian(Pack::load(d + o), n, Pack(r), Pack(mean), Pack(mean_n)).store(d + o);
-  }
+    math::norm_jacobian(Pack::load(d + o), n, Pack(r), mean, mean_n).store(d + o);
+  });
 }
 
 // d: gradient of y -> of z; change: of scale and shift, if they are wanted.
@@ -184,28 +177,12 @@ template <class C>
 void deactivate_rows(RowLayer<C> layer, int64_t count, Rows<C> z, Rows<C> slope, Modulation<C> modulation, const C* r,
                      Rows<C> d, Modulation<C> change, bool wants_change) {
   if (!layer.norm && !wants_change) return deactivate_plain_rows(layer, count, slope, modulation, d);
-  using Pack = Lanes<C>;
   const C share = C(1) / C(layer.width);
-  with_form(layer.per_channel, [&](auto per_channel) CAMK_INLINED {
-    constexpr bool kChannels = decltype(per_channel)::value;
-    each_block<C>(count, [&](int64_t first, int64_t rows) CAMK_INLINED {
-      Pack sums[kRowBlock<C>], sums_n[kRowBlock<C>];
-      for (int64_t k = rows; k < kRowBlock<C>; ++k) sums[k] = sums_n[k] = Pack(C(0));
-      for (int64_t k = 0; k < rows; ++k) {
-        const int64_t i = first + k;
-        const auto of = deactivate_row<kChannels>(layer.padded, z[i], slope[i], r[i], modulation.scale(i), d[i],
-                                                  change.scale(i), change.shift(i));
-        sums[k] = of.sum, sums_n[k] = of.sum_n;
-      }
-      C total[kRowBlock<C>], total_n[kRowBlock<C>];
-      sums_of_lanes(sums).store(total), sums_of_lanes(sums_n).store(total_n);
-      for (int64_t k = 0; k < rows; ++k) {
-        const int64_t i = first + k;
-        if (!kChannels) *change.scale(i) = total_n[k], *change.shift(i) = total[k];
-        const C part = kChannels ? share : share * *modulation.scale(i);
-        if (layer.norm) unnormalise_row(layer.padded, z[i], r[i], total[k] * part, total_n[k] * part, d[i]);
-      }
-    });
+  with_form(layer.per_channel, [=](auto per_channel) {  // copies, as above
+    for (int64_t i = 0; i < count; ++i) {
+      deactivate_row<decltype(per_channel)::value>(layer, share, z[i], slope[i], r[i], modulation.scale(i), d[i],
+                                                   change.scale(i), change.shift(i));
+    }
   });
 }
 

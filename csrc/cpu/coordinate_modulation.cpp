@@ -3,9 +3,9 @@
 // The setting `deterministic` changes nothing here: sums have one order for any number of threads.
 #include "cpu/channels.h"
 #include "cpu/coordinate_modulation_loops.h"
-#include "cpu/dispatch.h"
 #include "cpu/memory.h"
 #include "cpu/parallel.h"
+#include "cpu/rows.h"
 
 namespace camk::cpu {
 namespace {
@@ -22,6 +22,8 @@ constexpr int64_t kBlockNumbers = 4096, kBlockPoints = 64;
 NodeGrids checked(const Tensor& coords, const Tensor& grids, bool zeros, bool align_corners, bool planes) {
   const bool number = coords.scalar_type() == ScalarType::Double || coords.scalar_type() == ScalarType::Float;
   require(number, kOp, ": coords must be float32 or float64");
+  require(coords.scalar_type() == ScalarType::Double || grids.scalar_type() != ScalarType::Double, kOp,
+          ": coords must be float64 beside float64 grids");
   check_contiguous(coords, kOp, "coords");
   check_contiguous(grids, kOp, "grids");
   return launch::measure_grids(coords, grids, {zeros, align_corners, planes});
@@ -57,12 +59,14 @@ class PackedGrids {
     return {grids_.grid_in<S>(), grids_.dims, grids_.slots, pitch_, read<S>(coords), data()};
   }
 
-  template <class T>
-  void pack(const T* from) const {
+  void pack(const Tensor& from) const {
     each_block([&](int plane, int64_t first, int64_t count) {
       S* rows = row(plane, first);
-      each_run(grids_, plane, [&](int64_t runs, int64_t source, int64_t target) {
-        transpose(from + source * grids_.grid.rows + first, runs, count, grids_.grid.rows, rows + target, pitch_);
+      with_numbers(kOp, from, [&]<class T>(Tag<T>) {
+        const T* numbers = read<T>(from) + first;
+        each_run(grids_, plane, [&](int64_t runs, int64_t source, int64_t target) {
+          transpose(numbers + source * grids_.grid.rows, runs, count, grids_.grid.rows, rows + target, pitch_);
+        });
       });
       for (int64_t i = 0; i < count; ++i) std::fill(rows + i * pitch_ + grids_.width(), rows + (i + 1) * pitch_, S(0));
     });
@@ -73,16 +77,18 @@ class PackedGrids {
   }
 
   // The sum of all copies, in their order.
-  template <class T>
-  void unpack_sum(int64_t copies, T* to) const {
+  void unpack_sum(int64_t copies, const Tensor& to) const {
     each_block([&](int plane, int64_t first, int64_t count) {
       S* rows = row(plane, first);
       for (int64_t copy = 1; copy < copies; ++copy) {
         const S* more = rows + copy * numbers_;
         for (int64_t k = 0; k < count * pitch_; ++k) rows[k] += more[k];
       }
-      each_run(grids_, plane, [&](int64_t runs, int64_t target, int64_t source) {
-        transpose(rows + source, count, runs, pitch_, to + target * grids_.grid.rows + first, grids_.grid.rows);
+      with_numbers(kOp, to, [&]<class T>(Tag<T>) {
+        T* numbers = write<T>(to) + first;
+        each_run(grids_, plane, [&](int64_t runs, int64_t target, int64_t source) {
+          transpose(rows + source, count, runs, pitch_, numbers + target * grids_.grid.rows, grids_.grid.rows);
+        });
       });
     });
   }
@@ -118,27 +124,14 @@ class RowBlock {
   int64_t points() const { return points_; }
   S* data() { return numbers_.data(); }
 
-  template <class T>
-  void read(const T* from, int64_t begin, int64_t end) {
-    for (int64_t i = 0; i < end - begin; ++i) {
-      convert(from + (begin + i) * width_, data() + i * pitch_);
-    }
+  void read(const Source& from, int64_t begin, int64_t end) {
+    read_rows(from, begin, end - begin, width_, Rows<S>{data(), pitch_});
   }
-  template <class T>
-  void write(T* to, int64_t begin, int64_t end) const {
-    for (int64_t i = 0; i < end - begin; ++i) convert(numbers_.data() + i * pitch_, to + (begin + i) * width_);
+  void write(const Target& to, int64_t begin, int64_t end) {
+    write_rows(Rows<S>{data(), pitch_}, begin, end - begin, width_, to);
   }
 
  private:
-  template <class From, class To>
-  void convert(const From* from, To* to) const {
-    if constexpr (std::is_same_v<From, To>) {
-      memcpy(to, from, width_ * sizeof(To));
-    } else {
-      for (int64_t k = 0; k < width_; ++k) to[k] = from_number<To>(to_number(from[k]));
-    }
-  }
-
   int64_t width_, pitch_, points_;
   std::vector<S> numbers_;
 };
@@ -163,9 +156,10 @@ Tensor forward(Tensor coords, Tensor grids, bool zeros, bool align_corners, bool
   if (g.channels >= 0) sizes.push_back(g.channels);
   const Tensor y =
       in_large_pages(allocate([&] { return torch::stable::new_empty(grids, {sizes.data(), sizes.size()}); }));
-  dispatch(kOp, coords, grids, [&]<class S, class T>(Tag<S>, Tag<T>) {
+  const Target to(y);
+  with_arithmetic(coords, [&]<class S>(Tag<S>) {
     const PackedGrids<S> packed(g, coords);
-    packed.pack(read<T>(grids));
+    packed.pack(grids);
     const LookupKernels<S> loops = kernels_for<S>(g);
     parallel_points(coords.size(0), [&](int64_t begin, int64_t end) {
       RowBlock<S> rows(g.width(), packed.pitch());
@@ -174,7 +168,7 @@ Tensor forward(Tensor coords, Tensor grids, bool zeros, bool align_corners, bool
       for (int64_t i = begin; i < end; i += rows.points()) {
         piece.begin = i, piece.end = std::min(end, i + rows.points());
         loops.value(piece);
-        rows.write(write<T>(y), piece.begin, piece.end);
+        rows.write(to, piece.begin, piece.end);
       }
     });
   });
@@ -183,11 +177,12 @@ Tensor forward(Tensor coords, Tensor grids, bool zeros, bool align_corners, bool
 
 // Goes over points with the gradient `grad` of the value; body(loops, piece) computes a block of them, and
 // finished(block of the rows in piece.y, piece) follows. Returns the gradient in the grids.
-template <class S, class T, class Tell, class Body>
+template <class S, class Tell, class Body>
 Tensor sum_over_points(const NodeGrids& g, const Tensor& coords, const Tensor& grids, const Tensor& grad, bool wanted,
                        const Tell& tell, const Body& body) {
   const PackedGrids<S> packed(g, coords);
-  packed.pack(read<T>(grids));
+  packed.pack(grids);
+  const Source from(grad);
   const Pieces pieces(g, coords.size(0), wanted, packed.numbers() * int64_t(sizeof(S)));
   const PackedGrids<S> sums(g, coords, wanted ? pieces.count : 0);
   const LookupKernels<S> loops = kernels_for<S>(g);
@@ -201,13 +196,13 @@ Tensor sum_over_points(const NodeGrids& g, const Tensor& coords, const Tensor& g
     const int64_t last = std::min(coords.size(0), (task + 1) * pieces.each);
     for (int64_t i = task * pieces.each; i < last; i += rows.points()) {
       piece.begin = i, piece.end = std::min(last, i + rows.points());
-      rows.read(read<T>(grad), piece.begin, piece.end);
+      rows.read(from, piece.begin, piece.end);
       body(loops, piece);
     }
   });
   if (!wanted) return empty(grids, {0});
   const Tensor ggrids = in_large_pages(empty_as(grids));
-  sums.unpack_sum(pieces.count, write<T>(ggrids));
+  sums.unpack_sum(pieces.count, ggrids);
   return ggrids;
 }
 
@@ -218,10 +213,10 @@ std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor coords, Tensor grids, bo
   check_like(grad, grids, coords.size(0) * g.width(), "grad_y");
   const Tensor gu = mask[0] ? empty_as(coords) : empty(coords, {0});
   Tensor ggrids;
-  dispatch(kOp, coords, grids, [&]<class S, class T>(Tag<S>, Tag<T>) {
+  with_arithmetic(coords, [&]<class S>(Tag<S>) {
     const auto tell = [&](LookupPiece<S>& piece) { piece.gu = mask[0] ? write<S>(gu) : nullptr; };
-    ggrids = sum_over_points<S, T>(g, coords, grids, grad, mask[1], tell,
-                                   [](const auto& loops, const LookupPiece<S>& piece) { loops.backward(piece); });
+    ggrids = sum_over_points<S>(g, coords, grids, grad, mask[1], tell,
+                                [](const auto& loops, const LookupPiece<S>& piece) { loops.backward(piece); });
   });
   return {gu, ggrids};
 }
@@ -236,22 +231,22 @@ std::tuple<Tensor, Tensor, Tensor> backward_backward(OptionalTensor v, OptionalT
   if (tangents) check_like(*tangents, grids, grids.numel(), "grad_grids");
   const Tensor ggrad = mask[0] ? in_large_pages(empty_as(grad)) : empty(grad, {0});
   const Tensor gu = mask[1] ? empty_as(coords) : empty(coords, {0});
+  const Target to(ggrad);
   Tensor ggrids;
-  dispatch(kOp, coords, grids, [&]<class S, class T>(Tag<S>, Tag<T>) {
+  with_arithmetic(coords, [&]<class S>(Tag<S>) {
     const PackedGrids<S> along(g, coords, tangents ? 1 : 0);
-    if (tangents) along.pack(read<T>(*tangents));
+    if (tangents) along.pack(*tangents);
     const auto tell = [&](LookupPiece<S>& piece) {
       piece.v = v ? read<S>(*v) : nullptr;
       piece.tangents = tangents ? along.data() : nullptr;
       piece.gu = mask[1] ? write<S>(gu) : nullptr;
     };
-    ggrids =
-        sum_over_points<S, T>(g, coords, grids, grad, mask[2], tell, [&](const auto& loops, LookupPiece<S>& piece) {
-          RowBlock<S> rows(g.width(), piece.pitch);
-          piece.y = mask[0] ? rows.data() : nullptr;
-          loops.second_order(piece);
-          if (mask[0]) rows.write(write<T>(ggrad), piece.begin, piece.end);
-        });
+    ggrids = sum_over_points<S>(g, coords, grids, grad, mask[2], tell, [&](const auto& loops, LookupPiece<S>& piece) {
+      RowBlock<S> rows(g.width(), piece.pitch);
+      piece.y = mask[0] ? rows.data() : nullptr;
+      loops.second_order(piece);
+      if (mask[0]) rows.write(to, piece.begin, piece.end);
+    });
   });
   return {ggrad, gu, ggrids};
 }

@@ -28,6 +28,16 @@ void with_numbers(const char* op, const Tensor& tensor, const Body& body) {
   with_numbers(op, tensor.scalar_type(), body);
 }
 
+// body(Tag<C>), C the arithmetic type that goes with a tensor: float64 its own, for all others float32.
+template <class Body>
+void with_arithmetic(const Tensor& tensor, const Body& body) {
+  if (tensor.scalar_type() == ScalarType::Double) {
+    body(Tag<double>{});
+  } else {
+    body(Tag<float>{});
+  }
+}
+
 // body(Tag<arithmetic of the coordinates>, Tag<storage of the table>); coordinates are float64 where the table is.
 template <class Body>
 void dispatch(const char* op, const Tensor& coordinates, const Tensor& table, const Body& body) {

@@ -28,15 +28,12 @@ void check_like(const OptionalTensor& t, const Tensor& like, const char* name) {
   require(t->scalar_type() == like.scalar_type() && t->numel() == like.numel(), kOp, ": dtype or size of ", name);
 }
 
-// body(Tag<C>, the activation), C the arithmetic type.
+// body(the activation, group) for the groups that a thread goes through. Here, and not around the threads' work, the
+// activation becomes a type of the compiler: there are a dozen.
 template <class Body>
-void dispatch_call(const ModulateCall& call, const Body& body) {
+void each_group(const ModulateCall& call, int64_t begin, int64_t end, const Body& body) {
   math::with_activation(math::Activation(call.options.activation), [&](auto activation) {
-    if (call.gamma.scalar_type() == ScalarType::Double) {
-      body(Tag<double>{}, activation);
-    } else {
-      body(Tag<float>{}, activation);
-    }
+    for (int64_t group = begin; group < end; ++group) body(activation, group);
   });
 }
 
@@ -48,10 +45,10 @@ Tensor forward(Tensor h, Tensor gamma, Tensor beta, OptionalTensor frequencies, 
   const int64_t grain = std::max<int64_t>(kGrainNumbers / call.groups.numbers(), 1);
   const OptionalTensor none;
   const Target to(y);
-  dispatch_call(call, [&]<class C>(Tag<C>, auto f) {
+  with_arithmetic(call.gamma, [&]<class C>(Tag<C>) {
     torch::stable::parallel_for(0, call.groups.count, grain, [&](int64_t begin, int64_t end) {
       GroupLoops<C> loops(call, {none, none, none});
-      for (int64_t group = begin; group < end; ++group) loops.value(f, group, to);
+      each_group(call, begin, end, [&](auto f, int64_t group) { loops.value(f, group, to); });
     });
   });
   return y;
@@ -62,7 +59,7 @@ template <class Body>
 std::tuple<Tensor, Tensor> gradients(const ModulateCall& call, const ModulateTangents& along, bool of_scale,
                                      bool of_shift, const Body& body) {
   std::tuple<Tensor, Tensor> found;
-  dispatch_call(call, [&]<class C>(Tag<C>, auto f) {
+  with_arithmetic(call.gamma, [&]<class C>(Tag<C>) {
     using Gradient = SharedGradient<C>;
     const GroupPieces pieces = pieces_of(call.groups, sizeof(C));
     Gradient scale(call.groups.scale, pieces, call.gamma, of_scale);
@@ -70,9 +67,8 @@ std::tuple<Tensor, Tensor> gradients(const ModulateCall& call, const ModulateTan
     parallel_tasks(pieces.count, [&](int64_t piece) {
       GroupLoops<C> loops(call, along);
       typename Gradient::Part scale_part(scale, piece), shift_part(shift, piece);
-      for (int64_t group = pieces.begin(piece); group < pieces.end(piece); ++group) {
-        body(loops, f, group, scale_part, shift_part);
-      }
+      each_group(call, pieces.begin(piece), pieces.end(piece),
+                 [&](auto f, int64_t group) { body(loops, f, group, scale_part, shift_part); });
     });
     scale.add_edges(), shift.add_edges();
     found = {scale.result, shift.result};

@@ -7,6 +7,9 @@
 
 namespace camk::cpu {
 
+// What is larger does not stay in a core's second-level cache.
+inline constexpr int64_t kCacheBytes = 1 << 20;
+
 // S: coordinate arithmetic (float, double). T: table storage. Unused pointers are null.
 template <class S, class T>
 struct Piece {

@@ -12,10 +12,6 @@ namespace camk::cpu {
 // channels costs 5 % of the time; less memory costs more, more memory gains nothing.
 inline constexpr int64_t kScratchBytes = 40 << 20;
 
-// A level of which more can be touched is prefetched. Where the rows are in the second-level cache, prefetching takes
-// as long as all the rest; beyond, the pass takes 1.2 to 2 times as long without.
-inline constexpr double kCacheBytes = 1 << 20;
-
 // S: coordinate arithmetic, T: table storage.
 template <class S, class T>
 class Pass {
@@ -96,6 +92,8 @@ class Pass {
     piece.dims = grid_.dims, piece.interpolation = grid_.interpolation;
     piece.begin = begin, piece.end = end, piece.pitch = pitch_;
     piece.x = numbers_, piece.features = grid_.features;
+    // Where the rows are in the cache, prefetching takes as long as all the rest; beyond, the pass takes 1.2 to 2 times
+    // as long without.
     piece.beyond_cache = rows_in_use(piece.level) * grid_.features * sizeof(*piece.table) > kCacheBytes;
     return piece;
   }

@@ -149,19 +149,25 @@ CAMK_HD Floats round_down(Floats x) {
 #endif
 }
 
-// Whether every lane lies between -bound and bound; NaN does not.
-CAMK_HD bool all_within(Floats x, float bound) {
-  const Lanes<int32_t>::Raw within = (x.v < Floats(bound).v) & (x.v > Floats(-bound).v);
+// Whether a comparison holds in every lane.
+CAMK_HD bool in_all_lanes(Lanes<int32_t>::Raw holds) {
 #if defined(__AVX512F__)
-  return _mm512_movepi32_mask((__m512i)within) == 0xffff;
+  return _mm512_movepi32_mask((__m512i)holds) == 0xffff;
 #elif defined(__AVX2__)
-  return _mm256_movemask_ps((__m256)within) == 0xff;
+  return _mm256_movemask_ps((__m256)holds) == 0xff;
 #else
   int32_t all = -1;
-  for (int k = 0; k < kLanes; ++k) all &= within[k];
+  for (int k = 0; k < kLanes; ++k) all &= holds[k];
   return all != 0;
 #endif
 }
+
+// Whether every lane lies between -bound and bound; NaN does not.
+CAMK_HD bool all_within(Floats x, float bound) {
+  return in_all_lanes((x.v < Floats(bound).v) & (x.v > Floats(-bound).v));
+}
+
+CAMK_HD bool all_below(Words x, uint32_t bound) { return in_all_lanes(x.v < Words(bound).v); }
 
 CAMK_HD Words to_cell(Floats whole) {
   const Floats::Raw low = Floats(kCellMin).v, high = Floats(kCellMax).v;

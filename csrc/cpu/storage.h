@@ -170,7 +170,7 @@ CAMK_HD void add_row(A* row, const A* value) {
 }
 
 // Adds row k to base + stride entries[k], lane after lane; rows outside [first, first + count) belong to another
-// thread.
+// thread. Nearly always there are none: one check for all lanes makes the scattering pass in 3-D 9 % faster (Zen 5).
 template <int F, class C, class A>
 struct RowAdder {
   A* base;
@@ -185,8 +185,13 @@ struct RowAdder {
     } else {
       alignas(64) A value[kLanes * F];
       store_interleaved(value, rows);
-      for (int k = 0; k < kLanes; ++k) {
-        if (entries[k] - first < count) add_row<F>(base + size_t(entries[k]) * stride, value + k * F);
+      const auto add = [&](int k) CAMK_INLINED { add_row<F>(base + size_t(entries[k]) * stride, value + k * F); };
+      if (all_below(Words::load(entries) - Words(first), count)) {
+        unroll<kLanes>(add);
+      } else {
+        for (int k = 0; k < kLanes; ++k) {
+          if (entries[k] - first < count) add(k);
+        }
       }
     }
   }

@@ -70,21 +70,27 @@ class Pixels:
         self.values = picture.to_tensor().to(device)
         self.width, self.height = picture.size
         self.batch = batch
-        self.neighbors: Tensor | None = None
+        self.known: Tensor | None = None
 
     def prepare(self, model: nn.Module) -> None:
         """Finds the kernels of every pixel, once, for a model that has some."""
         if hasattr(model, "nearest"):
             index = torch.arange(len(self.values), device=self.values.device)
-            self.neighbors = model.nearest(pixel_centres(index, self.width, self.height))
+            neighbors = model.nearest(pixel_centres(index, self.width, self.height))
+            # side by side, because a random row takes as long as the wait for its memory
+            self.known = torch.cat([neighbors, self.values.view(torch.int32)], 1)
 
     def loss(self, model: nn.Module, generator: torch.Generator) -> Tensor:
         """Mean squared error on a batch of pixels drawn by the generator."""
         # drawn on the CPU: the same batches on every device
         index = torch.randint(len(self.values), (self.batch,), generator=generator).to(self.values.device)
-        target = self.values.index_select(0, index)
-        known = () if self.neighbors is None else (self.neighbors.index_select(0, index),)
-        return nn.functional.mse_loss(model(pixel_centres(index, self.width, self.height), *known), target)
+        x = pixel_centres(index, self.width, self.height)
+        if self.known is None:
+            return nn.functional.mse_loss(model(x), self.values.index_select(0, index))
+        channels = self.values.shape[1]
+        known = self.known.index_select(0, index)
+        neighbors, target = known[:, :-channels].contiguous(), known[:, -channels:].contiguous().view(torch.float32)
+        return nn.functional.mse_loss(model(x, neighbors), target)
 
 
 @torch.no_grad()

@@ -33,12 +33,14 @@ Flat = Sequence[Tensor | None]
 
 
 class Argument(NamedTuple):
-    """A tensor argument. points: its first axis runs over the points, so that vmap folds its own axis into it."""
+    """A tensor argument. points: its first axis runs over the points, so that vmap folds its own axis into it. apart:
+    of an output, whether the kernels of the CPU read its cotangent where its rows lie apart, as those of a slice."""
 
     name: str
     type: str = "Tensor"  # or "Tensor?", "Tensor[]"
     points: bool = False
     differentiable: bool = True
+    apart: bool = False
 
     @property
     def is_list(self) -> bool:
@@ -65,6 +67,7 @@ class Operator:
         self.saved = self.arguments + self.kept
         self.lists = tuple(i for i, a in enumerate(self.arguments) if a.is_list)  # their places
         self.differentiable = tuple(i for i, a in enumerate(self.arguments) if a.differentiable)
+        self.apart = tuple(i for i, a in enumerate(self.arguments) if a.apart)
         self.returns_lists = any(o.is_list for o in self.outputs)
         declared = ", ".join([f"{a.type} {a.name}" for a in arguments] + [settings])
         results = ["Tensor[]" if o.is_list else "Tensor" for o in (*outputs, *kept)]
@@ -78,7 +81,10 @@ class Operator:
 
     def differentiate(self) -> Operator:
         """Declares the operator of the derivative."""
-        cotangents = [Argument(f"grad_{o.name}", o.type if o.is_list else "Tensor?", o.points) for o in self.outputs]
+        cotangents = [
+            Argument(f"grad_{o.name}", o.type if o.is_list else "Tensor?", o.points, apart=o.apart)
+            for o in self.outputs
+        ]
         if self.order == 0 and len(cotangents) == 1:  # nothing to compute without it
             cotangents = [cotangents[0]._replace(type="Tensor")]
         places = [len(cotangents) + i for i, a in enumerate(self.arguments) if a.differentiable]
@@ -114,7 +120,9 @@ class Operator:
 
     def run(self, lengths: Sequence[int], settings: tuple, flat: Flat) -> Any:
         """Calls the operator itself."""
-        dense = [None if t is None else t.contiguous() for t in flat]
+        dense = [
+            t if t is None or (i in self.apart and _has_rows(t)) else t.contiguous() for i, t in enumerate(flat)
+        ]
         return self.call(*self.grouped(dense, lengths), *settings)
 
     def lengths(self, tensors: Sequence[Any]) -> tuple[int, ...]:
@@ -313,6 +321,13 @@ def _apply(op: Operator, lengths: tuple, settings: tuple, flat: Flat) -> Any:
 
 def _flat(items: Sequence[Any]) -> list[Any]:
     return [t for item in items for t in (item if isinstance(item, (list, tuple)) else (item,))]
+
+
+def _has_rows(tensor: Tensor) -> bool:
+    """Whether these are rows without gaps inside, on the CPU; not of a tensor that stands for others."""
+    if torch.compiler.is_compiling() or type(tensor) is not Tensor or tensor.device.type != "cpu" or tensor.ndim != 2:
+        return False
+    return tensor.stride(1) == 1 and tensor.stride(0) >= tensor.shape[1]
 
 
 def _meta(value: Any, wish: bool, like: Tensor) -> Any:

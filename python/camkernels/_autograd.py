@@ -120,9 +120,7 @@ class Operator:
 
     def run(self, lengths: Sequence[int], settings: tuple, flat: Flat) -> Any:
         """Calls the operator itself."""
-        dense = [
-            t if t is None or (i in self.apart and _has_rows(t)) else t.contiguous() for i, t in enumerate(flat)
-        ]
+        dense = [t if t is None or (i in self.apart and _has_rows(t)) else t.contiguous() for i, t in enumerate(flat)]
         return self.call(*self.grouped(dense, lengths), *settings)
 
     def lengths(self, tensors: Sequence[Any]) -> tuple[int, ...]:

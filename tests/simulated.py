@@ -54,6 +54,7 @@ def rerouted(operator: Any, namespace: str) -> Any:
     if isinstance(operator, tuple):
         return tuple(rerouted(root, namespace) for root in operator)
     other = copy.copy(operator)
+    other.apart = ()  # these are no kernels of the CPU
     other.call = getattr(getattr(torch.ops, namespace), operator.name).default
     other.next = rerouted(operator.next, namespace) if operator.next is not None else None
     return other

@@ -13,10 +13,11 @@ import torch
 from camkernels.__main__ import main
 from camkernels._backends import Call, choose
 from camkernels.fields import MODELS, CAMImageField
+from camkernels.fields.image import pixel_centres
 from camkernels.fit import signal
 from camkernels.fit.checkpoint import load_checkpoint
-from camkernels.fit.image import modulation_maps
-from camkernels.fit.picture import read_picture
+from camkernels.fit.image import Pixels, modulation_maps
+from camkernels.fit.picture import Picture, read_picture
 from pictures import save, smooth
 
 Image = pytest.importorskip("PIL.Image")
@@ -192,3 +193,33 @@ def test_the_published_table(name):
     modulated, encoded, published = signal.NETWORKS[name]
     error, _ = signal.fit_network(modulated, encoded, steps=1500)
     assert round(error, 2) == published
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 3), (1024, 768), (4097, 31)])
+def test_centres_of_pixels_are_rounded_once(size):
+    width, height = size
+    index = torch.arange(width * height)
+    row, column = np.divmod(index.numpy(), width)
+    wanted = np.stack([(column + 0.5) / width, (row + 0.5) / height], -1).astype(np.float32)
+    assert np.array_equal(pixel_centres(index, width, height).numpy(), wanted)
+
+
+@pytest.mark.parametrize("kernels", [0, 3])
+def test_a_batch_holds_the_centres_values_and_kernels_of_its_pixels(kernels):
+    class Field(torch.nn.Module):
+        def forward(self, x, *neighbors):
+            self.seen = x, *neighbors
+            return x.new_zeros(len(x), 4)
+
+    field = Field()
+    if kernels:
+        field.nearest = lambda x: (1000 * x[:, :1] + 10 * x[:, 1:] + torch.arange(kernels)).int()
+    values = np.random.default_rng(0).integers(0, 256, (20, 30, 4), dtype=np.uint8)
+    pixels = Pixels(Picture(values), 256, torch.device("cpu"))
+    pixels.prepare(field)
+    loss = pixels.loss(field, torch.Generator().manual_seed(5))
+    index = torch.randint(600, (256,), generator=torch.Generator().manual_seed(5))
+    x = pixel_centres(index, 30, 20)
+    wanted = (x, field.nearest(x)) if kernels else (x,)
+    assert all(torch.equal(*pair) for pair in zip(field.seen, wanted, strict=True))
+    assert torch.allclose(loss, (torch.from_numpy(values).reshape(-1, 4)[index] / 255).square().mean())

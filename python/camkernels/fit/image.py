@@ -64,27 +64,31 @@ NEURBF = {"n_levels": 8, "feature_waves": [2.0**-3, 2.0**6]}
 
 
 class Pixels:
-    """The pixels of a picture on a device: random batches, and the loss of a field on them."""
+    """The pixels of a picture on a device: random batches, and the loss of a field on them.
+
+    All that a batch needs of a pixel is side by side, because it costs less to fetch one random row than several.
+    """
 
     def __init__(self, picture: Picture, batch: int, device: torch.device):
-        self.values = picture.to_tensor().to(device)
-        self.width, self.height = picture.size
+        values = picture.to_tensor().to(device)
+        x = pixel_centres(torch.arange(len(values), device=device), *picture.size)
         self.batch = batch
-        self.neighbors: Tensor | None = None
+        self.widths = [x.shape[1], values.shape[1]]
+        self.rows = torch.cat([x, values], 1).view(torch.int32)
 
     def prepare(self, model: nn.Module) -> None:
         """Finds the kernels of every pixel, once, for a model that has some."""
         if hasattr(model, "nearest"):
-            index = torch.arange(len(self.values), device=self.values.device)
-            self.neighbors = model.nearest(pixel_centres(index, self.width, self.height))
+            neighbors = model.nearest(self.rows[:, : self.widths[0]].view(torch.float32))
+            self.widths.append(neighbors.shape[1])
+            self.rows = torch.cat([self.rows, neighbors], 1)
 
     def loss(self, model: nn.Module, generator: torch.Generator) -> Tensor:
         """Mean squared error on a batch of pixels drawn by the generator."""
         # drawn on the CPU: the same batches on every device
-        index = torch.randint(len(self.values), (self.batch,), generator=generator).to(self.values.device)
-        target = self.values.index_select(0, index)
-        known = () if self.neighbors is None else (self.neighbors.index_select(0, index),)
-        return nn.functional.mse_loss(model(pixel_centres(index, self.width, self.height), *known), target)
+        index = torch.randint(len(self.rows), (self.batch,), generator=generator).to(self.rows.device)
+        x, values, *neighbors = torch.split_with_sizes_copy(self.rows.index_select(0, index), self.widths, 1)
+        return nn.functional.mse_loss(model(x.view(torch.float32), *neighbors), values.view(torch.float32))
 
 
 @torch.no_grad()

@@ -106,6 +106,7 @@ class Trainer:
         self.optimizer = torch.optim.Adam(groups, betas=BETAS, eps=EPS, fused=True)
         self._decay = getattr(model, "decay", hold_then_fall)
         self._rates = [group["lr"] for group in groups]
+        self._parameters = [parameter for group in groups for parameter in group["params"]]
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.step = self.points = 0
         self.seconds = 0.0
@@ -126,7 +127,8 @@ class Trainer:
         decay = self._decay(done)
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * decay
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self._parameters:  # zero_grad of the optimizer takes 60 us
+            parameter.grad = None
         loss = self.draw_loss(self.model, self.generator)
         loss.backward()
         self.optimizer.step()

@@ -19,12 +19,12 @@ tensors. A call that torch.vmap folded differently finds them of another size, a
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import Function, forward_ad
 
 from . import _ops
@@ -279,13 +279,6 @@ class Operator:
 class _Call(Function):
     """Differentiable call of an Operator in eager code and under torch.func; the arguments flat, so of fixed arity."""
 
-    @classmethod
-    def apply(cls, *arguments: Any) -> Any:
-        """That of Function without its search for default arguments, of which there are none: 12 us less per call."""
-        if torch._C._are_functorch_transforms_active():
-            return super().apply(*arguments)
-        return super(Function, cls).apply(*unwrap_dead_wrappers(arguments))
-
     @staticmethod
     def forward(op: Operator, lengths: tuple, settings: tuple, *flat: Tensor | None) -> Any:
         with torch._C._AutoDispatchBelowAutograd():  # this Function is the autograd: 50 us less per call
@@ -309,6 +302,10 @@ class _Call(Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple, op: Operator, lengths: tuple, settings: tuple, *flat: Tensor | None) -> Any:
         return op.batched(info.batch_size, in_dims[3:], lengths, settings, flat, _apply)
+
+
+# Function.apply asks for it at every call, which takes 100 us to find out anew.
+_Call.forward.__signature__ = inspect.signature(_Call.forward)  # type: ignore[attr-defined]
 
 
 def _apply(op: Operator, lengths: tuple, settings: tuple, flat: Flat) -> Any:

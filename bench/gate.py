@@ -145,7 +145,7 @@ def speed_line(records: list[dict], line: Line) -> str:
 
 def memory_line(records: list[dict], line: MemoryLine) -> str:
     """One sentence about the peak extra memory; beside what the process takes, which decides, live memory is told."""
-    parts, ratio = [], None
+    parts, ratio, beyond = [], None, ""
     compared = {"default": "default", "live": "live"} if line.regime == "default" else {line.regime: "default"}
     for regime, baseline_regime in compared.items():
         ours, theirs = (
@@ -156,12 +156,14 @@ def memory_line(records: list[dict], line: MemoryLine) -> str:
             a, b = ours["bytes_per_point"], theirs["bytes_per_point"]
             result = ours["result_bytes_per_point"]
             parts.append(f"{regime} {a:.0f} B/point, {line.baseline} {b:.0f}: 1/{b / a:.1f}")
-            ratio = b / a if regime == line.regime else ratio
+            if regime == line.regime:
+                ratio = b / a
+                beyond = f", beyond them 1/{(b - result) / (a - result):.0f}" if a > result else ""
     what = f"{_title(line.case, line.task)} memory"
     if ratio is None:
         return f"{what}: not measured"
     verdict = f"needs 1/{line.times:g} ({line.regime}): {_mark(ratio, line.times)}"
-    return f"{what} {', '.join(parts)}; {verdict}; floor: the results alone are {result:.0f} B/point"
+    return f"{what} {', '.join(parts)}; {verdict}; floor: the results alone are {result:.0f} B/point{beyond}"
 
 
 def floor_line(records: list[dict], case: str, task: str) -> str | None:

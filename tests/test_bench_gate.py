@@ -75,6 +75,7 @@ def test_a_skipped_measurement_is_not_taken_for_one():
 def test_memory_is_compared_with_the_baseline_as_it_is_run(line):
     told = gate.memory_line(held(line, 100.0, 100.0 * line.times), line)
     assert f"needs 1/{line.times} ({line.regime}): PASS; floor: the results alone are 50 B/point" in told
+    assert told.endswith(f", beyond them 1/{2 * line.times - 1:.0f}")
     assert f"{line.regime} 100 B/point, eager {100 * line.times}: 1/{line.times:.1f}" in told
     live = [record | {"regime": "live", "bytes_per_point": 1.0} for record in held(line, 1.0, 1.0)]
     told = gate.memory_line(held(line, 100.0, 100.0 * line.times) + live, line)

@@ -101,6 +101,8 @@ def test_the_readme_quotes_its_result_file():
                 for provider in (gate.PROVIDER, "eager")
             ]
             assert f"{row}{held[0]:.0f} ({held[1]:.0f}) |" in README
+            results = gate.find(records, case, task, "eager", kind="memory", regime="default")["result_bytes_per_point"]
+            assert f"1/{(held[1] - results) / (held[0] - results):.0f} " in README
 
 
 def test_the_readme_quotes_the_results_of_the_modulated_mlp():

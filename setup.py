@@ -58,7 +58,7 @@ CXX_FLAGS = ["-std=c++20", *OPTIMISE, "-fPIC", "-fvisibility=hidden", "-fno-math
 CXX_FLAGS += ["-Wall", "-Wextra", "-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*TORCH_TARGET)]
 CXX_FLAGS += ["--param=ggc-min-heapsize=400000"]  # g++ tidies its memory less often: faster, for some 200 MB a file
 # by the name of the source; -O3 copies these loops for what is decided at run time, a sixth of their build for no speed
-MORE_FLAGS = {"hash_grid_loops": ["-fno-unswitch-loops"]}
+MORE_FLAGS = {"hash_grid_loops.cpp": ["-fno-unswitch-loops"]}
 NVCC_FLAGS = ["-std=c++20", *OPTIMISE, "-Xcompiler=-fPIC,-fvisibility=hidden"]
 SPILL_GATE = ["-Xptxas=-warn-spills,-Werror"]
 CUDA_ARCHS = "8.0;9.0+PTX"
@@ -260,7 +260,7 @@ class BuildLibraries(build_ext):
                 flags[name]["nvcc"] = shlex.join(device[1:])
             objects = [f"{self.build_temp}/{name}/{os.path.basename(source)}.o" for source in extension.sources]
             for source, made in zip(extension.sources, objects, strict=True):
-                call = [*(device if source.endswith(".cu") else cxx), *MORE_FLAGS.get(Path(source).stem, [])]
+                call = [*(device if source.endswith(".cu") else cxx), *MORE_FLAGS.get(os.path.basename(source), [])]
                 call += ["-Icsrc", "-c", source, "-o", made]
                 call += ["-MD", "-MF", f"{made}.d"]
                 compiling.append(Step(made, call, [source], f"{made}.cmd", f"{made}.d"))

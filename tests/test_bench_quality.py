@@ -50,7 +50,10 @@ def test_a_fit_that_fails_is_an_error(tmp_path):
         neurbf_quality.fit([str(tmp_path / "none.png")])
 
 
-@pytest.mark.parametrize("name", ["neurbf-photo", "neurbf-photo-seed1", "neurbf-astronaut"])
+NAMES = ["neurbf-photo-4000", "neurbf-photo-4000-seed1", "neurbf-photo", "neurbf-photo-seed1", "neurbf-astronaut"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_the_documentation_quotes_the_results(name):
     text = (ROOT / "bench" / "README.md").read_text()
     assert f"`results/{name}.jsonl`" in text

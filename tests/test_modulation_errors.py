@@ -6,6 +6,7 @@ import torch
 
 import camkernels
 from camkernels import _backends, _ops
+from conftest import backends
 
 X = torch.rand(5, 3)
 WEIGHTS = [torch.rand(8, 3), torch.rand(8, 8), torch.rand(2, 8)]
@@ -350,3 +351,11 @@ def test_the_pair_of_ops_refuses_before_it_computes():
         camkernels.hash_grid_mlp(X, torch.rand(geometry.n_entries, 2), geometry, WEIGHTS, backend="cuda")
     with pytest.raises(ValueError, match=r"^modulated_mlp: weights\[0\] must have shape \[out, 4\]"):
         camkernels.hash_grid_mlp(X, torch.rand(geometry.n_entries, 2), geometry, WEIGHTS)
+
+
+@pytest.mark.skipif("cpu" not in backends("coordinate_modulation"), reason="the CPU library is not built")
+@pytest.mark.parametrize("dtype", [torch.int32, torch.complex64], ids=str)
+def test_the_operator_refuses_grids_of_other_types_before_its_threads_begin(dtype):
+    coords, grids = torch.rand(5, 2), torch.ones(2, 2, 4, 4, dtype=dtype)
+    with pytest.raises(RuntimeError, match="coordinate_modulation: parameters must be float16"):
+        torch.ops.camkernels.coordinate_modulation(coords, grids, True, True, False, False)

@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import camkernels
 from camkernels import testing
@@ -124,3 +125,38 @@ def test_cotangents_may_lie_apart(layout, width, dtype, backend):
 
     for got, wanted in zip(gradients(given), gradients(given.contiguous()), strict=True):
         assert torch.equal(got, wanted)
+
+
+class BackwardCalls(TorchDispatchMode):
+    """(function, arguments) of the derivative's operator, below autograd."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        if "radial_basis_backward" in str(function):
+            self.seen.append((function, arguments))
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_rows_with_gaps_inside_are_copied(backend):
+    features = rand(9, 5, seed=3).float().requires_grad_()
+    x, centers = rand(50, 2).float(), rand(9, 2, seed=1).float()
+    neighbors = (rand(50, 4, seed=2) * 9).int()
+    y = camkernels.radial_basis(
+        x, centers, torch.full((9, 1), 9.0), features, neighbors, shape="isotropic", backend=backend
+    )
+    g = rand(50, 5, seed=4).float()
+    arrived = {}
+    with BackwardCalls() as calls:
+        for name, layout in LAYOUTS.items():
+            torch.autograd.grad(y, features, layout(g), retain_graph=True)
+            function, (grad, *rest) = calls.seen.pop()
+            arrived[name] = grad.stride()
+    assert arrived.pop("slice") == (13, 1) and arrived.pop("every other row") == (10, 1)
+    assert set(arrived.values()) == {(5, 1)}
+    for name in arrived:
+        with pytest.raises(RuntimeError, match="rows of grad_y"):
+            function(LAYOUTS[name](g), *rest)

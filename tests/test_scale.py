@@ -50,7 +50,8 @@ def test_ten_million_points_in_one_call(dims, features, backend):
 def test_gradients_larger_than_a_cache_are_those_of_small_calls(features, backend):
     geometry = camkernels.GridGeometry.build(2, 16, features, 10, base_resolution=8, per_level_scale=1.4)
     generator = torch.Generator().manual_seed(1)
-    x = torch.rand(12_345, 2, generator=generator).requires_grad_()  # 128 or 192 bytes each: more than 1 MiB together
+    # 128 or 192 bytes each: more than 1 MiB for each of up to eight threads
+    x = torch.rand(98_765, 2, generator=generator).requires_grad_()
     table = tables(geometry).requires_grad_()
     ct = torch.randn(x.shape[0], geometry.output_dim, generator=generator)
 
@@ -58,7 +59,7 @@ def test_gradients_larger_than_a_cache_are_those_of_small_calls(features, backen
         return torch.autograd.grad(function_of("hash_grid", backend)(x, table, geometry), (x, table), ct)
 
     slopes, total = gradients(x, ct)
-    parts = zip(x.detach().split(1000), ct.split(1000), strict=True)
+    parts = zip(x.detach().split(4000), ct.split(4000), strict=True)
     small = [gradients(part.requires_grad_(), c) for part, c in parts]
     assert torch.equal(slopes, torch.cat([s for s, _ in small]))
     testing.assert_close(total, torch.stack([t.double() for _, t in small]).sum(0).float(), rtol=1e-5, atol=1e-4)

@@ -24,6 +24,7 @@ NodeGrids checked(const Tensor& coords, const Tensor& grids, bool zeros, bool al
   require(number, kOp, ": coords must be float32 or float64");
   require(coords.scalar_type() == ScalarType::Double || grids.scalar_type() != ScalarType::Double, kOp,
           ": coords must be float64 beside float64 grids");
+  with_numbers(kOp, grids, [](auto) {});  // refuses other types here, where no thread has begun
   check_contiguous(coords, kOp, "coords");
   check_contiguous(grids, kOp, "grids");
   return launch::measure_grids(coords, grids, {zeros, align_corners, planes});

@@ -230,9 +230,7 @@ Kernels<S, T> kernels_for(int dims, bool nearest, int features, bool whole) {
   if constexpr (std::is_same_v<S, float>) {
     if (dims == 2 && !nearest) return specialised<T, 2>(features, whole);
     if (dims == 3 && !nearest) return specialised<T, 3>(features, whole);
-    if constexpr (std::is_same_v<T, float>) {
-      if (dims == 4 && !nearest) return specialised<T, 4>(features, whole);
-    }
+    if (dims == 4 && !nearest) return specialised<T, 4>(features, whole);
   }
   return loops<S, T, 0, 1>();
 }

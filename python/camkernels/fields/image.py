@@ -18,7 +18,7 @@ GRID_RATE = 2  # times the rate of the perceptron: +0.3 to +1 dB after 500 to 10
 
 def pixel_centres(index: Tensor, width: int, height: int) -> Tensor:
     """Pixel numbers [N], row by row from the top left -> coordinates (x, y) [N, 2] in (0, 1)."""
-    x = index.double().add_(0.5)
+    x = index.double() + 0.5
     y = (x / width).floor_()  # the row
     x.sub_(y, alpha=width).div_(width)
     y.add_(0.5).div_(height)

@@ -77,11 +77,11 @@ class Pixels:
         self.rows = torch.cat([x, values], 1).view(torch.int32)
 
     def prepare(self, model: nn.Module) -> None:
-        """Finds the kernels of every pixel, once, for a model that has some."""
+        """Finds the kernels of every pixel, for a model that has some; once."""
         if hasattr(model, "nearest"):
             neighbors = model.nearest(self.rows[:, : self.widths[0]].view(torch.float32))
             self.widths.append(neighbors.shape[1])
-            self.rows = torch.cat([self.rows, neighbors], 1)
+            self.rows = torch.cat([self.rows, neighbors.int()], 1)
 
     def loss(self, model: nn.Module, generator: torch.Generator) -> Tensor:
         """Mean squared error on a batch of pixels drawn by the generator."""

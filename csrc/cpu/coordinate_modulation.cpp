@@ -20,10 +20,9 @@ constexpr int64_t kNodeBlock = 64;
 constexpr int64_t kBlockNumbers = 4096, kBlockPoints = 64;
 
 NodeGrids checked(const Tensor& coords, const Tensor& grids, bool zeros, bool align_corners, bool planes) {
-  const bool number = coords.scalar_type() == ScalarType::Double || coords.scalar_type() == ScalarType::Float;
+  const bool number = is_wide(coords) || coords.scalar_type() == ScalarType::Float;
   require(number, kOp, ": coords must be float32 or float64");
-  require(coords.scalar_type() == ScalarType::Double || grids.scalar_type() != ScalarType::Double, kOp,
-          ": coords must be float64 beside float64 grids");
+  require(is_wide(coords) || !is_wide(grids), kOp, ": coords must be float64 beside float64 grids");
   with_numbers(kOp, grids, [](auto) {});  // refuses other types here, where no thread has begun
   check_contiguous(coords, kOp, "coords");
   check_contiguous(grids, kOp, "grids");
@@ -158,7 +157,7 @@ Tensor forward(Tensor coords, Tensor grids, bool zeros, bool align_corners, bool
   const Tensor y =
       in_large_pages(allocate([&] { return torch::stable::new_empty(grids, {sizes.data(), sizes.size()}); }));
   const Target to(y);
-  with_arithmetic(coords, [&]<class S>(Tag<S>) {
+  with_arithmetic(is_wide(coords), [&]<class S>(Tag<S>) {
     const PackedGrids<S> packed(g, coords);
     packed.pack(grids);
     const LookupKernels<S> loops = kernels_for<S>(g);
@@ -214,7 +213,7 @@ std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor coords, Tensor grids, bo
   check_like(grad, grids, coords.size(0) * g.width(), "grad_y");
   const Tensor gu = mask[0] ? empty_as(coords) : empty(coords, {0});
   Tensor ggrids;
-  with_arithmetic(coords, [&]<class S>(Tag<S>) {
+  with_arithmetic(is_wide(coords), [&]<class S>(Tag<S>) {
     const auto tell = [&](LookupPiece<S>& piece) { piece.gu = mask[0] ? write<S>(gu) : nullptr; };
     ggrids = sum_over_points<S>(g, coords, grids, grad, mask[1], tell,
                                 [](const auto& loops, const LookupPiece<S>& piece) { loops.backward(piece); });
@@ -234,7 +233,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_backward(OptionalTensor v, OptionalT
   const Tensor gu = mask[1] ? empty_as(coords) : empty(coords, {0});
   const Target to(ggrad);
   Tensor ggrids;
-  with_arithmetic(coords, [&]<class S>(Tag<S>) {
+  with_arithmetic(is_wide(coords), [&]<class S>(Tag<S>) {
     const PackedGrids<S> along(g, coords, tangents ? 1 : 0);
     if (tangents) along.pack(*tangents);
     const auto tell = [&](LookupPiece<S>& piece) {

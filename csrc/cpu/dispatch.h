@@ -28,22 +28,19 @@ void with_numbers(const char* op, const Tensor& tensor, const Body& body) {
   with_numbers(op, tensor.scalar_type(), body);
 }
 
-// body(Tag<C>), C the arithmetic type that goes with a tensor: float64 its own, for all others float32.
+inline bool is_wide(const Tensor& t) { return t.scalar_type() == ScalarType::Double; }
+
+// body(Tag<C>), C the type of the arithmetic: that of wide tensors is float64, of all others float32.
 template <class Body>
-void with_arithmetic(const Tensor& tensor, const Body& body) {
-  if (tensor.scalar_type() == ScalarType::Double) {
-    body(Tag<double>{});
-  } else {
-    body(Tag<float>{});
-  }
+void with_arithmetic(bool wide, const Body& body) {
+  wide ? body(Tag<double>{}) : body(Tag<float>{});
 }
 
 // body(Tag<arithmetic of the coordinates>, Tag<storage of the table>); coordinates are float64 where the table is.
 template <class Body>
 void dispatch(const char* op, const Tensor& coordinates, const Tensor& table, const Body& body) {
-  const bool wide = coordinates.scalar_type() == ScalarType::Double;
   with_numbers(op, table, [&]<class T>(Tag<T> storage) {
-    if (wide) return body(Tag<double>{}, storage);
+    if (is_wide(coordinates)) return body(Tag<double>{}, storage);
     if constexpr (std::is_same_v<T, double>) {
       fail(op, ": coordinates must be float64 beside a float64 table");
     } else {

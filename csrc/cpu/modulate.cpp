@@ -45,7 +45,7 @@ Tensor forward(Tensor h, Tensor gamma, Tensor beta, OptionalTensor frequencies, 
   const int64_t grain = std::max<int64_t>(kGrainNumbers / call.groups.numbers(), 1);
   const OptionalTensor none;
   const Target to(y);
-  with_arithmetic(call.gamma, [&]<class C>(Tag<C>) {
+  with_arithmetic(is_wide(call.gamma), [&]<class C>(Tag<C>) {
     torch::stable::parallel_for(0, call.groups.count, grain, [&](int64_t begin, int64_t end) {
       GroupLoops<C> loops(call, {none, none, none});
       each_group(call, begin, end, [&](auto f, int64_t group) { loops.value(f, group, to); });
@@ -59,7 +59,7 @@ template <class Body>
 std::tuple<Tensor, Tensor> gradients(const ModulateCall& call, const ModulateTangents& along, bool of_scale,
                                      bool of_shift, const Body& body) {
   std::tuple<Tensor, Tensor> found;
-  with_arithmetic(call.gamma, [&]<class C>(Tag<C>) {
+  with_arithmetic(is_wide(call.gamma), [&]<class C>(Tag<C>) {
     using Gradient = SharedGradient<C>;
     const GroupPieces pieces = pieces_of(call.groups, sizeof(C));
     Gradient scale(call.groups.scale, pieces, call.gamma, of_scale);

@@ -13,8 +13,6 @@ using Bools = std::vector<bool>;
 
 // ---- checks ---------------------------------------------------------------------------------------------------------
 
-bool is_wide(const Tensor& t) { return t.scalar_type() == ScalarType::Double; }
-
 // Whether the arithmetic is float64: where a tensor is.
 bool any_wide(const Tensor& x, const TensorList& weights, const OptionalTensor& modulation,
               const OptionalTensor& frequencies) {
@@ -58,11 +56,6 @@ void check_like(const OptionalTensor& t, const Tensor& like, const char* name) {
   if (!t) return;
   check_contiguous(*t, kMlp, name);
   require(t->numel() == like.numel(), kMlp, ": size of ", name);
-}
-
-template <class Body>
-void with_arithmetic(bool wide, const Body& body) {
-  wide ? body(Tag<double>{}) : body(Tag<float>{});
 }
 
 // ---- work over points -----------------------------------------------------------------------------------------------

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor
@@ -51,7 +53,8 @@ class Case:
     facts are plain values for the records; options the arguments of the op that are not tensors; scratch the bytes per
     point that plain PyTorch holds in forward + backward, from which a run too large for the machine is foreseen;
     tolerances the relative errors allowed by the name of an output or input; recomputes: CAMKERNELS_RECOMPUTE decides
-    what the op keeps. Inputs named weights.0, weights.1 ... are one list of the op.
+    what the op keeps. Inputs named weights.0, weights.1 ... are one list of the op. composed: where the op is called
+    with others around it, what is computed, of the package whose functions are called, the inputs and the options.
     """
 
     op: str
@@ -62,11 +65,17 @@ class Case:
     scratch: int
     tolerances: Mapping[str, float]
     recomputes: bool = False
+    composed: Callable[..., Tensor] | None = field(default=None, repr=False, compare=False)
     tags: frozenset[str] = frozenset()
     options: Callable[[], dict[str, Any]] = field(default=dict, repr=False, compare=False)
     make_parameters: Callable[[int], Inputs] = field(default=None, repr=False, compare=False)
     make_points: Callable[[int, int], Inputs] = field(default=None, repr=False, compare=False)
     floor: Callable[[Pass], Floor] = field(default=None, repr=False, compare=False)
+
+    def computed_by(self, package: ModuleType, **options: Any) -> Callable[..., Any]:
+        """What is measured, a function of the inputs: by camkernels, with a backend, or by camkernels.reference."""
+        made = getattr(package, self.op) if self.composed is None else functools.partial(self.composed, package)
+        return functools.partial(made, **self.options(), **options)
 
     def inputs(self, seed: int = 0, device: str = "cpu") -> Inputs:
         """Points and parameters under a seed, drawn on the CPU so that every device gets the same."""

@@ -33,7 +33,9 @@ PROVIDER = "cpu"
 REGIME = "tuned"
 NOISE = 0.1  # what is missed by less may have been missed by noise, and the verdict says so
 GRID_3D, GRID_2D = (f"hash_grid/{dims}d/nerfstudio/uniform/float32/n17" for dims in (3, 2))
-WIDE, NARROW = (f"modulated_mlp/{network}/float32/n17" for network in ("wide", "narrow"))
+WIDE, NARROW, WIDE_CAM, NARROW_CAM = (
+    f"modulated_mlp/{network}/float32/n17" for network in ("wide", "narrow", "wide-cam", "narrow-cam")
+)
 RBF_SMALL, RBF_3D, RBF_WIDE = (
     f"radial_basis/{name}/float32/n17" for name in ("2d-k4-f32-20k", "3d-k8-f32-100k", "2d-k10-f64-100k")
 )
@@ -54,6 +56,12 @@ SPEED = (
     Line(NARROW, "forward", "eager", 5.1, "cpu_bfloat16"),
     Line(WIDE, "fb-parameters", "compile", 1.6),
     Line(NARROW, "fb-parameters", "compile", 4),
+    Line(WIDE_CAM, "forward", "eager", 1.5),
+    Line(WIDE_CAM, "fb-parameters", "eager", 1.45),
+    Line(NARROW_CAM, "forward", "eager", 3.3),
+    Line(NARROW_CAM, "fb-parameters", "eager", 2.3),
+    Line(WIDE_CAM, "fb-parameters", "compile", 1.6),
+    Line(NARROW_CAM, "fb-parameters", "compile", 4),
     Line(RBF_SMALL, "forward", "eager", 10),
     Line(RBF_SMALL, "fb-features", "eager", 11),
     Line(RBF_SMALL, "fb-all", "eager", 8.7),
@@ -71,8 +79,8 @@ SPEED = (
 MEMORY = (
     MemoryLine(GRID_3D, "fb-table", "eager", 6),
     MemoryLine(GRID_2D, "fb-table", "eager", 6),
-    *(MemoryLine(case, "fb-parameters", "eager", 4) for case in (WIDE, NARROW)),
-    *(MemoryLine(case, "fb-parameters", "eager", 7, "recompute") for case in (WIDE, NARROW)),
+    *(MemoryLine(case, "fb-parameters", "eager", 4) for case in (WIDE, NARROW, WIDE_CAM, NARROW_CAM)),
+    *(MemoryLine(case, "fb-parameters", "eager", 7, "recompute") for case in (WIDE, NARROW, WIDE_CAM, NARROW_CAM)),
     *(MemoryLine(case, "fb-features", "eager", 6) for case in (RBF_SMALL, RBF_3D, RBF_WIDE)),
 )
 GOAL_NS = {(GRID_3D, "forward"): 150.0, (GRID_3D, "fb-table"): 350.0}
@@ -88,6 +96,7 @@ MEMORY_PROVIDERS = ("cpu", "eager", "compile")
 # compiling the reference, whose levels are unrolled, takes minutes, and no line needs it: name it to have it as well
 PROVIDERS = "cpu,cpu_bfloat16,reference,eager,eager_fair,compile,tinycudann,drjit"
 SECONDS = {GRID_3D: 125.0, GRID_2D: 50.0, WIDE: 120.0, NARROW: 40.0}
+SECONDS |= {WIDE_CAM: 120.0, NARROW_CAM: 40.0}
 SECONDS |= {RBF_SMALL: 40.0, RBF_3D: 80.0, RBF_WIDE: 120.0}  # per regime: about 15 rounds of the baselines
 
 

@@ -7,6 +7,7 @@ import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,12 +18,15 @@ from .case import Case, Floor, Inputs, Pass
 
 @dataclass(frozen=True)
 class Network:
-    """`layers` hidden layers of `width` and a linear layer; modulation: None, or per "layer" or "channel"."""
+    """`layers` hidden layers of `width` and a linear one of `outputs`, or None: without that layer.
+
+    modulation: None, or given per "layer" or "channel", or in "grids", per layer, at the coordinates of the points.
+    """
 
     inputs: int
     width: int
     layers: int
-    outputs: int
+    outputs: int | None
     norm: str | None = None
     modulation: str | None = None
     activation: str = "relu"
@@ -33,23 +37,30 @@ class Network:
     @property
     def shapes(self) -> list[tuple[int, int]]:
         """(outputs, inputs) of each linear layer."""
-        outs = [self.width] * self.layers + [self.outputs]
+        outs = [self.width] * self.layers + ([] if self.outputs is None else [self.outputs])
         ins = [self.inputs] + [self.width + self.inputs * (i in self.skips) for i in range(self.layers)]
-        return list(zip(outs, ins, strict=True))
+        return list(zip(outs, ins, strict=False))
+
+    @property
+    def results(self) -> int:
+        """Numbers of a point's output."""
+        return self.shapes[-1][0]
 
     @property
     def modulation_shape(self) -> tuple[int, ...]:
-        """Of one point; () without modulation."""
-        return {None: (), "layer": (self.layers, 2), "channel": (self.layers, 2, self.width)}[self.modulation]
+        """Of what a point is given; () without modulation."""
+        given = {None: (), "layer": (self.layers, 2), "channel": (self.layers, 2, self.width), "grids": (2,)}
+        return given[self.modulation]
 
     def options(self) -> dict[str, Any]:
-        return {"norm": self.norm, "activation": self.activation, "omega": self.omega, "skips": self.skips}
+        found = {"norm": self.norm, "activation": self.activation, "omega": self.omega, "skips": self.skips}
+        return found | {"output_layer": self.outputs is not None}
 
     def parameters(self) -> list[str]:
         """Names of the inputs that a training step differentiates."""
         layers = range(len(self.shapes))
         names = [f"weights.{i}" for i in layers] + [f"biases.{i}" for i in layers if self.bias]
-        return names + ["modulation"] * (self.modulation is not None)
+        return names + {None: [], "grids": ["grids"]}.get(self.modulation, ["modulation"])
 
 
 NETWORKS = {
@@ -58,14 +69,17 @@ NETWORKS = {
     "instant-ngp": Network(32, 64, 2, 16, bias=False),
     "nerf": Network(63, 256, 8, 4, skips=(4,)),
     "siren": Network(2, 256, 4, 3, activation="sine", omega=30.0),
+    "wide-cam": Network(512, 256, 3, None, norm="point", modulation="grids"),
+    "narrow-cam": Network(32, 64, 4, None, norm="point", modulation="grids"),
     "film": Network(32, 64, 4, 4, modulation="channel"),
 }
-GATE = ("wide", "narrow")
+GATE = ("wide", "narrow", "wide-cam", "narrow-cam")
+NODES = 32  # of a grid, along each of its two axes
 SIZES = (14, 17, 20)
-# The derivative of relu jumps, so that a gradient differs more than the value it comes from. In half precision plain
-# PyTorch rounds the values of every layer, camkernels those of the last.
+# The derivative of relu jumps: where rounding takes one unit in a million to the other side, a gradient differs by its
+# root, a thousandth. In half precision plain PyTorch rounds the values of every layer, camkernels those of the last.
 TOLERANCES = {
-    torch.float32: {"value": 1e-4, "gradient": 1e-3},
+    torch.float32: {"value": 1e-4, "gradient": 2e-3},
     torch.bfloat16: {"value": 3e-2, "gradient": 3e-1},
     torch.float16: {"value": 4e-3, "gradient": 1e-1},
 }
@@ -89,14 +103,19 @@ def draw_parameters(network: Network, dtype: torch.dtype, seed: int) -> Inputs:
     drawn = {f"weights.{i}": uniform(bound(i, fan_in), out, fan_in) for i, (out, fan_in) in enumerate(network.shapes)}
     if network.bias:
         drawn |= {f"biases.{i}": uniform(fan_in**-0.5, out) for i, (out, fan_in) in enumerate(network.shapes)}
+    if network.modulation == "grids":
+        drawn["grids"] = uniform(0.25, network.layers, 2, NODES, NODES)
+        drawn["grids"][:, 0] += 1
     return drawn
 
 
 def draw_points(network: Network, dtype: torch.dtype, points: int, seed: int) -> Inputs:
-    """x uniform in [-1, 1), gamma in [0.75, 1.25), beta in [-0.25, 0.25)."""
+    """x and coordinates uniform in [-1, 1), gamma in [0.75, 1.25), beta in [-0.25, 0.25)."""
     generator = torch.Generator().manual_seed(seed)
     drawn = {"x": (torch.rand(points, network.inputs, generator=generator) * 2 - 1).to(dtype)}
-    if network.modulation is not None:
+    if network.modulation == "grids":
+        drawn["coords"] = (torch.rand(points, 2, generator=generator) * 2 - 1).to(dtype)
+    elif network.modulation is not None:
         least = torch.tensor([0.75, -0.25]).reshape(2, *[1] * (len(network.modulation_shape) - 2))
         rows = torch.rand(points, *network.modulation_shape, generator=generator)
         drawn["modulation"] = rows.div_(2).add_(least).to(dtype)
@@ -123,10 +142,12 @@ def flops(network: Network, task: Pass) -> float:
 def floor(network: Network, dtype: torch.dtype, points: int, task: Pass) -> Floor:
     """Inputs are read once, and each gradient that is asked for is written; hidden values stay where they are made."""
     modulation = math.prod(network.modulation_shape) if network.modulation else 0
-    shared = sum(out * (fan_in + network.bias) for out, fan_in in network.shapes) / points
-    numbers = network.inputs + modulation + shared + network.outputs
+    shared = sum(out * (fan_in + network.bias) for out, fan_in in network.shapes)
+    shared += network.layers * 2 * NODES**2 * (network.modulation == "grids")
+    numbers = network.inputs + modulation + shared / points + network.results
     if task.wrt:
-        numbers += network.outputs + modulation + shared + network.inputs * ("x" in task.wrt)
+        numbers += network.results + modulation * ("modulation" in task.wrt) + shared / points
+        numbers += network.inputs * ("x" in task.wrt)
     return Floor((), numbers * dtype.itemsize, flops(network, task), str(dtype).removeprefix("torch."))
 
 
@@ -134,8 +155,20 @@ def plain_pytorch_bytes(network: Network, dtype: torch.dtype) -> int:
     """Per point, forward + backward of the eager provider: what it keeps, and the gradients on their way."""
     kept = 2 + bool(network.norm) + bool(network.modulation)
     hidden = kept * network.layers * network.width + len(network.skips) * (network.width + network.inputs)
-    passing = 4 * max(network.width, network.inputs) + 2 * math.prod(network.modulation_shape)
+    passing = 4 * max(network.width, network.inputs) + 4 * network.layers + 2 * math.prod(network.modulation_shape)
     return (hidden + passing) * dtype.itemsize
+
+
+# ---- what is computed ------------------------------------------------------------------------------------------------
+
+
+def modulated_by_grids(
+    package: ModuleType, *, coords: Tensor, grids: Tensor, backend: str | None = None, **arguments: Any
+) -> Tensor:
+    """Coordinate-Aware Modulation: what the grids hold at the coordinates scales and shifts every hidden layer."""
+    chosen = {} if backend is None else {"backend": backend}
+    modulation = package.coordinate_modulation(coords, grids, **chosen)
+    return package.modulated_mlp(modulation=modulation, **chosen, **arguments)
 
 
 # ---- cases -----------------------------------------------------------------------------------------------------------
@@ -145,7 +178,7 @@ def _passes(network: Network) -> dict[str, Pass]:
     parameters = tuple(network.parameters())
     found = (
         Pass("forward", "forward"),
-        Pass("fb-parameters", "forward + backward (weights, biases, modulation)", parameters),
+        Pass("fb-parameters", "forward + backward (weights, biases, modulation or its grids)", parameters),
         Pass("fb-all", "forward + backward (the same and x)", ("x", *parameters)),
     )
     return {task.name: task for task in found}
@@ -168,6 +201,7 @@ def _case(name: str, dtype: torch.dtype, log2_points: int) -> Case:
         scratch=plain_pytorch_bytes(network, dtype),
         tolerances={"value": allowed["value"]} | dict.fromkeys(("x", *network.parameters()), allowed["gradient"]),
         recomputes=True,
+        composed=modulated_by_grids if network.modulation == "grids" else None,
         tags=frozenset(tags),
         options=network.options,
         make_parameters=functools.partial(draw_parameters, network, dtype),

@@ -32,12 +32,10 @@ class PlainModulation(nn.Module):
     def __init__(self, layer: CoordinateModulation):
         super().__init__()
         self.grids = layer.grids
-        self.options = {"padding_mode": layer.options["padding"], "align_corners": layer.options["align_corners"]}
+        self.options = {name: layer.options[name] for name in ("padding", "align_corners")}
 
     def forward(self, coords: Tensor) -> Tensor:
-        maps = self.grids.flatten(0, 1)[None]
-        sampled = nn.functional.grid_sample(maps, coords[None, None], **self.options)
-        return sampled[0, :, 0].unflatten(0, self.grids.shape[:2]).movedim(-1, 0)
+        return modulated_mlp_eager.read_grids(coords, self.grids, **self.options)
 
 
 class PlainMLP(nn.Module):

@@ -83,10 +83,13 @@ class Provider:
 # ---- camkernels ------------------------------------------------------------------------------------------------------
 
 
+def _jacobian(task: Pass) -> dict[str, bool]:
+    return {"return_jacobian": True} if task.jacobian else {}
+
+
 def _camkernels(backend: str) -> Provider:
     def make(case: Case, task: Pass, device: str) -> Task:
-        options = case.options() | ({"return_jacobian": True} if task.jacobian else {})
-        return TorchTask(functools.partial(getattr(camkernels, case.op), backend=backend, **options), task)
+        return TorchTask(case.computed_by(camkernels, backend=backend, **_jacobian(task)), task)
 
     def missing(case: Case, task: Pass, device: str) -> str | None:
         return _backends.can_run(backend, _backends.Call(case.op, device))
@@ -96,7 +99,7 @@ def _camkernels(backend: str) -> Provider:
 
 
 def _with_bfloat16(case: Case, task: Pass, device: str) -> Task:
-    function = functools.partial(getattr(camkernels, case.op), backend="cpu", **case.options())
+    function = case.computed_by(camkernels, backend="cpu")
 
     def run(**inputs: Any) -> Tensor:
         with testing.bfloat16(True):
@@ -128,8 +131,7 @@ def _no_compiler() -> str | None:
 
 
 def _compile_reference(case: Case, task: Pass, device: str) -> Task:
-    options = case.options() | ({"return_jacobian": True} if task.jacobian else {})
-    return TorchTask(_compile(functools.partial(getattr(camkernels.reference, case.op), **options)), task)
+    return TorchTask(_compile(case.computed_by(camkernels.reference, **_jacobian(task))), task)
 
 
 # ---- eager PyTorch ---------------------------------------------------------------------------------------------------

@@ -292,7 +292,7 @@ def test_presets_of_the_command_line():
     options = run.parse(["--gate"])
     assert options.memory and options.passes == gate.PASSES and options.regimes == ("default", "tuned")
     assert [case.name for case in options.cases] == list(gate.SECONDS)
-    assert options.rounds == 15 and run.parse(["--gate", "modulated_mlp"]).cases == options.cases[2:4]
+    assert options.rounds == 15 and run.parse(["--gate", "modulated_mlp"]).cases == options.cases[2:6]
     quick = run.parse(["--quick", "--providers", "cpu"])
     assert quick.providers == ("cpu",) and quick.regimes == ("tuned",) and not quick.memory
     with pytest.raises(SystemExit):

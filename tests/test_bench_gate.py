@@ -46,7 +46,8 @@ def test_every_line_names_a_case_of_the_gate_and_a_pass_of_it():
 
 
 def test_the_gate_of_one_op():
-    assert [case.name for case in gate.select("modulated_mlp")] == [gate.WIDE, gate.NARROW]
+    networks = [gate.WIDE, gate.NARROW, gate.WIDE_CAM, gate.NARROW_CAM]
+    assert [case.name for case in gate.select("modulated_mlp")] == networks
     assert {case.name for case in gate.select("hash_grid")} == {gate.GRID_3D, gate.GRID_2D}
     assert [case.name for case in gate.select("radial_basis")] == [gate.RBF_SMALL, gate.RBF_3D, gate.RBF_WIDE]
     with pytest.raises(ValueError, match="no op 'median'; it has hash_grid, modulated_mlp, radial_basis"):

@@ -31,7 +31,7 @@ def find(network: str, dtype: str = "float32", size: int = 14) -> Case:
 
 def test_cases_cover_what_is_promised():
     found = {case.name for case in cases.all_cases() if case.op == "modulated_mlp"}
-    names = ("wide", "narrow", "instant-ngp", "nerf", "siren", "film")
+    names = ("wide", "narrow", "instant-ngp", "nerf", "siren", "film", "wide-cam", "narrow-cam")
     assert found == {f"modulated_mlp/{n}/{dtype}/n{s}" for n in names for dtype in DTYPES for s in (14, 17, 20)}
 
 
@@ -41,13 +41,14 @@ def test_inputs_are_the_op_s_and_values_stay_of_order_one(network, dtype):
     case = find(network, dtype)
     inputs = case.inputs()
     assert {t.dtype for t in inputs.values()} == {getattr(torch, dtype)}
-    assert set(case.passes["fb-all"].wrt) == set(inputs)
-    assert set(case.passes["fb-parameters"].wrt) == set(inputs) - {"x"}
+    assert set(case.passes["fb-all"].wrt) == set(inputs) - {"coords"}
+    assert set(case.passes["fb-parameters"].wrt) == set(inputs) - {"x", "coords"}
     renewed = case.new_points(5)
-    assert renewed.keys() == inputs.keys() & {"x", "modulation"} and not torch.equal(renewed["x"], inputs["x"])
+    assert renewed.keys() == inputs.keys() & {"x", "modulation", "coords"}
+    assert not torch.equal(renewed["x"], inputs["x"])
     with torch.no_grad():
-        y = camkernels.reference.modulated_mlp(**arguments(inputs), **case.options())
-    assert y.shape == (TINY, NETWORKS[network].outputs) and 0.02 < y.float().std() < 3
+        y = case.computed_by(camkernels.reference)(**arguments(inputs))
+    assert y.shape == (TINY, NETWORKS[network].outputs or NETWORKS[network].width) and 0.02 < y.float().std() < 3
 
 
 @pytest.mark.parametrize("provider", ["cpu", "eager"])

@@ -9,7 +9,8 @@ import functools
 from torch import Tensor, nn
 
 from camkernels import CoordinateModulation, HashGrid, ModulatedMLP, RadialBasis
-from camkernels.fields import HashCAMField, NeuRBFImageField
+from camkernels.fields import HashCAMField, HashImageField, NeuRBFImageField
+from camkernels.fields.hash import HashField
 
 from . import hash_grid_eager, modulated_mlp_eager, radial_basis_eager
 
@@ -78,10 +79,10 @@ class PlainNeuRBF(NeuRBFImageField):
         return self.decoder(self.encode(x, neighbors) + self.bias)
 
 
-class PlainHashCAM(HashCAMField):
-    """HashCAMField of such layers, one after the other."""
+class PlainHash(HashField):
+    """A field of a hash grid and an MLP of such layers, one after the other."""
 
-    def __init__(self, field: HashCAMField):
+    def __init__(self, field: HashField):
         nn.Module.__init__(self)
         self.grid, self.mlp, self.modulation = field.grid, field.mlp, field.modulation
 
@@ -89,8 +90,16 @@ class PlainHashCAM(HashCAMField):
         return self.mlp(self.grid(x), None if self.modulation is None else self.modulation(2 * x - 1))
 
 
+class PlainHashImage(PlainHash, HashImageField):
+    """HashImageField of such layers."""
+
+
+class PlainHashCAM(PlainHash, HashCAMField):
+    """HashCAMField of such layers."""
+
+
 LAYERS = {CoordinateModulation: PlainModulation, ModulatedMLP: PlainMLP, RadialBasis: PlainBasis}
-FIELDS = {HashCAMField: PlainHashCAM, NeuRBFImageField: PlainNeuRBF}
+FIELDS = {HashImageField: PlainHashImage, HashCAMField: PlainHashCAM, NeuRBFImageField: PlainNeuRBF}
 
 
 def plain(field: nn.Module, grid_form: str = "blend") -> nn.Module:

@@ -97,7 +97,7 @@ def test_unequal_fields_are_not_timed(picture, monkeypatch):
     def spoiled(field, form):
         other = copy.deepcopy(field)
         with torch.no_grad():
-            next(other.perceptron.parameters()).add_(0.1)
+            next(other.mlp.parameters()).add_(0.1)
             list(other.parameters())[-1].add_(0.1)
         return other
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from camkernels.__main__ import main
 from camkernels._backends import Call, choose
-from camkernels.fields import MODELS, CAMImageField
+from camkernels.fields import MODELS, SHAPE_MODELS, CAMImageField
 from camkernels.fields.image import pixel_centres
 from camkernels.fit import signal
 from camkernels.fit.checkpoint import load_checkpoint
@@ -223,3 +224,26 @@ def test_a_batch_holds_the_centres_values_and_kernels_of_its_pixels(kernels):
     wanted = (x, field.nearest(x)) if kernels else (x,)
     assert all(torch.equal(*pair) for pair in zip(field.seen, wanted, strict=True))
     assert torch.allclose(loss, (torch.from_numpy(values).reshape(-1, 4)[index] / 255).square().mean())
+
+
+class OperatorNames(TorchDispatchMode):
+    """Names of the operators that are called, below autograd."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        self.seen.add(str(function))
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("name", [*MODELS, "sdf-hash", "sdf-neurbf"])
+def test_every_model_s_network_is_the_fused_one(name):
+    kind = SHAPE_MODELS[name.removeprefix("sdf-")] if name.startswith("sdf-") else MODELS[name]
+    field = kind()
+    x = torch.rand(50, 3 if name.startswith("sdf-") else 2)
+    with OperatorNames() as operators:
+        field(x).sum().backward()
+    assert {f"camkernels.{op}.default" for op in ("modulated_mlp", "modulated_mlp_backward")} <= operators.seen
+    assert not {f"aten.{op}.default" for op in ("addmm", "relu", "native_layer_norm")} & operators.seen

@@ -3,16 +3,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor, nn
-
-from .. import CoordinateModulation, HashGrid, ModulatedMLP, hash_grid_mlp
-
-BASE_RESOLUTION = 16
+from .. import CoordinateModulation
+from .hash import HashField
 
 
-class HashCAMField(nn.Module):
+class HashCAMField(HashField):
     """A hash grid, then an MLP scaled and shifted by coordinate: x [..., dims] in [0, 1] -> [..., channels].
 
         h <- relu(gamma_i(x) norm(W_i h + b_i) + beta_i(x)),  h = hash_grid(x)
@@ -31,8 +26,7 @@ class HashCAMField(nn.Module):
     """
 
     ops = ("hash_grid", "coordinate_modulation", "modulated_mlp")
-    learning_rate = 1e-2
-    grid_factor = 2.0  # times that rate for the hash table and the modulation
+    grid_factor = 2.0
 
     def __init__(
         self,
@@ -50,34 +44,11 @@ class HashCAMField(nn.Module):
         *,
         backend: str | None = None,
     ):
-        super().__init__()
-        self.config = {
-            "dims": dims, "channels": channels, "n_levels": n_levels, "n_features_per_level": n_features_per_level,
-            "log2_hashmap_size": log2_hashmap_size, "finest_resolution": finest_resolution, "width": width,
-            "hidden_layers": hidden_layers, "nodes": nodes, "norm": norm, "output_activation": output_activation,
+        grid = {
+            "n_levels": n_levels, "n_features_per_level": n_features_per_level, "log2_hashmap_size": log2_hashmap_size,
+            "finest_resolution": finest_resolution,
         }  # fmt: skip
-        coarsest = min(BASE_RESOLUTION, finest_resolution)
-        self.grid = HashGrid(
-            dims, n_levels, n_features_per_level, log2_hashmap_size, coarsest, finest_resolution=finest_resolution,
-            backend=backend,
-        )  # fmt: skip
-        self.mlp = ModulatedMLP(
-            self.grid.output_dim, channels, width, hidden_layers, norm=norm, output_activation=output_activation,
-            backend=backend,
-        )  # fmt: skip
-        self.modulation: CoordinateModulation | None = CoordinateModulation(
-            hidden_layers, (nodes,) * dims, backend=backend
-        )
-
-    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
-        """Parameters for an optimizer, with their learning rates: lr for the MLP, more for both kinds of grids."""
-        grids = [p for name, p in self.named_parameters() if not name.startswith("mlp.")]
-        return [{"params": grids, "lr": self.grid_factor * lr}, {"params": list(self.mlp.parameters()), "lr": lr}]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., dims] -> [..., channels]."""
-        modulation = None if self.modulation is None else self.modulation(2 * x - 1)
-        return hash_grid_mlp(
-            x, self.grid.table, self.grid.geometry, modulation=modulation, interpolation=self.grid.interpolation,
-            **self.mlp.arguments(),
-        )  # fmt: skip
+        mlp = {"width": width, "hidden_layers": hidden_layers, "norm": norm, "output_activation": output_activation}
+        super().__init__(dims, channels, **grid, **mlp, backend=backend)
+        self.config = {"dims": dims, "channels": channels, "nodes": nodes, **grid, **mlp}
+        self.modulation = CoordinateModulation(hidden_layers, (nodes,) * dims, backend=backend)

@@ -18,7 +18,8 @@ from .._checks import check_shape, check_size
 from .._radial_basis import shape_width
 from ..neighbors import kernel_shapes, second_moments, weighted_kmeans, width_bounds
 from .field import Field, half_cosine, linear_views
-from .image import BASE_RESOLUTION, pixel_centres
+from .hash import BASE_RESOLUTION
+from .image import pixel_centres
 
 INIT_SCALE = 1e-4  # features, hash table and their bias begin in U(-INIT_SCALE, INIT_SCALE)
 CONSTANTS = {"a0", "a1", "a2", "a3", "hg0.channels_keep", "cmin_gpu", "k_dims_0", "kci0"}  # of the public state_dict

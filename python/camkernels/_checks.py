@@ -80,7 +80,7 @@ def check_size(op: str, name: str, value: object, least: int = 1) -> None:
 
 def check_sizes(op: str, name: str, values: object) -> tuple[int, ...]:
     """The values, one int or several; TypeError for others, ValueError where one is below 1."""
-    if not isinstance(values, (Integral, Iterable)) or isinstance(values, (bool, str)):
+    if not isinstance(values, (Integral, Iterable)) or isinstance(values, (bool, str, Tensor)):
         raise TypeError(f"{op}: {name} must be an int or a list of them, got {values!r} ({type(values).__name__})")
     sizes = (values,) if isinstance(values, Integral) else tuple(values)
     for size in sizes:

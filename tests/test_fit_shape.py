@@ -251,12 +251,19 @@ def test_bad_options(tmp_path, ball, capsys):
     cases = {
         ("--kernels", "9"): "model hash has no kernels",
         ("--model", "neurbf", "--kernels", "9000"): "ask for fewer kernels or more --samples",
-        ("--model", "neurbf", "--kernels", "4"): "neighbors must be at most count",
         ("--hidden", "0", "--model", "neurbf"): "hidden_layers",
     }
     for arguments, words in cases.items():
         assert main(["fit", "shape", str(ball), "--out", str(tmp_path), "--samples", "2000", *arguments]) == 2
         assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kernels", [1, 5])
+def test_all_of_few_kernels_are_neighbors(kernels, tmp_path, ball):
+    arguments = ["--model", "neurbf", "--steps", "2", "--samples", "2000", "--kernels", str(kernels)]
+    assert main(["fit", "shape", str(ball), "--out", str(tmp_path), *SMALL, *arguments]) == 0
+    config = report(tmp_path)["config"]
+    assert (config["kernels"], config["neighbors"]) == (kernels, kernels)
 
 
 @pytest.mark.parametrize("module, package", [("trimesh", "trimesh"), ("skimage.measure", "scikit-image")])

@@ -19,7 +19,7 @@ from camkernels.__main__ import main
 from camkernels.fields import SHAPE_MODELS
 from camkernels.fit import mesh as meshes
 from camkernels.fit import shape
-from camkernels.fit.checkpoint import load_checkpoint
+from camkernels.fit.checkpoint import load_checkpoint, save_checkpoint
 from camkernels.fit.distance import SignedDistance
 from camkernels.fit.picture import read_picture
 from camkernels.fit.sphere_tracing import COLOR, draw_surface
@@ -245,6 +245,23 @@ def test_resume_of_something_else_is_refused(tmp_path, fitted, ball, capsys):
     expect("mesh of samples 4000, this one has 5000", "fit", "shape", ball, "--samples", "5000")
     expect("model is 'hash' there, 'neurbf' was asked for", "fit", "shape", ball, "--model", "neurbf")
     expect("is a fit of kind 'shape', not of kind 'image'", "fit", "image", tmp_path / "p.png")
+
+
+def test_resume_knows_the_mesh_by_its_content(tmp_path, fitted, ball, capsys):
+    """The same counts, centre and scale are not enough, but all that a checkpoint of an earlier version has."""
+    made = trimesh.load_mesh(ball)
+    moved = made.vertices.copy()
+    moved[(moved - [10, 20, 30]).min(1).argmax()] -= 0.1  # where the ball is not widest along any axis
+    path, earlier = tmp_path / "dented.ply", tmp_path / "earlier.pt"
+    trimesh.Trimesh(moved, made.faces, process=False).export(path)
+    content = load_checkpoint(fitted / "checkpoint.pt")
+    digest = content["task"].pop("digest")
+    assert meshes.read_mesh(ball).digest() == digest != meshes.read_mesh(path).digest()
+    assert fit(path, tmp_path, "--resume", fitted / "checkpoint.pt", "--steps", "61") == 2
+    assert f"was fitted to a mesh of digest {digest}, this one has" in capsys.readouterr().err
+    save_checkpoint(earlier, content)
+    for mesh in (path, ball):
+        assert fit(mesh, tmp_path, "--resume", earlier, "--steps", "61") == 0
 
 
 def test_bad_options(tmp_path, ball, capsys):

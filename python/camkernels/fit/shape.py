@@ -182,7 +182,7 @@ def fit_shape(path: Path, options: ShapeOptions, say: Callable[[str], None] = pr
     device = check_device(options.device)
     saved = load_checkpoint(options.resume) if options.resume else None
     count = options.samples or (saved["task"].get("samples") if saved else None) or DEFAULT_SAMPLES
-    task = _task(mesh, placement, count)
+    task = _task(given, placement, count)
     if saved is None:
         name = options.model or DEFAULT_MODEL
         settings = settings_of(options, None, SHAPE_MODELS[name].learning_rate)
@@ -229,6 +229,7 @@ def _task(mesh: Mesh, placement: Placement, samples: int) -> dict[str, Any]:
         "center": list(placement.center),
         "scale": placement.scale,
         "samples": samples,
+        "digest": mesh.digest(),
     }
 
 

@@ -153,12 +153,14 @@ def test_second_derivatives_that_are_infinite(dtype, backend):
     for way in (backend, "reference"):
         x, gamma, beta, weight, last = (t.clone().requires_grad_() for t in (z, one[0], 0 * one[0], one, one))
         options = {"activation": "exponential", "backend": way}
+        calls = [(camkernels.modulate(x, gamma, beta, **options), (x, gamma, beta))]
+        if device == "cpu":  # GPUs multiply matrices in parts, which infinity has not
+            calls += [
+                (camkernels.modulated_mlp(x, [weight], output_layer=False, **options), (x, weight)),
+                (camkernels.modulated_mlp(x, [weight, last], **options), (x, weight)),
+            ]
         found[way] = []
-        for y, inputs in (
-            (camkernels.modulate(x, gamma, beta, **options), (x, gamma, beta)),
-            (camkernels.modulated_mlp(x, [weight], output_layer=False, **options), (x, weight)),
-            (camkernels.modulated_mlp(x, [weight, last], **options), (x, weight)),
-        ):
+        for y, inputs in calls:
             (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
             found[way] += torch.autograd.grad(first.sum(), inputs)
     for got, wanted in zip(*found.values(), strict=True):

@@ -244,14 +244,16 @@ class BuildLibraries(build_ext):
             write_facts(package, flags, torch=torch.version, compiler=compiled_by, cuda=release and release[0])
 
     def make_libraries(self, torch: Torch, nvcc: str | None, compiler: list[str]) -> dict[str, dict[str, str]]:
-        """Returns the flags of each library by compiler."""
+        """Returns the flags of each library by compiler, and by name those that some sources have in addition."""
         compiling, linking, flags = [], [], {}
         for extension in self.extensions:
             name, library = extension.name.rpartition(".")[2], self.get_ext_fullpath(extension.name)
             isa, device, runtime = name.removeprefix("_cpu_"), [], []
             options = [*CXX_FLAGS, *ISAS.get(isa, []), *shlex.split(os.environ.get("CXXFLAGS", ""))]
             cxx = [*compiler, *options, f"-DCAMK_ISA={isa}", f"-isystem{torch.folder}/include"]
-            flags[name] = {"c++": shlex.join(options)}
+            files = map(os.path.basename, extension.sources)
+            own = {file: shlex.join(MORE_FLAGS[file]) for file in files if file in MORE_FLAGS}
+            flags[name] = {"c++": shlex.join(options)} | own
             if name == "_cuda" and nvcc:
                 device = [nvcc, *nvcc_options()]
                 cxx += toolkit(nvcc, "INCLUDES")

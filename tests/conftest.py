@@ -174,11 +174,28 @@ def _plane_draws(module: torch.nn.Module) -> list[Tensor]:
     return [torch.stack([torch.ones_like(gamma), torch.empty_like(beta).uniform_(-0.5, 0.5)], 1)]
 
 
+BASIS_PARAMETERS = ("centers", "shapes", "features")
+
+
+def _basis_layer(**options: Any) -> torch.nn.Module:
+    module = camkernels.RadialBasis(
+        30, 2, 4, **{"neighbors": 9, "kind": "gauss", "trainable": BASIS_PARAMETERS} | options
+    )
+    module.features.data *= 1e3  # which are small at first
+    return module
+
+
+def _basis_draws(module: torch.nn.Module) -> list[Tensor]:
+    centers = torch.empty_like(module.centers).uniform_(-1, 1)
+    return [centers, module.shapes, torch.empty_like(module.features).uniform_(-1e-4, 1e-4) * 1e3]
+
+
 MLP_PARAMETERS = tuple(f"layers.{i}.{name}" for i in range(3) for name in ("weight", "bias"))
 LAYERS = (
     Layer("HashGrid", "hash_grid", _hash_grid_layer, 3, ("table",), _hash_grid_draws),
     Layer("ModulatedMLP", "modulated_mlp", _mlp_layer, 3, MLP_PARAMETERS, _mlp_draws, extra_state=False),
     Layer("CoordinateModulation", "coordinate_modulation", _plane_layer, 3, ("grids",), _plane_draws),
+    Layer("RadialBasis", "radial_basis", _basis_layer, 2, BASIS_PARAMETERS, _basis_draws),
 )
 
 

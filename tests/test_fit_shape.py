@@ -19,7 +19,7 @@ from camkernels.__main__ import main
 from camkernels.fields import SHAPE_MODELS
 from camkernels.fit import mesh as meshes
 from camkernels.fit import shape
-from camkernels.fit.checkpoint import load_checkpoint
+from camkernels.fit.checkpoint import load_checkpoint, save_checkpoint
 from camkernels.fit.distance import SignedDistance
 from camkernels.fit.picture import read_picture
 from camkernels.fit.sphere_tracing import COLOR, draw_surface
@@ -247,16 +247,40 @@ def test_resume_of_something_else_is_refused(tmp_path, fitted, ball, capsys):
     expect("is a fit of kind 'shape', not of kind 'image'", "fit", "image", tmp_path / "p.png")
 
 
+def test_resume_knows_the_mesh_by_its_content(tmp_path, fitted, ball, capsys):
+    """The same counts, centre and scale are not enough, but all that a checkpoint of an earlier version has."""
+    made = trimesh.load_mesh(ball)
+    moved = made.vertices.copy()
+    moved[(moved - [10, 20, 30]).min(1).argmax()] -= 0.1  # where the ball is not widest along any axis
+    path, earlier = tmp_path / "dented.ply", tmp_path / "earlier.pt"
+    trimesh.Trimesh(moved, made.faces, process=False).export(path)
+    content = load_checkpoint(fitted / "checkpoint.pt")
+    digest = content["task"].pop("digest")
+    assert meshes.read_mesh(ball).digest() == digest != meshes.read_mesh(path).digest()
+    assert fit(path, tmp_path, "--resume", fitted / "checkpoint.pt", "--steps", "61") == 2
+    assert f"was fitted to a mesh of digest {digest}, this one has" in capsys.readouterr().err
+    save_checkpoint(earlier, content)
+    for mesh in (path, ball):
+        assert fit(mesh, tmp_path, "--resume", earlier, "--steps", "61") == 0
+
+
 def test_bad_options(tmp_path, ball, capsys):
     cases = {
         ("--kernels", "9"): "model hash has no kernels",
         ("--model", "neurbf", "--kernels", "9000"): "ask for fewer kernels or more --samples",
-        ("--model", "neurbf", "--kernels", "4"): "neighbors must be at most count",
         ("--hidden", "0", "--model", "neurbf"): "hidden_layers",
     }
     for arguments, words in cases.items():
         assert main(["fit", "shape", str(ball), "--out", str(tmp_path), "--samples", "2000", *arguments]) == 2
         assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kernels", [1, 5])
+def test_all_of_few_kernels_are_neighbors(kernels, tmp_path, ball):
+    arguments = ["--model", "neurbf", "--steps", "2", "--samples", "2000", "--kernels", str(kernels)]
+    assert main(["fit", "shape", str(ball), "--out", str(tmp_path), *SMALL, *arguments]) == 0
+    config = report(tmp_path)["config"]
+    assert (config["kernels"], config["neighbors"]) == (kernels, kernels)
 
 
 @pytest.mark.parametrize("module, package", [("trimesh", "trimesh"), ("skimage.measure", "scikit-image")])

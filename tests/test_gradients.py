@@ -5,8 +5,23 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
+import camkernels
 from camkernels import testing
-from conftest import CASES, FIRST, MASKS, WITH_JACOBIAN, definition_of, each, function_of, make, require, rows, some
+from conftest import (
+    CASES,
+    FIRST,
+    MASKS,
+    WITH_JACOBIAN,
+    backends,
+    definition_of,
+    device_of,
+    each,
+    function_of,
+    make,
+    require,
+    rows,
+    some,
+)
 
 # A detached normaliser is a constant to derivatives, not to differences: tests/test_radial_definition.py.
 DIFFERENCES = [case for case in CASES if case.options.get("normalize") != "detached"]
@@ -125,6 +140,32 @@ def test_unused_and_detached_outputs(case, backend):
     for a, b in zip(by_value, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     assert jacobian.requires_grad
+
+
+@pytest.mark.parametrize("backend", [b for b in backends("modulate") if b != "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_second_derivatives_that_are_infinite(dtype, backend):
+    """Those of e^z where it overflows, and NaN nowhere: what is absent adds nothing."""
+    device = device_of(backend)
+    z = torch.tensor([[1.0], [80.0], [1000.0]], dtype=dtype, device=device)
+    one = torch.ones(1, 1, dtype=dtype, device=device)
+    found = {}
+    for way in (backend, "reference"):
+        x, gamma, beta, weight, last = (t.clone().requires_grad_() for t in (z, one[0], 0 * one[0], one, one))
+        options = {"activation": "exponential", "backend": way}
+        calls = [(camkernels.modulate(x, gamma, beta, **options), (x, gamma, beta))]
+        if device == "cpu":  # GPUs multiply matrices in parts, which infinity has not
+            calls += [
+                (camkernels.modulated_mlp(x, [weight], output_layer=False, **options), (x, weight)),
+                (camkernels.modulated_mlp(x, [weight, last], **options), (x, weight)),
+            ]
+        found[way] = []
+        for y, inputs in calls:
+            (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+            found[way] += torch.autograd.grad(first.sum(), inputs)
+    for got, wanted in zip(*found.values(), strict=True):
+        assert wanted.isinf().any()
+        torch.testing.assert_close(got, wanted)
 
 
 # ---- no further ------------------------------------------------------------------------------------------------------

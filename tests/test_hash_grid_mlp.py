@@ -28,6 +28,15 @@ def test_an_mlp_of_many_points_and_wide_layers(case, dtype, backend):
     agree(case, *functions, dtype=dtype, device=device_of(backend))
 
 
+@pytest.mark.parametrize("name", ["width", "return_jacobian"])
+def test_an_option_of_neither_op_is_refused_by_name(name):
+    call = FUSED[0].make()
+    with pytest.raises(
+        TypeError, match=rf"^hash_grid_mlp: there is no option {name}; it has interpolation, .*backend$"
+    ):
+        camkernels.hash_grid_mlp(**call.arguments(call.inputs), **{name: True})
+
+
 def test_a_backend_that_has_the_two_ops_has_the_pair():
     for device in ("cpu", "cuda"):
         found = [_backends.can_run(device, _backends.Call(op, device)) for op in ("hash_grid", "modulated_mlp")]

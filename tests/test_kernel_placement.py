@@ -104,6 +104,18 @@ def test_a_center_without_points_stays_and_has_the_least_shape():
     assert torch.allclose(second_moments(points, weights, centers)[1], 1e-10 * torch.tensor([1.0, 0, 0, 1]), atol=0)
 
 
+@pytest.mark.parametrize("start", [None, torch.arange(5)])
+def test_weights_near_the_largest_number_do_not_overflow(start):
+    points, weights = torch.rand(200, 2, dtype=torch.float64) * 9, torch.rand(200, dtype=torch.float64) + 0.5
+    found = []
+    for factor in (1.0, 2.0**1023):
+        generator = torch.Generator().manual_seed(0)
+        centers = weighted_kmeans(points, weights * factor, 5, start=start, generator=generator)
+        found.append((centers, second_moments(points, weights * factor, centers)))
+    for one, other in zip(*found, strict=True):
+        assert one.isfinite().all() and torch.equal(one, other)
+
+
 @pytest.mark.parametrize(
     ("error", "message", "weights", "count", "options"),
     [

@@ -315,7 +315,7 @@ LAYERS = [
     ("Modulate", ValueError, r"activation must be one of", {"activation": "swish"}),
     ("Modulate", ValueError, r"eps must be finite and at least 0", {"eps": -1.0}),
     ("Modulate", TypeError, r"omega must be a number", {"omega": None}),
-    ("Modulate", TypeError, r"frequencies must be a tensor or a list, .* got 1\.0", {"frequencies": 1.0}),
+    ("Modulate", TypeError, r"frequencies must be a tensor or a list of numbers, .* got 1\.0", {"frequencies": 1.0}),
     ("Modulate", ValueError, r"frequencies must be given for 'residual_sine'", {"activation": "residual_sine"}),
     ("Modulate", ValueError, r"backend must be one of", {"backend": "gpu"}),
 ]

@@ -132,6 +132,7 @@ def test_a_run_goes_on_from_its_state():
         second.step()
     assert torch.equal(whole, part)
     assert second.state[part]["step"].dtype == torch.int32
+    second.load_state_dict(first.state_dict())  # and once more
 
 
 def random_state(rows, width, dtype, seed=3):
@@ -353,17 +354,29 @@ def test_a_hash_grid_learns():
     [
         ({"lr": -1.0}, "SparseRowAdam: lr must be"),
         ({"betas": (0.9, 1.0)}, "SparseRowAdam: betas must be at least 0 and at most 0.99999"),
-        ({"betas": (math.nan, 0.9)}, "SparseRowAdam: betas must be finite, got nan"),
+        ({"betas": (math.nan, 0.9)}, r"SparseRowAdam: betas\[0\] must be finite, got nan"),
         ({"betas": (0.9,)}, r"SparseRowAdam: betas must be two numbers, got \(0\.9,\)"),
         ({"betas": 0.9}, r"SparseRowAdam: betas must be two numbers, got 0\.9"),
+        ({"betas": None}, r"SparseRowAdam: betas must be two numbers, got None; give a tuple such as \(0\.9, 0\.99\)"),
+        ({"betas": "ab"}, "SparseRowAdam: betas must be two numbers, got 'ab'; give"),
+        ({"betas": (0.9, 0.99, 0.5)}, r"SparseRowAdam: betas must be two numbers, got \(0\.9, 0\.99, 0\.5\); give"),
+        ({"betas": (0.9, None)}, r"SparseRowAdam: betas\[1\] must be a number, got None; give a float"),
+        ({"lr": None}, "SparseRowAdam: lr must be a number, got None; give a float"),
+        ({"eps": "x"}, "SparseRowAdam: eps must be a number, got 'x'; give a float"),
+        ({"params": None}, "SparseRowAdam: params must be tensors or groups of them, got None; give"),
+        ({"params": [{"lr": 1e-3}]}, "SparseRowAdam: a group of parameters must have 'params', got lr"),
         ({"params": [{"params": [table(2, 2)], "weight_decay": 0.1}]}, "a group of parameters has weight_decay; its"),
+        (
+            {"params": [{"params": [table(2, 2)], "beta": 1, "alpha": 2}]},
+            "a group of parameters has alpha, beta; its options are lr, betas, eps, set keys of your own",
+        ),
         ({"params": [{"params": [table(2, 2)], "lr": -1.0}]}, "SparseRowAdam: lr must be"),
         ({"params": [{"params": [table(2, 2)], "eps": math.nan}]}, "SparseRowAdam: eps must be"),
         ({"params": [torch.nn.Parameter(torch.tensor(1.0))]}, "SparseRowAdam: parameters must have rows"),
     ],
 )
 def test_refusals(arguments, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((ValueError, TypeError), match=words):
         SparseRowAdam(**{"params": [table(2, 2)]} | arguments)
 
 
@@ -372,6 +385,46 @@ def test_a_refused_group_is_not_added():
     with pytest.raises(ValueError, match="betas must be at least 0"):
         optimizer.add_param_group({"params": [table(2, 2)], "betas": (0.9, 1.0)})
     assert len(optimizer.param_groups) == 1
+
+
+def test_an_option_that_is_set_later_is_not_ignored():
+    parameter = table(2, 2)
+    parameter.grad = torch.ones_like(parameter)
+    optimizer = SparseRowAdam([{"params": [parameter], "name": "table"}])
+    optimizer.param_groups[0]["share"] = 0.5  # one of the user's
+    optimizer.step()
+    optimizer.param_groups[0]["weight_decay"] = 0.1
+    with pytest.raises(ValueError, match="a group of parameters has weight_decay; its options are lr, betas, eps"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("schedule", ["OneCycleLR", "CyclicLR", "StepLR"])
+def test_schedules_of_torch_drive_it_and_go_on_from_a_state(schedule):
+    options = {
+        "OneCycleLR": {"max_lr": 0.1, "total_steps": 8},
+        "CyclicLR": {"base_lr": 0.01, "max_lr": 0.1},
+        "StepLR": {"step_size": 2},
+    }
+    parameter = table(2, 2)
+    parameter.grad = torch.ones_like(parameter)
+    optimizer = SparseRowAdam([parameter])
+    scheduler = getattr(torch.optim.lr_scheduler, schedule)(optimizer, **options[schedule])
+    rates = set()
+    for _ in range(4):
+        optimizer.step()
+        scheduler.step()
+        rates.add(optimizer.param_groups[0]["lr"])
+    other = SparseRowAdam([table(2, 2)])
+    other.load_state_dict(optimizer.state_dict())
+    assert len(rates) > 1 and other.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
+
+
+@pytest.mark.parametrize("state", [None, {}, {"param_groups": []}])
+def test_what_is_no_state_is_refused(state):
+    with pytest.raises(
+        ValueError, match=r"SparseRowAdam: state_dict must be what state_dict\(\) of this optimizer gives"
+    ):
+        SparseRowAdam([table(2, 2)]).load_state_dict(state)
 
 
 def test_states_of_others_are_refused_and_change_nothing():

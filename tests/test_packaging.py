@@ -122,6 +122,17 @@ def test_one_library_per_instruction_set(mini: Path) -> None:
     assert facts(mini)["torch"] == torch.__version__ and facts(mini)["cuda"] is None
 
 
+def test_flags_of_single_sources_are_recorded(mini: Path) -> None:
+    (mini / "csrc/cpu/hash_grid_loops.cpp").write_text("int c() { return 3; }\n")
+    build(mini, CAMKERNELS_ISAS="baseline")
+    recorded = facts(mini)["libraries"]["_cpu_baseline"]
+    assert set(recorded) == {"c++", "hash_grid_loops.cpp"}
+    (command,) = (mini / "build").glob("temp.*/_cpu_baseline/hash_grid_loops.cpp.o.cmd")
+    used = command.read_text()
+    assert recorded["hash_grid_loops.cpp"] in used and "-fno-unswitch-loops" in recorded["hash_grid_loops.cpp"]
+    assert recorded["hash_grid_loops.cpp"] not in (command.parent / "a.cpp.o.cmd").read_text()
+
+
 def test_only_what_changed_is_rebuilt(mini: Path) -> None:
     only = {"CAMKERNELS_ISAS": "baseline"}
     assert build(mini, **only) == ["_cpu_baseline.so", "a.cpp.o", "b.cpp.o"]

@@ -2,7 +2,6 @@
 """The layer RadialBasis: what it draws, holds, saves and computes."""
 
 import copy
-import pickle
 
 import pytest
 import torch
@@ -65,50 +64,25 @@ def test_neighbors_follow_the_centers():
         assert torch.equal(layer(x), layer(x, near))
 
 
-def test_a_graph_and_a_transform_find_the_neighbors():
+def test_a_graph_finds_the_neighbors_of_moved_centers():
     layer, x = RadialBasis(30, 2, 4, dtype=torch.float64), torch.rand(9, 2, dtype=torch.float64)
-    y = layer(x)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
-    assert torch.equal(compiled(x), y) and torch.equal(compiled(x[:4]), y[:4])
-    with torch.no_grad():
-        layer.centers.add_(torch.rand_like(layer.centers))
-    y = layer(x)
-    assert torch.equal(compiled(x), y), "moved centers have other neighbors"
-    program = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("n", min=2)},))
-    assert torch.equal(program.module()(x[:5]), y[:5])
-    assert torch.equal(torch.vmap(layer)(x), y)
-    leaf = x.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(layer(leaf).square().sum(), leaf)
-    each = torch.vmap(torch.func.grad(lambda t: layer(t).square().sum()))(x)
-    torch.testing.assert_close(each, gradient)
+    for _ in range(2):
+        assert torch.equal(compiled(x), layer(x))
+        with torch.no_grad():
+            layer.centers.add_(torch.rand_like(layer.centers))
 
 
-def test_copies_compute_the_same():
-    layer, x = RadialBasis(30, 3, 4, kind="nlin", shape="isotropic"), torch.rand(9, 3)
-    y = layer(x)
-    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert torch.equal(twin(x), y) and repr(twin) == repr(layer)
-    assert "30, 3, 4, neighbors=4, kind='nlin', shape='isotropic'" in repr(layer) and "('features',)" in repr(layer)
+def test_what_it_says_of_itself():
+    text = repr(RadialBasis(30, 3, 4, kind="nlin", shape="isotropic"))
+    assert "30, 3, 4, neighbors=4, kind='nlin', shape='isotropic'" in text and "('features',)" in text
 
 
-def test_other_options_are_refused_and_none_are_accepted():
-    layer = RadialBasis(30, 2, 4, frequencies=[1.0, 2.0, 3.0, 4.0])
-    state = layer.state_dict()
-    assert set(state) == {"centers", "shapes", "features", "_extra_state"}
-    twin = RadialBasis(30, 2, 4, frequencies=[1.0, 2.0, 3.0, 4.0])
-    twin.load_state_dict(state)
-    x = torch.rand(9, 2)
-    assert torch.equal(twin(x), layer(x))
+def test_other_options_are_refused():
+    state = RadialBasis(30, 2, 4, frequencies=[1.0, 2.0, 3.0, 4.0]).state_dict()
     for options in ({"kind": "gauss"}, {"normalize": False}, {"neighbors": 3}, {"frequencies": None}):
         with pytest.raises(ValueError, match=r"^RadialBasis: the state_dict is of a layer with \{.*build it"):
             RadialBasis(30, 2, 4, **{"frequencies": [1.0, 2.0, 3.0, 4.0], **options}).load_state_dict(state)
-    RadialBasis(30, 2, 4).load_state_dict({name: state[name] for name in ("centers", "shapes", "features")})
-
-
-def test_dtype_follows_the_layer():
-    layer = RadialBasis(30, 2, 4, dtype=torch.float64, frequencies=[1.0] * 4)
-    assert layer(torch.rand(5, 2)).dtype == torch.float64
-    assert layer.half()(torch.rand(5, 2)).dtype == torch.float16
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

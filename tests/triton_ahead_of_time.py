@@ -92,6 +92,8 @@ def cover_mlp() -> list[MLPVariant]:
     variants += [MLPVariant("value", width, "fp32", 90) for width in (64, 128)]
     variants += [MLPVariant(kernel, 64, "fp16", 90, fused=True) for kernel in ("value", "gradients")]
     variants += [MLPVariant("value", 16, "fp32", 90, fused=True), MLPVariant("gradients", 256, "fp32", 80, fused=True)]
+    variants += [MLPVariant("value", 128, dtype, 90, fused=True) for dtype in ("fp32", "bf16")]
+    variants += [MLPVariant("gradients", 128, dtype, 80, fused=True) for dtype in ("fp32", "bf16")]
     variants += [MLPVariant("value", 64, "fp32", 90, precision="tf32")]
     return list(dict.fromkeys(variants))
 

@@ -245,7 +245,8 @@ void deactivate_tangents(const RowLayer<C>& layer, int64_t count, const TangentR
       each_pack(layer, [&](int64_t o) CAMK_INLINED {
         const Pack n = Pack::load(t.n[i] + o), dn = Pack::load(t.dn[i] + o), slope = Pack::load(t.slope[i] + o);
         const Pack of_ds = slope * Pack::load(e[i] + o);
-        const Pack of_s = multiply_add(Pack::load(t.bend[i] + o), Pack::load(e[i] + o), slope * Pack::load(d[i] + o));
+        const Pack of_s =
+            math::add_present(Pack::load(d[i] + o), slope, Pack::load(t.bend[i] + o) * Pack::load(e[i] + o));
         const Pack scale = columns_of<kChannels>(t.modulation.scale(i), o);
         const Pack along = columns_of<kChannels>(t.direction.scale(i), o);
         const auto of = math::tangent_gradients(scale, along, n, dn, of_s, of_ds);

@@ -217,7 +217,8 @@ CAMK_NOINLINE __device__ void deactivate_tangent_row(const NetworkJob<C>& job, i
     const math::ScaleShift<C> along = at.along(c);
     const auto f = at.template activate<2>(activation, c, scale * n[c] + at.shift(c));
     const auto ct = math::tangent_cotangents(dg[c], math::modulate_tangent(scale, along, n[c], dn[c]), f);
-    const auto of = math::tangent_gradients(scale, along.scale, n[c], dn[c], ct.s + g[c] * f.first, ct.ds);
+    const C of_s = math::add_present(g[c], f.first, ct.s);
+    const auto of = math::tangent_gradients(scale, along.scale, n[c], dn[c], of_s, ct.ds);
     change.add(c, of.scale, of.shift);
     g[c] = of.n, dg[c] = of.dn;
     sum_v += dg[c], sum_nv += n[c] * dg[c], sum_vdn += dg[c] * dn[c];

@@ -35,10 +35,16 @@ struct TangentGradients {
   C scale, shift, n, dn;
 };
 
+// a b + c, c where a is 0, also if b is infinite: a direction or gradient that is absent is a 0 which adds nothing.
+template <class C>
+CAMK_HD C add_present(C a, C b, C c) {
+  return choose_zero(a, c, multiply_add(a, b, c));
+}
+
 // From the gradients of s and ds; scale_along: tangent of scale.
 template <class C>
 CAMK_HD TangentGradients<C> tangent_gradients(C scale, C scale_along, C n, C dn, C of_s, C of_ds) {
-  return {multiply_add(of_s, n, of_ds * dn), of_s, multiply_add(scale_along, of_ds, scale * of_s), scale * of_ds};
+  return {multiply_add(of_s, n, of_ds * dn), of_s, add_present(scale_along, of_ds, scale * of_s), scale * of_ds};
 }
 
 // Of <g, dy>: its gradient in g, and those of s and ds. f: at s

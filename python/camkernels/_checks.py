@@ -80,7 +80,7 @@ def check_size(op: str, name: str, value: object, least: int = 1) -> None:
 
 def check_sizes(op: str, name: str, values: object) -> tuple[int, ...]:
     """The values, one int or several; TypeError for others, ValueError where one is below 1."""
-    if not isinstance(values, (Integral, Iterable)) or isinstance(values, (bool, str)):
+    if not isinstance(values, (Integral, Iterable)) or isinstance(values, (bool, str, Tensor)):
         raise TypeError(f"{op}: {name} must be an int or a list of them, got {values!r} ({type(values).__name__})")
     sizes = (values,) if isinstance(values, Integral) else tuple(values)
     for size in sizes:
@@ -98,7 +98,7 @@ def check_choice(op: str, name: str, value: object, choices: Iterable[str | None
 def check_number(op: str, name: str, value: Any, least: float = -math.inf) -> None:
     """TypeError unless the value is a number, ValueError unless it is finite and at least `least`."""
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{op}: {name} must be a number, got {value!r}")
+        raise TypeError(f"{op}: {name} must be a number, got {value!r}; give a float")
     if not (-math.inf < value < math.inf and value >= least):  # torch.compile cannot trace isfinite of a free number
         bound = "" if least == -math.inf else f" and at least {least:g}"
         raise ValueError(f"{op}: {name} must be finite{bound}, got {value!r}")

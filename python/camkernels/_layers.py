@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,28 @@ class KeepsGeometry(nn.Module):
         # A bare parameter, as other codes save it, has no geometry to compare with.
         state_dict.setdefault(f"{prefix}_extra_state", self.get_extra_state())
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def as_frequencies(
+    op: str, frequencies: Tensor | Sequence[float], dtype: torch.dtype | None = None, device: Any = None
+) -> Tensor:
+    """The frequencies [n] as a tensor of that dtype, None: of their own, at least float32.
+
+    Raises TypeError unless they are real numbers, ValueError unless they have one axis.
+    """
+    own = frequencies.dtype if isinstance(frequencies, Tensor) else torch.float32
+    try:
+        given = frequencies if isinstance(frequencies, Tensor) else list(frequencies)
+        found = torch.as_tensor(given, dtype=dtype or torch.promote_types(own, torch.float32), device=device)
+    except (TypeError, ValueError):
+        found = None
+    if found is None or own.is_complex:
+        raise TypeError(
+            f"{op}: frequencies must be a tensor or a list of numbers, one per channel, got {frequencies!r}"
+        )
+    if found.ndim != 1:
+        raise ValueError(f"{op}: frequencies must have one axis, a number per channel, got {list(found.shape)}")
+    return found
 
 
 class KeepsFrequencies(nn.Module):

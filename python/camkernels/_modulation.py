@@ -94,7 +94,7 @@ def plan_layers(
 
 
 def _skipped(op: str, skips: object, hidden: int) -> frozenset[int]:
-    if not isinstance(skips, Iterable):
+    if not isinstance(skips, Iterable) or isinstance(skips, Tensor):
         raise TypeError(f"{op}: skips must be a list of hidden layers, got {skips!r}; for none leave it empty")
     layers = tuple(skips)
     for layer in layers:

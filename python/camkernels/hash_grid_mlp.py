@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,6 +61,11 @@ for _name, _module, _function in (
 
 # ---- function --------------------------------------------------------------------------------------------------------
 
+MLP_OPTIONS = tuple(
+    p.name for p in inspect.signature(modulated_mlp).parameters.values()
+    if p.kind is p.KEYWORD_ONLY and p.name != "backend"
+)  # fmt: skip
+
 
 def hash_grid_mlp(
     x: Tensor,
@@ -81,7 +87,7 @@ def hash_grid_mlp(
     on the others it is the two ops, each on the backend that is asked for, or on its best. First and second
     derivatives in x, table, weights, biases and modulation. TF32 where PyTorch allows it, as in `modulated_mlp`.
 
-    Raises what the two ops raise.
+    Raises TypeError for an option that neither has, else what the two ops raise.
 
     >>> import torch
     >>> geometry = GridGeometry.build(2, n_levels=4, n_features_per_level=2, log2_hashmap_size=12)
@@ -92,6 +98,10 @@ def hash_grid_mlp(
     op = "hash_grid_mlp"
     check_floating(op, "x", x)
     check_list(op, "weights", weights)
+    for name in options:
+        if name not in MLP_OPTIONS:
+            known = ", ".join(("interpolation", "max_level", *MLP_OPTIONS, "backend"))
+            raise TypeError(f"{op}: there is no option {name}; it has {known}")
     widest = max(widest_of(weights), geometry.output_dim if isinstance(geometry, GridGeometry) else 0)
     if choose(Call(op, x.device.type, x.device.index, widest), backend) == "triton":
         return _fused(x, table, geometry, weights, biases, modulation, interpolation, max_level, options)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Real
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from . import reference, triton
 from ._autograd import Argument, Operator
 from ._backends import BACKENDS, Call, choose, define, round_to_autocast
 from ._checks import check_choice, check_floating, check_number
-from ._layers import KeepsFrequencies
+from ._layers import KeepsFrequencies, as_frequencies
 from ._modulation import ACTIVATIONS, NORMS, check_modulate, compute_dtype, per_group
 
 __all__ = ["Modulate", "modulate"]
@@ -136,12 +135,7 @@ class Modulate(KeepsFrequencies):
         self.backend = backend
         if activation == "residual_sine" and frequencies is None:
             raise ValueError("Modulate: frequencies must be given for 'residual_sine', one per channel")
-        if frequencies is None or isinstance(frequencies, Tensor):
-            constants = frequencies
-        elif isinstance(frequencies, (str, Real)):
-            raise TypeError(f"Modulate: frequencies must be a tensor or a list, one per channel, got {frequencies!r}")
-        else:
-            constants = torch.tensor([float(f) for f in frequencies])
+        constants = None if frequencies is None else as_frequencies("Modulate", frequencies)
         self.register_buffer("frequencies", constants, persistent=False)
 
     def forward(self, h: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:

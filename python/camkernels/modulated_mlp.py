@@ -16,7 +16,7 @@ from ._autograd import Argument, Operator
 from ._backends import BACKENDS, Call, choose, define, round_to_autocast
 from ._checks import check_choice, check_dtype, check_flag, check_floating, check_size
 from ._gpu import allows_bfloat16, allows_tf32
-from ._layers import KeepsFrequencies
+from ._layers import KeepsFrequencies, as_frequencies
 from ._modulation import (
     ACTIVATIONS,
     Activation,
@@ -270,11 +270,11 @@ class ModulatedMLP(KeepsFrequencies):
         op = "ModulatedMLP"
         for name, size in (("in_features", in_features), ("out_features", out_features), ("width", width)):
             check_size(op, name, size)
+        check_flag(op, "bias", bias)
+        check_flag(op, "output_layer", output_layer)
         check_size(op, "hidden_layers", hidden_layers, least=0 if output_layer else 1)
         check_dtype(op, "dtype", dtype)
         check_choice(op, "backend", backend, (None, *BACKENDS))
-        check_flag(op, "bias", bias)
-        check_flag(op, "output_layer", output_layer)
         self.options = {
             "activation": activation, "output_activation": output_activation, "norm": norm, "skips": skips,
             "output_layer": output_layer, "omega": omega,
@@ -284,7 +284,9 @@ class ModulatedMLP(KeepsFrequencies):
         self.in_features, self.out_features, self.width = in_features, out_features, width
         self.backend = backend
         place = {"dtype": dtype, "device": torch.get_default_device() if device is None else device}
-        self._frequencies = None if frequencies is None else [float(f) for f in frequencies]
+        self._frequencies = None
+        if frequencies is not None:  # as they were given: a conversion of the layer rounds the buffer's
+            self._frequencies = as_frequencies(op, frequencies, torch.float64, "cpu").tolist()
         wide = torch.promote_types(dtype, torch.float32)
         constants = None if frequencies is None else torch.tensor(self._frequencies, dtype=wide, device=place["device"])
         self.register_buffer("frequencies", constants, persistent=False)

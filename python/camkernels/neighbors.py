@@ -266,6 +266,7 @@ def weighted_kmeans(
     check_size(op, "count", count)
     check_size(op, "iterations", iterations, least=0)
     _check_weights(op, points, weights)
+    weights = _summable(weights)
     used = weights > 0
     if int(used.sum()) < count:
         raise ValueError(
@@ -274,10 +275,10 @@ def weighted_kmeans(
     if start is None:  # exponential clocks of these rates: the first to ring are such a draw
         device = weights.device if generator is None else generator.device
         clocks = torch.empty(len(weights), dtype=torch.float64, device=device).exponential_(generator=generator)
-        start = (weights.double() / clocks.to(weights.device)).topk(count).indices
+        start = (weights / clocks.to(weights.device)).topk(count).indices
     _check_start(op, start, count, points)
     centers = (points[start.long()] if start.ndim == 1 else start).double()
-    points, masses = points[used], weights[used].double().unsqueeze(-1)
+    points, masses = points[used], weights[used].unsqueeze(-1)
     moments = masses * points.double()
     for _ in progress(range(iterations)):
         nearest_center = nearest(points, centers.to(points.dtype), 1)[:, 0].long()
@@ -307,8 +308,9 @@ def second_moments(
     if alpha <= 0:
         raise ValueError(f"{op}: alpha must be above 0, got {alpha}")
     _check_weights(op, points, weights)
+    weights = _summable(weights)
     used = weights > 0
-    points, masses = points[used], weights[used].double().unsqueeze(-1)
+    points, masses = points[used], weights[used].unsqueeze(-1)
     rows = nearest(points, centers, 1)[:, 0].long()
     o = points.double() - centers.double()[rows]
     dims = centers.shape[1]
@@ -354,6 +356,12 @@ def _check_weights(op: str, points: Tensor, weights: Tensor) -> None:
         raise ValueError(f"{op}: weights must be finite and not negative; clamp them")
     if can_look_at(points):
         check_finite(op, "points", points)
+
+
+def _summable(weights: Tensor) -> Tensor:
+    """In float64; those so large that sums would overflow all times one power of 2, which leaves means as they are."""
+    weights = weights.double()
+    return torch.where((weights > 2.0**500).any(), weights * 2.0**-524, weights)
 
 
 def _means(weighted: Tensor, masses: Tensor, rows: Tensor, otherwise: Tensor) -> Tensor:

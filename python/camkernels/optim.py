@@ -21,7 +21,9 @@ from ._checks import check_floating, check_number
 __all__ = ["SparseRowAdam"]
 
 OP = "SparseRowAdam"
+OPTIONS = ("lr", "betas", "eps")
 OTHERS_OPTIONS = {"weight_decay", "amsgrad", "momentum", "maximize"}  # of torch's optimizers, which would be ignored
+NO_OPTIONS = {"params", "param_names", "name", "initial_lr"}  # what else a new group may have
 LARGEST_BETA = 0.99999  # bounds the table of corrections
 
 # values, exp_avg, exp_avg_sq [n, ...], step int32 [n], all changed in place; gradient [n, ...], or [k, ...] of the rows
@@ -62,8 +64,8 @@ class SparseRowAdam(Optimizer):
     none, or with CAMKERNELS_BACKEND=reference in the environment. betas are at most 0.99999, which bounds the table of
     corrections that the kernels read.
 
-    Raises ValueError for options out of range, parameters of no axis and gradients of more sparse axes, TypeError for
-    parameters that are not floating-point.
+    Raises ValueError for options out of range or unknown, such as weight_decay, parameters of no axis and gradients of
+    more sparse axes, TypeError for options of another type and parameters that are not floating-point.
 
     >>> table = torch.nn.Parameter(torch.zeros(4, 2))
     >>> optimizer = SparseRowAdam([table], lr=0.1)
@@ -80,14 +82,20 @@ class SparseRowAdam(Optimizer):
         betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-15,
     ):
+        if not isinstance(params, Iterable):
+            raise TypeError(
+                f"{OP}: params must be tensors or groups of them, got {params!r}; give module.parameters() or a list"
+            )
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As every optimizer's; the errors are those of the class."""
+        if isinstance(param_group, dict):  # else torch says what it wants
+            _check_keys(param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _check_group(group, self.defaults)
+            _check_options(group)
             for parameter in group["params"]:
                 check_floating(OP, "parameters", parameter)
                 if parameter.ndim == 0:
@@ -104,7 +112,7 @@ class SparseRowAdam(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            _check_options(group)  # which a loaded state or a schedule may have changed
+            _check_group(group)  # which a loaded state or a schedule may have changed
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self._step(parameter, group)
@@ -133,12 +141,17 @@ class SparseRowAdam(Optimizer):
 
         Raises ValueError, and changes nothing, for the state of another optimizer or of other parameters.
         """
+        if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
+            raise ValueError(
+                f"{OP}: state_dict must be what state_dict() of this optimizer gives, got {type(state_dict).__name__} "
+                "without state and param_groups"
+            )
         own, given = (
             list(chain.from_iterable(group["params"] for group in groups))
             for groups in (self.param_groups, state_dict["param_groups"])
         )
         for group in state_dict["param_groups"]:
-            _check_group(group, self.defaults)
+            _check_group(group)
         for parameter, number in zip(own, given, strict=False):  # other numbers of parameters torch refuses
             _check_state(parameter, state_dict["state"].get(number, {}))
         super().load_state_dict(state_dict)
@@ -152,10 +165,10 @@ def _check_options(group: dict[str, Any]) -> None:
     check_number(OP, "lr", group["lr"], least=0.0)
     check_number(OP, "eps", group["eps"], least=0.0)
     betas = group["betas"]
-    if not isinstance(betas, Sequence) or len(betas) != 2:
-        raise ValueError(f"{OP}: betas must be two numbers, got {betas!r}")
-    for beta in betas:
-        check_number(OP, "betas", beta)
+    if not isinstance(betas, Sequence) or isinstance(betas, str) or len(betas) != 2:
+        raise ValueError(f"{OP}: betas must be two numbers, got {betas!r}; give a tuple such as (0.9, 0.99)")
+    for i, beta in enumerate(betas):
+        check_number(OP, f"betas[{i}]", beta)
     if not all(0 <= beta <= LARGEST_BETA for beta in betas):
         raise ValueError(
             f"{OP}: betas must be at least 0 and at most {LARGEST_BETA}, got {betas}; for slower averages use "
@@ -163,14 +176,26 @@ def _check_options(group: dict[str, Any]) -> None:
         )
 
 
-def _check_group(group: dict[str, Any], defaults: dict[str, Any]) -> None:
+def _check_keys(group: dict[str, Any]) -> None:
+    """ValueError unless a new group has parameters, and options of this optimizer alone."""
+    if "params" not in group:
+        raise ValueError(f"{OP}: a group of parameters must have 'params', got {', '.join(group) or 'none'}")
+    unknown = sorted(group.keys() - NO_OPTIONS.union(OPTIONS))
+    if unknown:
+        raise ValueError(
+            f"{OP}: a group of parameters has {', '.join(unknown)}; its options are {', '.join(OPTIONS)}, set keys of "
+            "your own in param_groups afterwards"
+        )
+
+
+def _check_group(group: dict[str, Any]) -> None:
     """ValueError unless this optimizer has saved such a group of options."""
     others = sorted(OTHERS_OPTIONS & group.keys())
-    missing = sorted(defaults.keys() - group.keys())
+    missing = sorted(set(OPTIONS) - group.keys())
     if others or missing:
         lists = {"has": others, "lacks": missing}
         found = " and ".join(f"{verb} {', '.join(names)}" for verb, names in lists.items() if names)
-        raise ValueError(f"{OP}: a group of parameters {found}; its options are {', '.join(defaults)}")
+        raise ValueError(f"{OP}: a group of parameters {found}; its options are {', '.join(OPTIONS)}")
     _check_options(group)
 
 

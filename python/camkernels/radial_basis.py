@@ -13,7 +13,7 @@ from . import reference, triton
 from ._autograd import Argument, Operator
 from ._backends import BACKENDS, Call, choose, define, round_to_autocast
 from ._checks import check_choice, check_dtype, check_floating, check_size
-from ._layers import KeepsFrequencies, KeepsGeometry
+from ._layers import KeepsFrequencies, KeepsGeometry, as_frequencies
 from ._modulation import compute_dtype
 from ._radial_basis import KINDS, MOST_DIMS, SHAPES, Basis, has_values, shape_width
 from .neighbors import NeighborIndex, nearest
@@ -137,6 +137,16 @@ def radial_basis(
 # ---- layer -----------------------------------------------------------------------------------------------------------
 
 
+def _check_trainable(op: str, trainable: Any) -> tuple[str, ...]:
+    """The names; TypeError unless it is some, ValueError for those of no parameter."""
+    if not isinstance(trainable, Iterable) or isinstance(trainable, Tensor):
+        raise TypeError(f"{op}: trainable must be a list of names of parameters, got {trainable!r}; for none give ()")
+    names = (trainable,) if isinstance(trainable, str) else tuple(trainable)
+    for name in names:
+        check_choice(op, "trainable", name, ("centers", "shapes", "features"))
+    return names
+
+
 class RadialBasis(KeepsFrequencies, KeepsGeometry):
     """Trainable radial kernels: x [..., dims] -> [..., features], from the nearest `neighbors` kernels of each point.
 
@@ -185,10 +195,8 @@ class RadialBasis(KeepsFrequencies, KeepsGeometry):
                 raise ValueError(f"{op}: neighbors must be at most count, {count}, got {neighbors}")
         check_choice(op, "backend", backend, (None, *BACKENDS))
         check_dtype(op, "dtype", dtype)
-        trainable = (trainable,) if isinstance(trainable, str) else tuple(trainable)
-        for name in trainable:
-            check_choice(op, "trainable", name, ("centers", "shapes", "features"))
-        constants = None if frequencies is None else torch.as_tensor(frequencies, dtype=torch.float32, device=device)
+        trainable = _check_trainable(op, trainable)
+        constants = None if frequencies is None else as_frequencies(op, frequencies, torch.float32, device)
         options = {"kind": kind, "shape": shape, "normalize": normalize, "detach_normalizer": detach_normalizer}
         self.options = {**options, "keep": keep}
         Basis(**self.options, frequencies=constants).check_options(op, features)

@@ -7,7 +7,8 @@ config     its arguments
 state      its state_dict              optimizer  the optimizer's state_dict
 step       steps done                  rng        state of the generator that draws batches
 training   settings, elapsed seconds, points seen, losses
-task       what was fitted: kind, for an image its size, channels and bits, for a shape its mesh's size and place
+task       what was fitted: kind, for an image its size, channels and bits, for a shape its mesh's size,
+           place and digest
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,13 @@ class Mesh:
 
     def describe(self) -> str:
         return f"{len(self.vertices):,} vertices, {len(self.triangles):,} triangles"
+
+    def digest(self) -> str:
+        """Of all vertices and triangles in their order, 32 hexadecimal digits."""
+        content = hashlib.blake2b(digest_size=16)
+        content.update(np.ascontiguousarray(self.vertices.numpy(), "<f8"))
+        content.update(np.ascontiguousarray(self.triangles.numpy(), "<i8"))
+        return content.hexdigest()
 
 
 @dataclass(frozen=True)

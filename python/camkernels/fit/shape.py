@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -181,11 +182,11 @@ def fit_shape(path: Path, options: ShapeOptions, say: Callable[[str], None] = pr
     device = check_device(options.device)
     saved = load_checkpoint(options.resume) if options.resume else None
     count = options.samples or (saved["task"].get("samples") if saved else None) or DEFAULT_SAMPLES
-    task = _task(mesh, placement, count)
+    task = _task(given, placement, count)
     if saved is None:
         name = options.model or DEFAULT_MODEL
         settings = settings_of(options, None, SHAPE_MODELS[name].learning_rate)
-        model = new_model(SHAPE_MODELS, name, DEFAULTS, options, settings.seed)
+        model = new_model(SHAPE_MODELS, name, _defaults(name, options), options, settings.seed)
     else:
         check_same_task(options, saved, task, "mesh")
         settings, name = settings_of(options, saved), saved["model"]
@@ -211,6 +212,15 @@ def fit_shape(path: Path, options: ShapeOptions, say: Callable[[str], None] = pr
         return job.run(interruption)
 
 
+def _defaults(name: str, options: ShapeOptions) -> dict[str, Any]:
+    """DEFAULTS, and of few kernels that were asked for all as neighbours."""
+    neighbors = inspect.signature(SHAPE_MODELS[name]).parameters.get("neighbors")
+    kernels = options.architecture.get("kernels")
+    if neighbors is None or kernels is None:
+        return DEFAULTS
+    return DEFAULTS | {"neighbors": min(neighbors.default, kernels)}
+
+
 def _task(mesh: Mesh, placement: Placement, samples: int) -> dict[str, Any]:
     return {
         "kind": "shape",
@@ -219,6 +229,7 @@ def _task(mesh: Mesh, placement: Placement, samples: int) -> dict[str, Any]:
         "center": list(placement.center),
         "scale": placement.scale,
         "samples": samples,
+        "digest": mesh.digest(),
     }
 
 

@@ -96,6 +96,8 @@ def check_same_task(options: Options, saved: Mapping[str, Any], task: Mapping[st
     if kept.get("kind") != task["kind"]:
         raise UserError(f"{options.resume} is a fit of kind {kept.get('kind')!r}, not of kind {task['kind']!r}")
     for name, value in task.items():
+        if name == "digest" and name not in kept:  # a checkpoint of an earlier version
+            continue
         if kept.get(name) != value:
             raise UserError(
                 f"{options.resume} was fitted to a {noun} of {name} {kept.get(name)}, this one has {value}; "

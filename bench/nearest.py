@@ -8,9 +8,11 @@ Uniform points and centres in [0, 1)^d, indices built before the clock starts; e
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +20,7 @@ from scipy.spatial import cKDTree
 
 from camkernels import NeighborIndex
 
-from . import timing
+from . import machine, timing
 from .hash_grid_cases import uniform_points
 
 GATE = 3.0  # times as fast as cKDTree
@@ -64,6 +66,14 @@ def measure(
     return {"ns": ns, "speedup": timing.speedup(own, other)}
 
 
+def row(record: dict[str, Any]) -> str:
+    """A line of the table."""
+    search, ratio = Search(*(record[name] for name in Search._fields)), record["speedup"]
+    own, other = record["ns"].values()
+    title = f"{search.dims}-D K{search.neighbors} of {search.centers}"
+    return f"| {title} | {record['points']} | {own:.0f} | {other:.0f} | {timing.spread(ratio)} |"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints a line for each search and number of points; status 1 where one misses the gate."""
     parser = argparse.ArgumentParser(prog="python -m bench.nearest", description=__doc__.splitlines()[0])
@@ -72,6 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="all cores; 1 is timed in CPU time")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=20.0, help="time for each line (20)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON lines, appended")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     print(f"{options.device}, {options.threads} thread(s)")
@@ -81,12 +92,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for search in SEARCHES:
         for points in options.points:
             found = measure(search, points, options.threads, options.rounds, options.seconds, options.device)
-            own, other = found["ns"].values()
-            ratio, title = found["speedup"], f"{search.dims}-D K{search.neighbors} of {search.centers}"
-            passed = ratio["median"] >= GATE
+            passed = found["speedup"]["median"] >= GATE
             missed += not passed
-            verdict = "PASS" if passed else "short of it"
-            print(f"| {title} | {points} | {own:.0f} | {other:.0f} | {timing.spread(ratio)} | {verdict} |", flush=True)
+            record = {"kind": "nearest", "device": options.device, "threads": options.threads, "points": points}
+            record |= search._asdict() | found
+            print(row(record), "PASS |" if passed else "short of it |", flush=True)
+            if options.out is not None:
+                with options.out.open("a") as out:
+                    out.write(json.dumps(record | {"machine": machine.facts(options.device)}) + "\n")
     return 1 if missed else 0
 
 

@@ -26,18 +26,20 @@ from . import ROOT
 PHOTO = ROOT / "bench" / "data" / "photo.jpg"
 LOG2_SIZES = (12, 14, 15, 17)
 DIVISORS = (1, 2)  # of the picture's longer side: the finest resolutions that hash grids are tried with
-KEPT = ("model", "parameters", "psnr", "ssim", "seconds", "preparation_seconds", "lr", "config", "backend", "cpu_isa",
-        "threads", "torch", "camkernels")  # fmt: skip
+KEPT = ("model", "parameters", "seconds", "lr", "config", "backend", "cpu_isa", "threads", "torch", "camkernels")
+OF_A_JOB = {"image": ("psnr", "ssim", "preparation_seconds"), "shape": ("iou", "normal_error_degrees", "steps")}
 
 
-def fit(arguments: Sequence[str]) -> dict[str, Any]:
-    """Fits a picture by the command; the command and what its report says. Raises RuntimeError if it fails."""
+def fit(arguments: Sequence[str], job: str = "image") -> dict[str, Any]:
+    """Fits by the command; the command and what its report says. Raises RuntimeError if it fails."""
+    command = ["fit", job, *arguments]
     with tempfile.TemporaryDirectory() as folder:
-        status = camkernels(["fit", "image", *arguments, "--out", folder, "--quiet"])
+        status = camkernels([*command, "--out", folder, "--quiet"])
         if status:
-            raise RuntimeError(f"fit image {shlex.join(arguments)} ended with status {status}")
+            raise RuntimeError(f"{shlex.join(command)} ended with status {status}")
         report = json.loads((Path(folder) / "report.json").read_text())
-    return {"command": f"python -m camkernels fit image {shlex.join(arguments)}"} | {key: report[key] for key in KEPT}
+    found = {"command": f"python -m camkernels {shlex.join(command)}"}
+    return found | {key: report[key] for key in (*OF_A_JOB[job], *KEPT)}
 
 
 def rivals(common: Sequence[str], log2_size: int, resolutions: Sequence[int]) -> list[dict[str, Any]]:

@@ -8,14 +8,16 @@ gives it, or lists its rows.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
 from camkernels.optim import SparseRowAdam
 
-from . import timing
+from . import machine, timing
 
 ROWS, FEATURES = 1 << 19, 2
 SHARES = (0.001, 0.01, 0.1, 1.0)
@@ -59,12 +61,19 @@ def measure(rows: int, share: float, threads: int, rounds: int, seconds: float) 
     ]  # fmt: skip
 
 
+def row(record: dict) -> str:
+    """A line of the table."""
+    ratios = " | ".join(f"{ratio:.2f}" for ratio in record["times"])
+    return f"| {record['share']:.1%} | {record['optimizer']} | {record['ms']:.3f} | {ratios} |"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.optim_step", description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=ROWS, help="of the table (2^19)")
     parser.add_argument("--threads", type=int, default=1, help="1 is timed in CPU time, more in wall time")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=5.0, help="time for each share of the rows (5)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON lines, appended")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     print(f"{options.rows} rows x {FEATURES}, {options.threads} thread(s)")
@@ -72,8 +81,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
     for share in SHARES:
         for name, ms, times in measure(options.rows, share, options.threads, options.rounds, options.seconds):
-            ratios = " | ".join(f"{ratio:.2f}" for ratio in times)
-            print(f"| {share:.1%} | {name} | {ms:.3f} | {ratios} |", flush=True)
+            record = {"kind": "optim_step", "rows": options.rows, "threads": options.threads, "share": share}
+            record |= {"optimizer": name, "ms": ms, "times": times}
+            print(row(record), flush=True)
+            if options.out is not None:
+                with options.out.open("a") as out:
+                    out.write(json.dumps(record | {"machine": machine.facts()}) + "\n")
     return 0
 
 

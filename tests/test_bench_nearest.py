@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The benchmark of the nearest centres: what it prints, and that other answers are not timed."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -16,10 +17,11 @@ from bench import nearest  # noqa: E402
 
 
 @pytest.mark.parametrize("gate, status, verdict", [(0.0, 0, "PASS"), (1e9, 1, "short of it")])
-def test_a_line_for_each_search_and_the_verdict(gate, status, verdict, monkeypatch, capsys):
+def test_a_line_for_each_search_and_the_verdict(gate, status, verdict, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(nearest, "GATE", gate)
     monkeypatch.setattr(nearest, "SEARCHES", (nearest.Search(2, 1, 30), nearest.Search(3, 4, 50)))
-    assert nearest.main(["--points", "40", "90", "--rounds", "3", "--seconds", "0", "--threads", "1"]) == status
+    quick, out = ["--rounds", "3", "--seconds", "0", "--threads", "1"], tmp_path / "records.jsonl"
+    assert nearest.main(["--points", "40", "90", *quick, "--out", str(out)]) == status
     title, *lines = capsys.readouterr().out.splitlines()
     assert title == "cpu, 1 thread(s)"
     rows = [line.strip("| ").split(" | ") for line in lines[2:]]
@@ -27,6 +29,9 @@ def test_a_line_for_each_search_and_the_verdict(gate, status, verdict, monkeypat
         ["2-D K1 of 30", "40"], ["2-D K1 of 30", "90"], ["3-D K4 of 50", "40"], ["3-D K4 of 50", "90"]
     ]  # fmt: skip
     assert {row[-1] for row in rows} == {verdict}
+    kept = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [nearest.row(record).strip("| ").split(" | ") for record in kept] == [row[:-1] for row in rows]
+    assert all(record["machine"]["torch"] for record in kept)
 
 
 def test_other_answers_are_not_timed(monkeypatch):

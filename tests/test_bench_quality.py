@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""NeuRBF against a hash grid by the command that fits pictures."""
+"""NeuRBF against a hash grid by the command that fits pictures; what the command that fits shapes reaches."""
 
 import json
 import shlex
@@ -15,9 +15,10 @@ sys.path.insert(0, str(ROOT))
 for extra in ("PIL", "tqdm", "matplotlib", "scipy"):
     pytest.importorskip(extra)
 
-from bench import neurbf_quality  # noqa: E402
+from bench import neurbf_quality, shape_quality  # noqa: E402
 
 from camkernels.__main__ import main  # noqa: E402
+from camkernels.fields import SHAPE_MODELS  # noqa: E402
 from pictures import save, smooth  # noqa: E402
 
 
@@ -60,3 +61,19 @@ def test_the_documentation_quotes_the_results(name):
     runs = [json.loads(line) for line in (ROOT / "bench" / "results" / f"{name}.jsonl").read_text().splitlines()]
     rows = [neurbf_quality.row(group) for group in neurbf_quality.by_size(runs)]
     assert rows and all(row in text for row in rows)
+
+
+def test_every_mesh_is_fitted_with_every_model(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("skimage", reason="scikit-image is not installed (extra: shape)")
+    pytest.importorskip("trimesh", reason="trimesh is not installed (extra: shape)")
+    from camkernels.fit import shape
+
+    monkeypatch.setattr(shape, "INSIDE_POINTS", 500)
+    quick = ["--samples", "2000", "--resolution", "16", "--batch", "500"]
+    monkeypatch.setattr(shape_quality, "fit", lambda command, job: neurbf_quality.fit([*command, *quick], job))
+    out = tmp_path / "runs.jsonl"
+    assert shape_quality.main(["--meshes", str(shape_quality.MESHES[1]), "--steps", "2", "--out", str(out)]) == 0
+    runs = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(run["mesh"], run["model"]) for run in runs] == [("knot.ply", name) for name in SHAPE_MODELS]
+    assert capsys.readouterr().out.splitlines()[-2:] == [shape_quality.row(run) for run in runs]
+    assert all(0 <= run["iou"] <= 1 and run["normal_error_degrees"] > 0 for run in runs)

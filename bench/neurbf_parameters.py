@@ -8,7 +8,8 @@ import sys
 import torch
 
 from camkernels.fields import KPlanesKernels, NeuRBFField, NeuRBFImageField, TensoRFKernels
-from camkernels.fields.neurbf import BASE_RESOLUTION, affordable_kernels, hash_grid_parameters
+from camkernels.fields.hash import BASE_RESOLUTION
+from camkernels.fields.neurbf import affordable_kernels, hash_grid_parameters
 
 PICTURES = {(8000, 8000): "57.46 M", (3734, 6114): "34.62 M", (2040, 1356): "4.31 M (mean of 100)", (256, 256): "128 K"}
 SHAPES = {15: "856 K", 14: "448 K", 13: "", 12: "", 16: ""}  # log2 of the rows of a level

@@ -68,8 +68,9 @@ def test_every_mesh_is_fitted_with_every_model(tmp_path, capsys, monkeypatch):
     pytest.importorskip("trimesh", reason="trimesh is not installed (extra: shape)")
     from camkernels.fit import shape
 
-    monkeypatch.setattr(shape, "INSIDE_POINTS", 500)
-    quick = ["--samples", "2000", "--resolution", "16", "--batch", "500"]
+    for name, value in (("INSIDE_POINTS", 500), ("PICTURE_SIZE", (12, 8))):
+        monkeypatch.setattr(shape, name, value)
+    quick = ["--samples", "20000", "--resolution", "16", "--batch", "500"]
     monkeypatch.setattr(shape_quality, "fit", lambda command, job: neurbf_quality.fit([*command, *quick], job))
     out = tmp_path / "runs.jsonl"
     assert shape_quality.main(["--meshes", str(shape_quality.MESHES[1]), "--steps", "2", "--out", str(out)]) == 0

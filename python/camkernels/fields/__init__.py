@@ -16,7 +16,8 @@ from .fourier import CAMImageField, FourierImageField
 from .hash_cam import HashCAMField
 from .image import HashImageField
 from .mipnerf import MipNeRFField, RayModulation, spherical
-from .neurbf import NeuRBFField, NeuRBFImageField
+from .neurbf import NeuRBFField
+from .neurbf_image import NeuRBFImageField
 from .neurbf_radiance import KPlanesKernels, TensoRFKernels
 from .neurbf_shape import NeuRBFSDFField
 from .radiance import DynamicRadianceField, RadianceField

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import bisect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -14,12 +13,10 @@ from torch import Tensor, nn
 
 from .. import GridGeometry, HashGrid, ModulatedMLP, RadialBasis, modulated_mlp, nearest
 from .._backends import define
-from .._checks import check_shape, check_size
+from .._checks import check_size
 from .._radial_basis import shape_width
 from ..neighbors import kernel_shapes, second_moments, weighted_kmeans, width_bounds
 from .field import Field, half_cosine, linear_views
-from .hash import BASE_RESOLUTION
-from .image import pixel_centres
 
 INIT_SCALE = 1e-4  # features, hash table and their bias begin in U(-INIT_SCALE, INIT_SCALE)
 CONSTANTS = {"a0", "a1", "a2", "a3", "hg0.channels_keep", "cmin_gpu", "k_dims_0", "kci0"}  # of the public state_dict
@@ -222,11 +219,8 @@ class NeuRBFField(Field):
         super().load_official(given)
 
 
-# ---- pictures --------------------------------------------------------------------------------------------------------
+# ---- numbers of parameters -------------------------------------------------------------------------------------------
 
-PIXELS_PER_UNIT = 64
-FEATURES = 32  # of a kernel
-GRID_SHARE = 0.85  # of the parameters beside the decoder's, at most, where a picture's field is given their number
 REFERENCE_LEVELS, REFERENCE_FEATURES, REFERENCE_INPUTS = 16, 2, 32  # of the hash grid that NeuRBF is measured by
 
 
@@ -276,141 +270,3 @@ def affordable_kernels(
     kernel = features + dims + shape_width("symmetric" if shape == "full" and not stored else shape, dims)
     besides = sum(p.numel() for name, p in field.named_parameters() if not name.startswith("basis."))
     return (parameters - besides) // kernel
-
-
-def affordable_resolution(parameters: int, most: int, n_levels: int, features: int, log2_hashmap_size: int) -> int:
-    """The finest resolution, from 2 to `most`, whose NeuRBF grid of the plane has at most so many numbers; 2 if none.
-
-    >>> affordable_resolution(40_000, 512, n_levels=2, features=2, log2_hashmap_size=24)
-    140
-    """
-
-    def size(finest: int) -> int:
-        geometry = GridGeometry.build(
-            2, n_levels, features, log2_hashmap_size, min(BASE_RESOLUTION, finest), finest_resolution=finest,
-            convention="torch-ngp", align_corners=True,
-        )  # fmt: skip
-        return geometry.n_entries * features
-
-    return max(2, 1 + bisect.bisect_right(range(2, most + 1), parameters, key=size))
-
-
-def edge_strength(picture: Tensor) -> Tensor:
-    """[height, width, channels] -> [height, width]: the length of the Sobel gradient over both axes and all channels.
-
-    Pixels beyond the border are those on it.
-
-    >>> edge_strength(torch.arange(4.0).expand(3, 4).unsqueeze(-1))[1].tolist()
-    [0.5, 1.0, 1.0, 0.5]
-    """
-    across = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]], device=picture.device) / 8
-    sobel = torch.stack([across, across.T]).unsqueeze(1).to(picture.dtype)
-    padded = nn.functional.pad(picture.movedim(-1, 0).unsqueeze(1), (1, 1, 1, 1), mode="replicate")
-    return nn.functional.conv2d(padded, sobel).square().sum((0, 1)).sqrt()
-
-
-def _kernels(
-    parameters: int | None, least: int, half_extent: Sequence[float], channels: int, options: Mapping[str, Any]
-) -> int:
-    """How many kernels a picture's field has: what the parameters have room for, or else what a hash grid's have."""
-    if parameters is None:
-        names = ("log2_hashmap_size", "base_resolution", "finest_resolution", "width", "hidden_layers")
-        budget = hash_grid_parameters(2, channels, **{name: options[name] for name in names})
-        return max(affordable_kernels(budget, half_extent, channels, **options), least)
-    kernels = affordable_kernels(parameters, half_extent, channels, stored=True, **options)
-    if kernels < 1:
-        raise ValueError(
-            f"NeuRBFImageField: {parameters} parameters have no room for a kernel beside the grid and the decoder; ask "
-            "for more of them, or for fewer levels or less width"
-        )
-    return kernels
-
-
-class NeuRBFImageField(NeuRBFField):
-    """A picture by NeuRBF: x [..., 2] in [0, 1] -> [..., channels], about in [0, 1], not clamped.
-
-    size: (width, height) in pixels, 1/64 of a unit each. parameters: how many numbers the field may hold. None for
-    finest_resolution: half the longer side, or less where the grid would take more than 0.85 of the parameters beside
-    the decoder's. None for kernels: as many as the parameters have room for, or, where those are None, as a hash grid
-    of 16 levels and an MLP have parameters for (`affordable_kernels`). `adapt` puts them at the edges of the picture.
-    Raises ValueError where the parameters have no room for a kernel, and for both at once.
-    `NeuRBFImageField(**field.config)` has the same parameters.
-
-    Source: Chen et al., "NeuRBF: A Neural Fields Representation with Adaptive Radial Basis Functions", ICCV 2023,
-    configs/img.py.
-
-    >>> import torch
-    >>> field = NeuRBFImageField(size=(64, 48))
-    >>> field.adapt(torch.rand(48, 64, 3))
-    >>> field(torch.rand(5, 2)).shape
-    torch.Size([5, 3])
-    """
-
-    # The public code, which does many more steps, has rates of 1e-2 for the decoder and 5e-3 for the others.
-    learning_rate = 5e-3
-    grid_factor = 4.0
-    feature_factor = 2.0
-
-    def __init__(
-        self,
-        channels: int = 3,
-        size: Sequence[int] = (512, 512),
-        kernels: int | None = None,
-        neighbors: int = 4,
-        n_levels: int = 2,
-        n_features_per_level: int = 2,
-        log2_hashmap_size: int = 24,
-        finest_resolution: int | None = None,
-        width: int = 64,
-        hidden_layers: int = 2,
-        feature_waves: tuple[float, float] = (2.0**-3, 2.0**12),
-        parameters: int | None = None,
-        *,
-        backend: str | None = None,
-    ):
-        for name, count in (("channels", channels), ("width of size", size[0]), ("height of size", size[1])):
-            check_size("NeuRBFImageField", name, count)
-        if kernels is not None and parameters is not None:
-            raise ValueError("NeuRBFImageField: kernels and parameters were both given; leave one of them out")
-        finest = max(2, max(size) // 2) if finest_resolution is None else finest_resolution
-        if parameters is not None and finest_resolution is None:
-            decoder = mlp_parameters(n_levels * n_features_per_level + FEATURES, channels, width, hidden_layers)
-            share = int(GRID_SHARE * (parameters - decoder))
-            finest = affordable_resolution(share, finest, n_levels, n_features_per_level, log2_hashmap_size)
-        base = min(BASE_RESOLUTION, finest)
-        half_extent = [side / 2 / PIXELS_PER_UNIT for side in size]
-        options = {
-            "n_levels": n_levels, "n_features_per_level": n_features_per_level, "width": width,
-            "log2_hashmap_size": log2_hashmap_size, "base_resolution": base, "finest_resolution": finest,
-            "hidden_layers": hidden_layers, "features": FEATURES, "feature_waves": tuple(feature_waves),
-        }  # fmt: skip
-        if kernels is None:
-            kernels = min(_kernels(parameters, neighbors, half_extent, channels, options), size[0] * size[1])
-        neighbors = min(neighbors, kernels)
-        super().__init__(half_extent, channels, kernels, neighbors=neighbors, backend=backend, **options)
-        self.config = {
-            "channels": channels, "size": list(size), "kernels": kernels, "neighbors": neighbors,
-            "n_levels": n_levels, "n_features_per_level": n_features_per_level,
-            "log2_hashmap_size": log2_hashmap_size, "finest_resolution": finest, "width": width,
-            "hidden_layers": hidden_layers, "feature_waves": list(feature_waves),
-        }  # fmt: skip
-
-    def adapt(
-        self,
-        picture: Tensor,
-        *,
-        generator: torch.Generator | None = None,
-        progress: Callable[[Iterable[int]], Iterable[int]] = iter,
-    ) -> None:
-        """Puts the kernels where the picture [height, width, channels] changes, by its `edge_strength`.
-
-        Where fewer pixels than there are kernels have any, all pixels get the mean in addition. generator, progress:
-        `place`. Raises ValueError for a picture of another size, or of fewer pixels than there are kernels.
-        """
-        width, height = self.config["size"]
-        check_shape("NeuRBFImageField", "picture", picture, [height, width, "channels"], "the field has this size")
-        weights = edge_strength(picture).flatten()
-        if int((weights > 0).sum()) < len(self.basis.centers):
-            weights = weights + (weights.mean() if weights.any() else 1)
-        x = pixel_centres(torch.arange(width * height, device=picture.device), width, height)
-        self.place(x, weights, (width, height), generator=generator, progress=progress)

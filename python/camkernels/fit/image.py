@@ -59,8 +59,8 @@ class Options(CommonOptions):
 DEFAULT_MODEL = "hash"
 MOST_STEPS = 100_000  # where only a target is given
 SMALLEST_LOG2_SIZE, LARGEST_LOG2_SIZE = 14, 24
-# Of NeuRBF's field; the public code has 2 levels and waves up to 2^12, for runs hundreds of times as long.
-NEURBF = {"n_levels": 8, "feature_waves": [2.0**-3, 2.0**6]}
+# Of NeuRBF's field; the public code has 2 levels and faster waves, for runs hundreds of times as long.
+NEURBF = {"n_levels": 8, "feature_waves": [2.0**-3, 2.0**6], "decoder_waves": [5.0, 80.0]}
 
 
 class Pixels:

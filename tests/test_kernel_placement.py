@@ -81,6 +81,23 @@ def test_a_seed_draws_one_start_and_points_without_weight_never():
     assert len(drawn.unique()) == 40 and drawn.min() >= 250
 
 
+def test_centers_and_moments_have_the_same_bits_for_any_number_of_threads():
+    generator = torch.Generator().manual_seed(0)
+    points, weights = torch.rand(50_000, 2, generator=generator), torch.rand(50_000, generator=generator)
+
+    def placed(threads):
+        torch.set_num_threads(threads)
+        centers = weighted_kmeans(points, weights, 20, iterations=3, generator=torch.Generator().manual_seed(1))
+        return centers, second_moments(points, weights, centers)
+
+    before = torch.get_num_threads()
+    try:
+        alone, together = placed(1), placed(2)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
 def test_starts_are_drawn_in_proportion_to_the_weights():
     points, weights = torch.arange(2.0).unsqueeze(-1), torch.tensor([1.0, 3.0])
     generator = torch.Generator().manual_seed(0)

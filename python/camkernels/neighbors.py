@@ -251,7 +251,8 @@ def weighted_kmeans(
     The result has the points' dtype. An iteration moves each centre to the weighted mean, in float64, of the points
     nearest to it; one without points stays. Points without weight do not count. start: rows of points [count], or
     centres [count, d]; None draws rows without replacement, with probabilities in proportion to the weights, from the
-    generator. progress wraps the iterations of a long run: tqdm.tqdm.
+    generator. Sums have one order, so that a start, or a seed, gives the same bits again on a device. progress wraps
+    the iterations of a long run: tqdm.tqdm.
 
     Raises ValueError for shapes, negative weights and fewer points with weight than count, TypeError for dtypes.
 
@@ -366,6 +367,7 @@ def _summable(weights: Tensor) -> Tensor:
 
 def _means(weighted: Tensor, masses: Tensor, rows: Tensor, otherwise: Tensor) -> Tensor:
     """Of each row, the sum of what is weighted [N, *] over that of masses [N, 1]; otherwise [n, *] where none is."""
-    total = torch.zeros_like(otherwise).index_add_(0, rows, weighted)
-    mass = masses.new_zeros(len(otherwise), 1).index_add_(0, rows, masses)
+    total, mass = torch.zeros_like(otherwise), masses.new_zeros(len(otherwise), 1)
+    for sums, parts in ((total, weighted), (mass, masses)):
+        sums.index_put_((rows,), parts, accumulate=True)  # in one order in float64, also on CUDA, unlike index_add_
     return torch.where(mass > 0, total / mass, otherwise)

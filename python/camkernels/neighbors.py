@@ -180,10 +180,11 @@ def nearest(
     """The k centres nearest to each point: int32 [..., k], the nearest first, equally near ones by their rows.
 
     x [..., d], centers [n, d], d from 1 to 4, k from 1 to n. Distances are those of the offsets in float64, for all
-    dtypes. index: a `NeighborIndex` of the same centers, which saves building one. return_squared_distances:
-    (neighbours, squared distances [..., k] in float32, or float64 if x or centers are). Nothing is differentiable.
-    Where it runs: `NeighborIndex`. A graph of torch.compile or torch.export holds the search, torch.vmap goes over x;
-    index must be None there, and those of the last four centers are remembered.
+    dtypes. index: a `NeighborIndex` of the same centers, which saves building one; it is compared with them by value,
+    which waits for a GPU, whereas `index.search(x, k)` does not wait. return_squared_distances: (neighbours, squared
+    distances [..., k] in float32, or float64 if x or centers are). Nothing is differentiable. Where it runs:
+    `NeighborIndex`. A graph of torch.compile or torch.export holds the search, torch.vmap goes over x; index must be
+    None there, and those of the last four centers are remembered.
 
     Raises ValueError for shapes, k, mixed devices, an index of other centers and coordinates that are not finite,
     TypeError for dtypes. On a GPU x is not looked at, unless CAMKERNELS_CHECK=1, because the host would wait for the

@@ -154,8 +154,9 @@ class RadialBasis(KeepsFrequencies, KeepsGeometry):
     wide as a regular grid of as many would be, and `features` [count, features], from U(-1e-4, 1e-4); only those named
     in `trainable` require gradients. neighbors: how many, or None for all kernels; forward also takes the neighbours
     themselves, as `camkernels.nearest` finds them. Without, they are searched in a `NeighborIndex`, which is kept
-    until centers change. `camkernels.neighbors` places centers and shapes where the data are. A state_dict also holds
-    the options; one with others is refused, one without them (bare parameters) is accepted.
+    until centers change; each call compares them by value, which waits for a GPU, whereas `forward(x, neighbors)` with
+    neighbours found once does not wait. `camkernels.neighbors` places centers and shapes where the data are. A
+    state_dict also holds the options; one with others is refused, one without them (bare parameters) is accepted.
 
     The other arguments, and the errors: `radial_basis`.
 

@@ -158,7 +158,8 @@ class RadialBasis(KeepsFrequencies, KeepsGeometry):
     neighbours found once does not wait. `camkernels.neighbors` places centers and shapes where the data are. A
     state_dict also holds the options; one with others is refused, one without them (bare parameters) is accepted.
 
-    The other arguments, and the errors: `radial_basis`.
+    Trained shapes may become matrices that are not positive, which follow the formula: `camkernels.reference`. The
+    other arguments, and the errors: `radial_basis`.
 
     >>> layer = RadialBasis(100, dims=2, features=8, frequencies=torch.logspace(-3, 12, 8, base=2.0))
     >>> layer(torch.rand(5, 2)).shape, [name for name, p in layer.named_parameters() if p.requires_grad]

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Exact nearest centres, and kernels placed where the data are: weighted k-means and the shapes of its clusters."""
+"""Exact nearest centres; kernels placed where the data are, by weighted k-means and the shapes of its clusters, or on a
+regular grid."""
 
 from __future__ import annotations
 
@@ -26,8 +27,18 @@ from ._modulation import compute_dtype
 from ._neighbor_cells import build
 from ._neighbor_fallbacks import search_all, search_tree, tree
 from ._radial_basis import MOST_DIMS, SHAPES, can_look_at, has_values
+from ._regular_grid import grid_centers, grid_neighbors
 
-__all__ = ["NeighborIndex", "kernel_shapes", "nearest", "second_moments", "weighted_kmeans", "width_bounds"]
+__all__ = [
+    "NeighborIndex",
+    "grid_centers",
+    "grid_neighbors",
+    "kernel_shapes",
+    "nearest",
+    "second_moments",
+    "weighted_kmeans",
+    "width_bounds",
+]
 
 # ---- operators -------------------------------------------------------------------------------------------------------
 # nearest: x [m, d] in float32 or float64; points of the same dtype, rows, starts, cuts and slabs: Cells of n centres ->

@@ -43,6 +43,16 @@ def test_many_points_as_the_cpu_finds_them(dims: int, count: int, k: int) -> Non
     assert all(torch.equal(a.cpu(), b) for a, b in zip(found, wanted, strict=True))
 
 
+def test_a_seed_places_kernels_with_the_same_bits_again() -> None:
+    points, weights = rand(200_000, 2).to(DEVICE), rand(200_000, seed=1).to(DEVICE)
+    found = []
+    for _ in range(3):  # with thousands of points to a sum
+        generator = torch.Generator(DEVICE).manual_seed(0)
+        centers = neighbors.weighted_kmeans(points, weights, 20, iterations=3, generator=generator)
+        found.append(torch.cat([centers, neighbors.second_moments(points, weights, centers)], -1))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
 @NO_GPU
 def test_a_search_does_not_wait_for_the_device() -> None:
     index, x = NeighborIndex(rand(5000, 3).to(DEVICE)), rand(20_000, 3, seed=1).to(DEVICE)

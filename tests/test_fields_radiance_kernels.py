@@ -103,6 +103,24 @@ def test_weights_of_a_volume():
     assert torch.allclose(weights, expected.expand(3, 3, 5))
 
 
+def test_weights_up_to_a_share_of_their_mean_are_dropped():
+    features = torch.tensor([0.0, 1.0, 3.0, 6.0]).expand(1, 3, 3, 4)
+    weights = volume_weights(torch.full((3, 3, 4), 1.0), features)  # as 0.5, 1.5, 2.5, 1.5, whose mean is 1.5
+    for threshold, dropped in ((0.0, []), (0.3, []), (0.5, [0]), (1.1, [0, 1, 3])):
+        expected = weights.clone()
+        expected[..., dropped] = 0
+        assert torch.equal(volume_weights(torch.full((3, 3, 4), 1.0), features, threshold=threshold), expected)
+
+
+def test_iterations_of_the_placement_are_chosen_and_seen():
+    points, weights, seen = torch.rand(50, 3), torch.ones(50), []
+    KPlanesKernels(9, 4).place(
+        points, weights, [0] * 3, [1] * 3, [8] * 3, iterations=2,
+        progress=lambda steps: (seen.append(i) or i for i in steps),
+    )  # fmt: skip
+    assert seen == [0, 1]
+
+
 def test_features_that_are_alike_everywhere_weigh_nothing():
     assert not volume_weights(torch.ones(4, 4, 4), torch.ones(3, 4, 4, 4)).any()
 

@@ -143,6 +143,50 @@ def test_check_finds_a_difference(few, monkeypatch, capsys):
     assert "2 of 2 cases DIFFER" in out and "8 of 8 comparisons failed" in out and "times the tolerance" in out
 
 
+@pytest.mark.parametrize("op", _check.WITHOUT_DERIVATIVES)
+def test_check_compares_ops_without_derivatives(op, capsys):
+    cases = {op: _check.WITHOUT_DERIVATIVES[op]}
+    assert _check.check_backends(cases) == 0
+    out = capsys.readouterr().out
+    if _check._reason("cpu", op) is None:
+        assert f"{op:22} cpu      bfloat16  {len(cases[op])} cases agree" in out
+
+
+def test_check_finds_wrong_neighbors(few, monkeypatch, capsys):
+    """Of equally near centers the later ones."""
+    monkeypatch.setattr(_check, "search_methods", lambda backend: ["exhaustive"])
+    cases = {"nearest": _check.WITHOUT_DERIVATIVES["nearest"]}
+    assert _check.check_backends(cases) == 0
+    search = camkernels.neighbors.search_all
+
+    def flipped(centers, x, k):
+        rows, squares = search(centers.flip(0), x, k)
+        return len(centers) - 1 - rows, squares
+
+    monkeypatch.setattr(camkernels.neighbors, "search_all", flipped)
+    assert _check.check_backends(cases) == 1
+    out = capsys.readouterr().out
+    assert "4 of 4 cases DIFFER" in out and "exhaustive: " in out and "points differ for k=1" in out
+
+
+@pytest.mark.parametrize("what", range(4))
+def test_check_finds_a_wrong_step(what, few, monkeypatch, capsys):
+    errors = [0] * 4  # of values, moments and counts of steps
+
+    def step(*arguments):
+        state, (gradient, rows, _, lr, *betas, eps) = arguments[:4], arguments[4:]
+        camkernels.reference.sparse_row_adam(*state, gradient, rows, lr=lr, betas=betas, eps=eps)
+        for t, error in zip(state, errors, strict=True):
+            t.add_(error)
+
+    monkeypatch.setattr(_check.optim, "_STEP", step)
+    cases = {"sparse_row_adam": _check.WITHOUT_DERIVATIVES["sparse_row_adam"]}
+    assert _check.check_backends(cases) == 0
+    errors[what] = 1
+    assert _check.check_backends(cases) == 1
+    assert "2 of 2 cases DIFFER" in capsys.readouterr().out
+
+
 def test_check_is_of_exact_products(few, monkeypatch):
     """Whatever the environment allows, which is as it was behind it."""
     seen = []
@@ -159,6 +203,7 @@ def test_check_is_of_exact_products(few, monkeypatch):
 
 def test_check_without_any_backend(monkeypatch, capsys):
     monkeypatch.setattr(_check, "reason_against", lambda backend, op: "nothing was built")
+    monkeypatch.setattr(_check, "search_methods", lambda backend: [])
     assert main(["check"]) == 0
     assert "nothing to compare" in capsys.readouterr().out
 

@@ -68,6 +68,50 @@ def test_the_symmetric_form_packs_the_full_one(clusters):
     assert torch.equal(shapes["symmetric"], shapes["full"][:, [0, 1, 3]])
 
 
+BOUNDS = (torch.full((3,), 0.01), torch.full((3,), 2.0))
+
+
+def moments_of(values):
+    """Full matrices [n, 9] of these eigenvalues [n, 3], in axes of any direction."""
+    values = torch.tensor(values, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    axes = torch.linalg.qr(torch.randn(len(values), 3, 3, generator=generator, dtype=torch.float64)).Q
+    return ((axes * values.unsqueeze(-2)) @ axes.mT).flatten(1)
+
+
+def widths_of(shapes, shape):
+    matrices = shapes.double().unflatten(1, (3, 3))
+    return torch.linalg.svdvals(matrices) ** -1 if shape == "projected" else torch.linalg.eigvalsh(matrices).rsqrt()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", ["full", "projected"])
+def test_matrices_are_projected_to_positive_ones_on_demand(shape, dtype):
+    moments = moments_of([[-0.5, 1.0, 1.5], [1e-9, 0.25, 1.0], [0.0, 0.0, 1.0]] * 20).to(dtype)
+    plain = kernel_shapes(moments[::3], BOUNDS, shape=shape)  # of the first kind, which have inverses
+    assert (widths_of(plain, shape).isnan() if shape == "full" else plain.isnan()).any(-1).sum() > 10
+    widths = widths_of(kernel_shapes(moments, BOUNDS, shape=shape, positive=True), shape)
+    assert ((widths > 0.00999) & (widths < 2)).all()
+
+
+@pytest.mark.parametrize("shape", ["diagonal", "full", "projected", "symmetric"])
+def test_a_projection_leaves_positive_matrices_alone(shape):
+    moments = moments_of([[0.01, 0.25, 1.0], [0.3, 0.4, 0.5]])
+    moments = moments[:, {"diagonal": [0, 4, 8], "symmetric": [0, 1, 2, 4, 5, 8]}.get(shape, list(range(9)))]
+    plain, projected = (kernel_shapes(moments, BOUNDS, shape=shape, positive=positive) for positive in (False, True))
+    if shape == "projected":  # rows are defined up to sign
+        plain, projected = (t.unflatten(1, (3, 3)).mT @ t.unflatten(1, (3, 3)) for t in (plain, projected))
+    torch.testing.assert_close(projected, plain, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_projection_is_positive_in_its_dtype_whatever_the_least_width(dtype):
+    moments = moments_of([[-0.5, 1.0, 1.5], [0.0, 0.0, 1.0], [-1.0, 0.5, 0.5]] * 200).to(dtype)
+    bounds = torch.full((3,), 1e-6), torch.full((3,), 4.0)
+    shapes = kernel_shapes(moments, bounds, positive=True)
+    assert shapes.dtype == dtype and (torch.linalg.eigvalsh(shapes.double().unflatten(1, (3, 3))) > 0).all()
+
+
 def test_a_seed_draws_one_start_and_points_without_weight_never():
     generator = torch.Generator().manual_seed(3)
     points, weights = torch.rand(500, 3, generator=generator), torch.rand(500, generator=generator)
@@ -79,6 +123,23 @@ def test_a_seed_draws_one_start_and_points_without_weight_never():
     assert torch.equal(first, again) and not torch.equal(first, other)
     drawn = (first.unsqueeze(1) == points).all(-1).nonzero()[:, 1]
     assert len(drawn.unique()) == 40 and drawn.min() >= 250
+
+
+def test_centers_and_moments_have_the_same_bits_for_any_number_of_threads():
+    generator = torch.Generator().manual_seed(0)
+    points, weights = torch.rand(50_000, 2, generator=generator), torch.rand(50_000, generator=generator)
+
+    def placed(threads):
+        torch.set_num_threads(threads)
+        centers = weighted_kmeans(points, weights, 20, iterations=3, generator=torch.Generator().manual_seed(1))
+        return centers, second_moments(points, weights, centers)
+
+    before = torch.get_num_threads()
+    try:
+        alone, together = placed(1), placed(2)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
 def test_starts_are_drawn_in_proportion_to_the_weights():

@@ -81,6 +81,36 @@ def test_neighbors_are_exact(monkeypatch, method, cloud, dims, dtype):
         assert torch.equal(rows.long(), wanted[0]) and torch.equal(squares, wanted[1].to(dtype))
 
 
+def draw(seed):
+    """Points, centers, some of them alike, and k: of any sizes, anywhere or on a lattice, as the points are then."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(*shape):
+        return torch.rand(shape, generator=generator, dtype=torch.float64)
+
+    def one_of(*choices):
+        return choices[int(len(choices) * uniform())]
+
+    dims, count, points = one_of(1, 2, 3, 4), int(2 ** (11 * uniform())), one_of(1, 30, 200)
+    size, dtype = uniform(dims) * one_of(1e-6, 1.0, 1e6), one_of(torch.float64, torch.float32, torch.bfloat16)
+    centers, x = uniform(count, dims), 2 * uniform(points, dims) - 0.5
+    if one_of(False, True):
+        centers, x = (centers * 4).round(), (x * 8).round() / 2
+    alike = uniform(count) < one_of(0.0, 0.1, 0.9)
+    centers[alike] = centers[(uniform(int(alike.sum())) * count).long()]
+    return (x * size).to(dtype), (centers * size).to(dtype), min(count, one_of(1, 2, 5, 40))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("seed", range(30))
+def test_neighbors_of_random_draws_are_exact(monkeypatch, method, seed):
+    use(monkeypatch, method)
+    x, centers, k = draw(seed)
+    rows, squares = nearest(x, centers, k, return_squared_distances=True)
+    wanted = expected(x, centers, k)
+    assert torch.equal(rows.long(), wanted[0]) and torch.equal(squares, wanted[1].to(squares.dtype))
+
+
 def test_centers_that_span_more_than_the_largest_number():
     """All squares are infinite but those of a center itself: ties go by row."""
     centers = 1.7e308 * torch.linspace(-1, 1, 300, dtype=torch.float64).unsqueeze(-1)

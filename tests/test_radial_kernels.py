@@ -41,15 +41,39 @@ def test_more_pairs_than_are_kept_at_a_time_and_more_kernels_than_pairs(sizes, b
         testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11, name=name)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("largest", [1.0, 1e3, 9.9e5, 1e8])
-def test_phases_of_any_size_keep_the_digits_of_float32(largest, backend):
-    one, phase = torch.ones(1, 1), (rand(4096) * 2 - 1).mul(largest).float().requires_grad_()
+def waves_of(phase, dtype, backend):
+    """sin(phase) [n], by one kernel of weight 1, in the dtype of features."""
+    one, constants = torch.ones(1, 1), torch.zeros(len(phase))
     y = camkernels.radial_basis(
-        one, one, one, torch.ones(1, 4096), kind="qd", frequencies=torch.zeros(4096), phase=phase, backend=backend
-    )
+        one, one, one, torch.ones(1, len(phase), dtype=dtype), kind="qd", frequencies=constants, phase=phase,
+        backend=backend,
+    )  # fmt: skip
+    return y[0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("largest", [1.0, 1e3, 9.9e5, 1e8])
+def test_phases_of_any_size_keep_the_digits_of_float32(largest, dtype, backend):
+    """Whatever the features are stored in: a value below 1 is rounded to it once, by half an ulp at most."""
+    phase = (rand(4096) * 2 - 1).mul(largest).float().requires_grad_()
+    y = waves_of(phase, dtype, backend)
     (slope,) = torch.autograd.grad(y.sum(), phase)
-    assert (y[0] - phase.double().sin()).abs().max() < 1.3e-7 and (slope - phase.double().cos()).abs().max() < 1.3e-7
+    rounding = 0 if dtype == torch.float32 else torch.finfo(dtype).eps / 4
+    assert y.dtype == dtype and (y - phase.double().sin()).abs().max() < 1.3e-7 + rounding
+    assert slope.dtype == torch.float32 and (slope - phase.double().cos()).abs().max() < 1.3e-7
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_phases_stay_float32_under_autocast(dtype, backend):
+    phase = (rand(4096) * 8192 - 4096).float().requires_grad_()
+    y = waves_of(phase, torch.float32, backend)
+    with torch.autocast("cpu", dtype):
+        rounded = waves_of(phase, torch.float32, backend)
+    assert torch.equal(rounded, y.to(dtype))
+    slopes = [torch.autograd.grad(v.float().sum(), phase)[0] for v in (y, rounded)]
+    assert torch.equal(*slopes)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

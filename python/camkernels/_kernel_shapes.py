@@ -30,21 +30,29 @@ def kernel_shapes(
     *,
     kind: str = "ivq",
     shape: str = "full",
+    positive: bool = False,
 ) -> Tensor:
     """Shapes [n, s] of `radial_basis` for kernels with `second_moments` [n, s] in the same form, so that most kinds are
     1/2 at a distance of the root of the moment.
 
     bounds: the least and the greatest half-width [d], as `width_bounds` gives them; beyond them moments are clipped,
     and those off the diagonal to 0.999 of what a positive matrix can have. In three axes and more a matrix may
-    nevertheless not be positive; "projected" is NaN there.
+    nevertheless not be positive; "projected" is NaN there, and the other forms follow the formula, which has a pole.
+    positive=True makes all of them positive: along no axis of its ellipsoid is a kernel narrower than the narrowest
+    bound, nor so narrow beside the other axes that rounding hides it.
 
-    Raises ValueError for shapes and values, TypeError for dtypes.
+    Raises ValueError for shapes and values, TypeError for dtypes, torch.linalg.LinAlgError for a matrix without an
+    inverse, which positive=True gives one.
 
     Source: initialisation of Chen et al., "NeuRBF", ICCV 2023.
 
     >>> import torch
     >>> kernel_shapes(torch.full((1, 2), 0.25), (torch.zeros(2), torch.ones(2)), shape="diagonal").tolist()
     [[4.0, 4.0]]
+    >>> moments = torch.tensor([[1.0, 0.9, -0.9, 0.9, 1.0, 0.9, -0.9, 0.9, 1.0]])  # of no cluster in three axes
+    >>> shapes = kernel_shapes(moments, (torch.full((3,), 0.5), torch.ones(3)), positive=True)
+    >>> torch.linalg.eigvalsh(shapes.unflatten(1, (3, 3))).min() > 0
+    tensor(True)
     """
     op = "kernel_shapes"
     check_floating(op, "moments", moments)
@@ -70,7 +78,7 @@ def kernel_shapes(
         return (clipped.rsqrt() if kind == "nlin" else 1 / clipped).to(dtype)
     matrices = _clipped(_matrices(moments, shape, dims), least, most)
     _check_widths(op, matrices.diagonal(dim1=-2, dim2=-1))
-    inverse = torch.linalg.inv(matrices)
+    inverse = _positive_inverse(matrices, least.min(), dtype) if positive else torch.linalg.inv(matrices)
     if shape != "projected":
         return matrix_rows(inverse, shape).to(dtype)
     values, vectors = torch.linalg.eigh(inverse)
@@ -107,3 +115,10 @@ def _clipped(matrices: Tensor, least: Tensor, most: Tensor) -> Tensor:
     diagonal = matrices.diagonal(dim1=-2, dim2=-1).clamp(least, most)
     bound = 0.999 * (diagonal.unsqueeze(-1) * diagonal.unsqueeze(-2)).sqrt()
     return matrices.clamp(-bound, bound).diagonal_scatter(diagonal, dim1=-2, dim2=-1)
+
+
+def _positive_inverse(matrices: Tensor, least: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of the nearest matrices with no eigenvalue below `least`; in float64, and positive also when rounded to dtype."""
+    values, vectors = torch.linalg.eigh((matrices + matrices.mT).double() / 2)
+    values = values.maximum(least).maximum(64 * torch.finfo(dtype).eps * values[..., -1:])
+    return (vectors / values.unsqueeze(-2)) @ vectors.mT

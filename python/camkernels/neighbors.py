@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Exact nearest centres, and kernels placed where the data are: weighted k-means and the shapes of its clusters."""
+"""Exact nearest centres; kernels placed where the data are, by weighted k-means and the shapes of its clusters, or on a
+regular grid."""
 
 from __future__ import annotations
 
@@ -26,8 +27,18 @@ from ._modulation import compute_dtype
 from ._neighbor_cells import build
 from ._neighbor_fallbacks import search_all, search_tree, tree
 from ._radial_basis import MOST_DIMS, SHAPES, can_look_at, has_values
+from ._regular_grid import grid_centers, grid_neighbors
 
-__all__ = ["NeighborIndex", "kernel_shapes", "nearest", "second_moments", "weighted_kmeans", "width_bounds"]
+__all__ = [
+    "NeighborIndex",
+    "grid_centers",
+    "grid_neighbors",
+    "kernel_shapes",
+    "nearest",
+    "second_moments",
+    "weighted_kmeans",
+    "width_bounds",
+]
 
 # ---- operators -------------------------------------------------------------------------------------------------------
 # nearest: x [m, d] in float32 or float64; points of the same dtype, rows, starts, cuts and slabs: Cells of n centres ->
@@ -180,10 +191,11 @@ def nearest(
     """The k centres nearest to each point: int32 [..., k], the nearest first, equally near ones by their rows.
 
     x [..., d], centers [n, d], d from 1 to 4, k from 1 to n. Distances are those of the offsets in float64, for all
-    dtypes. index: a `NeighborIndex` of the same centers, which saves building one. return_squared_distances:
-    (neighbours, squared distances [..., k] in float32, or float64 if x or centers are). Nothing is differentiable.
-    Where it runs: `NeighborIndex`. A graph of torch.compile or torch.export holds the search, torch.vmap goes over x;
-    index must be None there, and those of the last four centers are remembered.
+    dtypes. index: a `NeighborIndex` of the same centers, which saves building one; it is compared with them by value,
+    which waits for a GPU, whereas `index.search(x, k)` does not wait. return_squared_distances: (neighbours, squared
+    distances [..., k] in float32, or float64 if x or centers are). Nothing is differentiable. Where it runs:
+    `NeighborIndex`. A graph of torch.compile or torch.export holds the search, torch.vmap goes over x; index must be
+    None there, and those of the last four centers are remembered.
 
     Raises ValueError for shapes, k, mixed devices, an index of other centers and coordinates that are not finite,
     TypeError for dtypes. On a GPU x is not looked at, unless CAMKERNELS_CHECK=1, because the host would wait for the
@@ -251,7 +263,8 @@ def weighted_kmeans(
     The result has the points' dtype. An iteration moves each centre to the weighted mean, in float64, of the points
     nearest to it; one without points stays. Points without weight do not count. start: rows of points [count], or
     centres [count, d]; None draws rows without replacement, with probabilities in proportion to the weights, from the
-    generator. progress wraps the iterations of a long run: tqdm.tqdm.
+    generator. Sums have one order, so that a start, or a seed, gives the same bits again on a device. progress wraps
+    the iterations of a long run: tqdm.tqdm.
 
     Raises ValueError for shapes, negative weights and fewer points with weight than count, TypeError for dtypes.
 
@@ -366,6 +379,7 @@ def _summable(weights: Tensor) -> Tensor:
 
 def _means(weighted: Tensor, masses: Tensor, rows: Tensor, otherwise: Tensor) -> Tensor:
     """Of each row, the sum of what is weighted [N, *] over that of masses [N, 1]; otherwise [n, *] where none is."""
-    total = torch.zeros_like(otherwise).index_add_(0, rows, weighted)
-    mass = masses.new_zeros(len(otherwise), 1).index_add_(0, rows, masses)
+    total, mass = torch.zeros_like(otherwise), masses.new_zeros(len(otherwise), 1)
+    for sums, parts in ((total, weighted), (mass, masses)):
+        sums.index_put_((rows,), parts, accumulate=True)  # in one order in float64, also on CUDA, unlike index_add_
     return torch.where(mass > 0, total / mass, otherwise)

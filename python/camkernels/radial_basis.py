@@ -154,10 +154,12 @@ class RadialBasis(KeepsFrequencies, KeepsGeometry):
     wide as a regular grid of as many would be, and `features` [count, features], from U(-1e-4, 1e-4); only those named
     in `trainable` require gradients. neighbors: how many, or None for all kernels; forward also takes the neighbours
     themselves, as `camkernels.nearest` finds them. Without, they are searched in a `NeighborIndex`, which is kept
-    until centers change. `camkernels.neighbors` places centers and shapes where the data are. A state_dict also holds
-    the options; one with others is refused, one without them (bare parameters) is accepted.
+    until centers change; each call compares them by value, which waits for a GPU, whereas `forward(x, neighbors)` with
+    neighbours found once does not wait. `camkernels.neighbors` places centers and shapes where the data are. A
+    state_dict also holds the options; one with others is refused, one without them (bare parameters) is accepted.
 
-    The other arguments, and the errors: `radial_basis`.
+    Trained shapes may become matrices that are not positive, which follow the formula: `camkernels.reference`. The
+    other arguments, and the errors: `radial_basis`.
 
     >>> layer = RadialBasis(100, dims=2, features=8, frequencies=torch.logspace(-3, 12, 8, base=2.0))
     >>> layer(torch.rand(5, 2)).shape, [name for name, p in layer.named_parameters() if p.requires_grad]

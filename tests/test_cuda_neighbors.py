@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from camkernels import NeighborIndex, RadialBasis, nearest, neighbors
-from test_cuda import DEVICE, NO_GPU, REHEARSAL, SLEEP
+from test_cuda import DEVICE, NO_GPU, REHEARSAL
 from test_neighbors import CLOUDS, expected, queries, rand
 
 pytestmark = [pytest.mark.cuda, *([] if REHEARSAL else [NO_GPU])]
@@ -51,23 +51,6 @@ def test_a_seed_places_kernels_with_the_same_bits_again() -> None:
         centers = neighbors.weighted_kmeans(points, weights, 20, iterations=3, generator=generator)
         found.append(torch.cat([centers, neighbors.second_moments(points, weights, centers)], -1))
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
-
-
-@NO_GPU
-def test_a_search_does_not_wait_for_the_device() -> None:
-    index, x = NeighborIndex(rand(5000, 3).to(DEVICE)), rand(20_000, 3, seed=1).to(DEVICE)
-    wanted = index.search(x, 8)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        torch.cuda._sleep(10 * SLEEP)
-        asleep = torch.cuda.Event()
-        asleep.record()
-        found = index.search(x, 8)
-        assert not asleep.query(), "the call came back after the device had woken up"
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 @NO_GPU

@@ -185,7 +185,7 @@ def _perceptron(folder: Path, name: str, about: str, network: str, size: str, ha
 def marked() -> list[str]:
     """Test files with tests for a GPU, so that no other need be imported."""
     files = sorted((ROOT / "tests").glob("test_*.py"))
-    pattern = re.compile(r"^(?:pytestmark = .*|@)pytest\.mark\.cuda\b", re.MULTILINE)
+    pattern = re.compile(r"^(?:pytestmark = .*|@| *pytest\.param\(.*)pytest\.mark\.cuda\b", re.MULTILINE)
     return [str(path.relative_to(ROOT)) for path in files if pattern.search(path.read_text())]
 
 

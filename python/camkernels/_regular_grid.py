@@ -17,8 +17,8 @@ from ._radial_basis import MOST_DIMS, can_look_at
 def grid_centers(low: Tensor, high: Tensor, resolution: Sequence[int]) -> Tensor:
     """The nodes [n, d] of a grid from low [d] to high [d], `resolution` [d] of them along the axes, the first fastest.
 
-    The first and the last of an axis are on the border. d from 1 to 4, resolutions from 2 on. A `RadialBasis` with these
-    centers needs no search: `layer(x, grid_neighbors(x, low, high, resolution))`.
+    The first and the last of an axis are on the border. d from 1 to 4, resolutions from 2 on. A `RadialBasis` with
+    these centers needs no search: `layer(x, grid_neighbors(x, low, high, resolution))`.
 
     Raises ValueError for shapes, values and mixed devices, TypeError for dtypes.
 

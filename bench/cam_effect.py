@@ -73,6 +73,12 @@ def train(network: str, picture: Tensor, every: int, steps: int, seed: int) -> d
     return {"psnr": quality, "parameters": parameters, "seconds": seconds}
 
 
+def row(record: dict[str, Any]) -> str:
+    """A line of the table."""
+    figures = f"{record['parameters']:,} | {record['psnr']:.2f} | {record['gain']:+.2f} | {record['seconds']:.0f}"
+    return f"| {record['task']} | {record['network']} | {figures} |"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains every network for every task and prints a table; the exit status, 1 if the sizes differ by too much."""
     parser = argparse.ArgumentParser(prog="python -m bench.cam_effect", description=__doc__.splitlines()[0])
@@ -92,13 +98,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         for network in NETWORKS:
             found = train(network, picture, TASKS[task], args.steps, args.seed)
             base = base or found
-            gain = found["psnr"] - base["psnr"]
-            figures = f"{found['parameters']:,} | {found['psnr']:.2f} | {gain:+.2f} | {found['seconds']:.0f}"
-            print(f"| {task} | {network} | {figures} |", flush=True)
-            records.append({"task": task, "network": network, "gain": gain} | found)
+            records.append({"task": task, "network": network, "gain": found["psnr"] - base["psnr"]} | found)
+            print(row(records[-1]), flush=True)
     if args.out:
         facts = {"picture": args.picture.name, "side": args.side, "steps": args.steps, "seed": args.seed}
-        args.out.write_text(json.dumps(facts | {"rows": records}, indent=2) + "\n")
+        args.out.write_text(json.dumps(facts | {"rows": records}) + "\n")
     sizes = [record["parameters"] for record in records]
     return int(max(sizes) > (1 + WITHIN) * min(sizes))
 

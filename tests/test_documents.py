@@ -116,7 +116,13 @@ def test_the_readme_quotes_the_results_of_the_modulated_mlp():
     records = report.load([ROOT / name])
     wanted = {"kind": "time", "regime": gate.REGIME, "variant": "warm"}
     tasks = {"forward": "forward", "fb-parameters": "forward and gradients of the parameters"}
-    for case, title in ((gate.WIDE, "512 inputs, 3 layers of 256"), (gate.NARROW, "32 inputs, 4 layers of 64")):
+    networks = {
+        gate.WIDE: "512 inputs, 3 layers of 256",
+        gate.NARROW: "32 inputs, 4 layers of 64",
+        gate.WIDE_CAM: "CAM, 512 inputs, 3 layers of 256",
+        gate.NARROW_CAM: "CAM, 32 inputs, 4 layers of 64",
+    }
+    for case, title in networks.items():
         for task, what in tasks.items():
             exact, rounded = (gate.find(records, case, task, p, **wanted) for p in ("cpu", "cpu_bfloat16"))
             eager, compiled = (exact["speedup"][name] for name in ("eager", "compile"))
@@ -166,7 +172,7 @@ def test_the_readme_quotes_the_results_of_training_steps():
     assert f"`{name}`" in README
     lines = (ROOT / name).read_text().splitlines()
     records = {(record["model"], record["regime"]): record for record in map(json.loads, lines)}
-    for model in ("hash", "hash-cam", "neurbf"):
+    for model in step.MODELS:
         tuned, default = (records[model, regime] for regime in ("tuned", "default"))
         cells = [
             f"`{model}`",
@@ -175,3 +181,34 @@ def test_the_readme_quotes_the_results_of_training_steps():
             ", ".join(f"{default['speedup'][side]['median']:.1f}" for side in step.GRID_FORMS),
         ]
         assert f"| {' | '.join(cells)} |" in README
+
+
+def lines_of(name: str) -> list[dict]:
+    """The records of a result file that bench/README.md names."""
+    assert f"`results/{name}`" in TEXTS["bench/README.md"]
+    return [json.loads(line) for line in (ROOT / "bench" / "results" / name).read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("cpu-zen5-avx512-nearest.jsonl", "nearest"),
+        ("cpu-zen5-avx512-optim-step.jsonl", "optim_step"),
+        ("shape-spot.jsonl", "shape_quality"),
+    ],
+)
+def test_the_benchmarks_documentation_quotes_result_files(name, module):
+    sys.path.insert(0, str(ROOT))
+    pytest.importorskip("scipy")
+    row = importlib.import_module(f"bench.{module}").row
+    rows = [row(record) for record in lines_of(name)]
+    assert rows and all(line in TEXTS["bench/README.md"] for line in rows)
+
+
+def test_the_benchmarks_documentation_quotes_the_effect_of_modulation():
+    sys.path.insert(0, str(ROOT))
+    from bench import cam_effect
+
+    (found,) = lines_of("cam-photo-256.json")
+    for record in found["rows"]:
+        assert cam_effect.row(record) in TEXTS["bench/README.md"]

@@ -123,8 +123,8 @@ class NeuRBFImageField(NeuRBFField):
         width: int = 64,
         hidden_layers: int = 2,
         feature_waves: tuple[float, float] = (2.0**-3, 2.0**12),
-        decoder_waves: tuple[float, float] = (10.0, 100.0),
         parameters: int | None = None,
+        decoder_waves: tuple[float, float] = (10.0, 100.0),
         *,
         backend: str | None = None,
     ):

@@ -209,6 +209,26 @@ def test_export_with_any_batch(layer, strict):
         close(program.module()(points(n)), module(points(n)))
 
 
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("shape", [(8,), (1, 8), (1, 1)], ids=str)
+def test_export_of_a_scale_that_points_share(shape, strict):
+    class Shared(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.modulate, self.mlp = camkernels.Modulate(norm="point"), camkernels.ModulatedMLP(8, 3, 8, 2)
+            self.scale = torch.nn.Parameter(torch.rand(shape))
+            self.rows = torch.nn.Parameter(torch.rand(1, 2, 2))
+
+        def forward(self, x):
+            return self.mlp(self.modulate(x, self.scale, self.scale), self.rows)
+
+    module = Shared().double()
+    program = torch.export.export(module, (torch.rand(9, 8).double(),), dynamic_shapes=({0: BATCH},), strict=strict)
+    for n in (2, 100):
+        x = torch.rand(n, 8).double()
+        close(program.module()(x), module(x))
+
+
 @EVERY
 def test_export_saved_and_loaded(layer):
     module, points = double(layer)

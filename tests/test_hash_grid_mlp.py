@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """hash_grid_mlp is its two ops, on every backend: in one kernel on Triton, else one after the other."""
 
+import functools
+
 import pytest
 import torch
 
@@ -68,3 +70,19 @@ def test_features_and_layers_count_as_channels(monkeypatch):
     geometry = camkernels.GridGeometry.build(2, 16, 2, 8)
     camkernels.hash_grid_mlp(torch.rand(3, 2), torch.rand(geometry.n_entries, 2), geometry, [torch.rand(4, 32)])
     assert {c.widest for c in calls if c.op == "hash_grid_mlp"} == {20, 32}
+
+
+@pytest.mark.parametrize("backend", backends("hash_grid_mlp"))
+def test_autocast_rounds_the_output_of_the_pair_and_nothing_between(backend):
+    call = FUSED[0].make(device=device_of(backend))
+    run = functools.partial(call.run, function_of("hash_grid_mlp", backend))
+    inputs = [t.requires_grad_() for t in call.inputs.values()]
+    expected = run()
+    with torch.autocast(device_of(backend), dtype=torch.bfloat16):
+        y = run()
+    assert y.dtype == torch.bfloat16 and torch.equal(y, expected.bfloat16())
+    cotangent = torch.rand_like(y)
+    found = torch.autograd.grad(y, inputs, cotangent)
+    for gradient, wanted in zip(found, torch.autograd.grad(expected, inputs, cotangent.float()), strict=True):
+        assert gradient.dtype == torch.float32
+        torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-5)

@@ -213,8 +213,8 @@ def _broadcasts(given: Sequence[int], wanted: Sequence[int]) -> bool:
 def per_group(modulation: Tensor, leading: torch.Size, tail: int) -> Tensor:
     """[..., *tail axes] with leading axes that broadcast to those of x -> [M, *tail axes]; M divides the points."""
     axes = [1] * (len(leading) - modulation.ndim + tail) + list(modulation.shape[: modulation.ndim - tail])
-    equal = [a == b for a, b in zip(axes, leading, strict=True)]
-    groups = equal.index(False) if False in equal else len(equal)
+    pairs = enumerate(zip(axes, leading, strict=True))
+    groups = next((i for i, (a, b) in pairs if a != b), len(axes))  # a trace knows no "in"
     if all(a == 1 for a in axes[groups:]):  # the same row for all points of a group
         leading = leading[:groups]
     values = modulation.shape[modulation.ndim - tail :]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import triton
 from ._autograd import Argument, Operator
-from ._backends import Call, choose, round_to_autocast
+from ._backends import Call, choose, define, round_to_autocast
 from ._checks import check_floating
 from ._geometry import GridGeometry
 from ._modulation import check_list, check_mlp, compute_dtype, plan_layers, widest_of
@@ -105,7 +105,8 @@ def hash_grid_mlp(
     widest = max(widest_of(weights), geometry.output_dim if isinstance(geometry, GridGeometry) else 0)
     if choose(Call(op, x.device.type, x.device.index, widest), backend) == "triton":
         return _fused(x, table, geometry, weights, biases, modulation, interpolation, max_level, options)
-    features = hash_grid(x, table, geometry, interpolation=interpolation, max_level=max_level, backend=backend)
+    options_of_grid = {"interpolation": interpolation, "max_level": max_level, "backend": backend}
+    features = define(hash_grid, x, table, geometry, **options_of_grid)  # autocast rounds the result alone
     return modulated_mlp(features, weights, biases, modulation, backend=backend, **options)
 
 

@@ -11,13 +11,16 @@ import fnmatch
 import functools
 from collections.abc import Callable, Iterator
 
-from . import hash_grid_cases, modulated_mlp_cases, radial_basis_cases
+from . import hash_grid_cases, modulated_mlp_cases, modulation_cases, radial_basis_cases
 from .case import Case
 
 OPS: dict[str, Callable[[], Iterator[Case]]] = {
     "hash_grid": hash_grid_cases.make,
     "modulated_mlp": modulated_mlp_cases.make,
     "radial_basis": radial_basis_cases.make,
+    "coordinate_modulation": functools.partial(modulation_cases.make, modulation_cases.lookup),
+    "modulate": functools.partial(modulation_cases.make, modulation_cases.rows),
+    "hash_grid_mlp": functools.partial(modulation_cases.make, modulation_cases.encoded),
 }
 
 

@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 import camkernels
 from camkernels import _backends, testing
 
-from . import hash_grid_eager, modulated_mlp_eager, other_libraries, radial_basis_eager
+from . import hash_grid_eager, modulated_mlp_eager, modulation_eager, other_libraries, radial_basis_eager
 from .case import Case, Inputs, Pass, arguments
 
 Outputs = dict[str, Tensor]  # "value", "jacobian", and the gradients by the name of their input
@@ -142,6 +142,9 @@ EAGER: dict[str, Any] = {
     "hash_grid": hash_grid_eager,
     "modulated_mlp": modulated_mlp_eager,
     "radial_basis": radial_basis_eager,
+    "coordinate_modulation": modulation_eager.coordinate_modulation,
+    "modulate": modulation_eager.modulate,
+    "hash_grid_mlp": modulation_eager.hash_grid_mlp,
 }
 
 

@@ -1,7 +1,11 @@
 // SPDX-License-Identifier: MIT
-// What this machine can do at most, one thread each: fused multiply-adds, random 8-byte lookups, copying.
+// What this machine can do at most, one thread each: fused multiply-adds, in float32 and as dot products of bfloat16,
+// random 8-byte lookups, copying.
 #include <cstdint>
 #include <cstring>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 constexpr int kBytes = 64;
@@ -28,6 +32,21 @@ double ceiling_fma(long iterations, float* sink) {
   for (int i = 0; i < kLanes; ++i) *sink += sum[0][i];
   return 2.0 * kLanes * kChains * iterations;
 }
+
+#if defined(__AVX512BF16__)
+// The same of dot products of pairs of bfloat16, which are added in float32.
+double ceiling_bfloat16(long iterations, float* sink) {
+  const __m512bh a = __m512bh(_mm512_set1_epi16(0x3f7f)), b = __m512bh(_mm512_set1_epi16(0x3a83));
+  __m512 sum[kChains];
+  for (int c = 0; c < kChains; ++c) sum[c] = _mm512_set1_ps(0.1f * c);
+  for (long n = 0; n < iterations; ++n)
+#pragma GCC unroll 12
+    for (int c = 0; c < kChains; ++c) sum[c] = _mm512_dpbf16_ps(sum[c], a, b);
+  for (int c = 1; c < kChains; ++c) sum[0] = _mm512_add_ps(sum[0], sum[c]);
+  *sink += _mm512_reduce_add_ps(sum[0]);
+  return 4.0 * 16 * kChains * iterations;
+}
+#endif
 
 // Sum of table[index[i]]: eight bytes each, as a pair of float32 features. Prefetching `ahead` lookups is optional.
 uint64_t ceiling_lookups(const uint64_t* table, const int32_t* index, long count, long ahead) {

@@ -51,6 +51,7 @@ def load_library() -> tuple[ctypes.CDLL | None, str | None]:
     """(the compiled ceilings, None) or (None, why there are none)."""
     command = [*shlex.split(os.environ.get("CXX", "g++")), *FLAGS]
     command += ISA_FLAGS.get(torch.backends.cpu.get_cpu_capability(), [])
+    command += ["-mavx512bf16"] * torch.cpu._is_avx512_bf16_supported()
     key = hashlib.sha256((" ".join(command) + SOURCE.read_text()).encode()).hexdigest()[:12]
     target = _cache_folder() / f"ceilings-{key}.so"
     if not target.exists():
@@ -63,6 +64,9 @@ def load_library() -> tuple[ctypes.CDLL | None, str | None]:
     library = ctypes.CDLL(str(target))
     library.ceiling_fma.restype = ctypes.c_double
     library.ceiling_fma.argtypes = [ctypes.c_long, ctypes.c_void_p]
+    if hasattr(library, "ceiling_bfloat16"):
+        library.ceiling_bfloat16.restype = ctypes.c_double
+        library.ceiling_bfloat16.argtypes = [ctypes.c_long, ctypes.c_void_p]
     library.ceiling_lookups.restype = ctypes.c_uint64
     library.ceiling_lookups.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long, ctypes.c_long]
     library.ceiling_copy.restype = None
@@ -91,10 +95,10 @@ def _rate(work: Callable[[int], float], threads: int, repeats: int = REPEATS) ->
     return best
 
 
-def _fma(library: ctypes.CDLL | None, iterations: int) -> float:
+def _fma(library: ctypes.CDLL | None, iterations: int, name: str = "ceiling_fma") -> float:
     if library is not None:
         sink = ctypes.c_float()
-        return library.ceiling_fma(iterations, ctypes.addressof(sink))
+        return getattr(library, name)(iterations, ctypes.addressof(sink))
     size = 256
     a = torch.ones(size, size)
     count = max(1, iterations * 192 // (2 * size**3))
@@ -138,7 +142,8 @@ class Calibration:
 
 
 def measure(threads: int = 1) -> dict:
-    """{fma_gflops, copy_gbs (bytes read plus bytes written), lookups {table bytes: per second}, threads, note}."""
+    """{fma_gflops, product_gflops {dtype of dot products that the processor has: rate}, copy_gbs (bytes read plus bytes
+    written), lookups {table bytes: per second}, threads, note}."""
     library, note = load_library()
     lookups = {}
     for size in LOOKUP_BYTES:
@@ -151,8 +156,12 @@ def measure(threads: int = 1) -> dict:
     copies = [torch.zeros_like(source) for _ in range(threads)]
     copy = _rate(lambda thread: _copy(library, copies[thread], source), threads)
     fma = _rate(lambda _: _fma(library, 1 << 20), threads)
+    products = {}
+    if hasattr(library, "ceiling_bfloat16"):
+        products["bfloat16"] = _rate(lambda _: _fma(library, 1 << 20, "ceiling_bfloat16"), threads) / 1e9
     return {
         "fma_gflops": fma / 1e9,
+        "product_gflops": products,
         "copy_gbs": copy / 1e9,
         "lookups": lookups,
         "threads": threads,

@@ -84,11 +84,13 @@ MEMORY = (
     *(MemoryLine(case, "fb-features", "eager", 6) for case in (RBF_SMALL, RBF_3D, RBF_WIDE)),
 )
 GOAL_NS = {(GRID_3D, "forward"): 150.0, (GRID_3D, "fb-table"): 350.0}
-SHARE = {  # of the rate of multiply-adds
-    (WIDE, "forward"): 0.88,
-    (WIDE, "fb-parameters"): 0.77,
-    (NARROW, "forward"): 0.73,
-    (NARROW, "fb-parameters"): 0.61,
+SHARE = {  # of the rate of multiply-adds, or of the processor's dot products of bfloat16
+    (WIDE, "forward", PROVIDER): 0.88,
+    (WIDE, "fb-parameters", PROVIDER): 0.77,
+    (NARROW, "forward", PROVIDER): 0.73,
+    (NARROW, "fb-parameters", PROVIDER): 0.61,
+    (WIDE, "forward", "cpu_bfloat16"): 0.84,
+    (NARROW, "forward", "cpu_bfloat16"): 0.59,
 }
 PASSES = tuple(dict.fromkeys(line.task for line in SPEED))
 MEMORY_PASSES = tuple(dict.fromkeys(line.task for line in MEMORY))
@@ -175,15 +177,16 @@ def memory_line(records: list[dict], line: MemoryLine) -> str:
     return f"{what} {', '.join(parts)}; {verdict}; floor: the results alone are {result:.0f} B/point{beyond}"
 
 
-def floor_line(records: list[dict], case: str, task: str) -> str | None:
+def floor_line(records: list[dict], case: str, task: str, provider: str = PROVIDER) -> str | None:
     """One sentence: time, goal, the floors, and the share of the ceiling with its need."""
-    record = _timed(records, case, task, REGIME)
+    record = _timed(records, case, task, REGIME, provider)
     if record is None:
         return None
     ns, floor, work = record["ns_per_point"], record["floor_ns"], record["floor"]
-    goal, share = GOAL_NS.get((case, task)), SHARE.get((case, task))
+    goal, share = GOAL_NS.get((case, task)), SHARE.get((case, task, provider))
+    by = "" if provider == PROVIDER else f" of {provider}"
     return (
-        f"{_title(case, task)} {ns['median']:.0f} ns/point (least {ns['min']:.0f})"
+        f"{_title(case, task)}{by} {ns['median']:.0f} ns/point (least {ns['min']:.0f})"
         + (f", goal {goal:.0f}" if goal else "")
         + f"; floors: {work['lookups']:.0f} lookups {floor['lookups']:.0f} ns, {work['memory']:.0f} bytes "
         + f"{floor['memory']:.0f} ns, {work['flops']:.0f} flops {floor['arithmetic']:.0f} ns; "
@@ -197,5 +200,7 @@ def lines(records: list[dict], chosen: list[Case] | None = None) -> list[str]:
     names = [case.name for case in (select() if chosen is None else chosen)]
     told = [speed_line(records, line) for line in SPEED if line.case in names]
     told += [memory_line(records, line) for line in MEMORY if line.case in names]
-    floors = [floor_line(records, case, task) for case in names for task in PASSES]
+    keys = [(case, task, PROVIDER) for case in names for task in PASSES]
+    keys += [key for key in SHARE if key[0] in names and key not in keys]
+    floors = [floor_line(records, *key) for key in keys]
     return told + [line for line in floors if line]

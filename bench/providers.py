@@ -69,6 +69,7 @@ class Provider:
 
     compiled: the first call compiles, and its time is reported apart. scratch: memory of forward + backward as a
     multiple of the case's `scratch`. slack: factor on the tolerances of the agreement check, with its reason in about.
+    product: the dtype of its matrix products, where it is not the case's.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Provider:
     compiled: bool = False
     scratch: float = 0.0
     slack: float = 1.0
+    product: str | None = None
 
 
 # ---- camkernels ------------------------------------------------------------------------------------------------------
@@ -214,6 +216,7 @@ PROVIDERS: tuple[Provider, ...] = (
         _with_bfloat16,
         _no_bfloat16,
         slack=300.0,
+        product="bfloat16",
     ),
     _eager_provider("eager", "eager PyTorch, the baseline", "blend"),
     _eager_provider("eager_fair", "eager PyTorch, the hash grid with index_select for table[index]", "fair"),

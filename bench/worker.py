@@ -241,7 +241,6 @@ def records_of_pass(
     cotangent = make_cotangent(case, task, inputs)
     candidates = gather(case, task, job, inputs, cotangent)
     floor = case.floor(task)
-    floor_ns = ceilings.floor_ns(floor, limits)
     for variant in job.variants:
         rounds = functools.partial(measure, case, variant, job)
         timed, calibrations = allowance.spend(lambda s, run=rounds: run(s, candidates, inputs, cotangent))
@@ -251,6 +250,8 @@ def records_of_pass(
                 yield record | {"status": "skipped", "reason": candidate.reason}
                 continue
             item = timed[candidate.provider.name]
+            product = candidate.provider.product or floor.product
+            floor_ns = ceilings.floor_ns(dataclasses.replace(floor, product=product), limits)
             nanoseconds = timing.quartiles(s / case.points * 1e9 for s in item.seconds.values())
             speedups = {
                 name: timing.speedup(item.seconds, timed[name].seconds)

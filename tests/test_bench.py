@@ -203,6 +203,16 @@ def test_ceilings_of_a_floor():
     assert ceilings.floor_ns(Floor(*work, "bfloat16"), LIMITS)["arithmetic"] == pytest.approx(2.0)
 
 
+def test_dot_products_of_bfloat16_are_rated_where_the_processor_has_them():
+    library, _ = ceilings.load_library()
+    if library is None:
+        pytest.skip("there is no C++ compiler")
+    assert hasattr(library, "ceiling_bfloat16") == torch.cpu._is_avx512_bf16_supported()
+    if hasattr(library, "ceiling_bfloat16"):
+        assert ceilings._fma(library, 1000, "ceiling_bfloat16") == 2 * ceilings._fma(library, 1000)
+        assert providers.find("cpu_bfloat16").product == "bfloat16"
+
+
 def test_without_a_compiler_ceilings_are_estimates(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     ceilings.load_library.cache_clear()

@@ -40,7 +40,7 @@ def held(line: gate.MemoryLine, ours: float, theirs: float) -> list[dict]:
 def test_every_line_names_a_case_of_the_gate_and_a_pass_of_it():
     chosen = {case.name: case for case in gate.select()}
     assert set(chosen) == {line.case for line in gate.SPEED} == set(gate.SECONDS)
-    keys = [(line.case, line.task) for line in (*gate.SPEED, *gate.MEMORY)] + list(gate.SHARE)
+    keys = [(line.case, line.task) for line in (*gate.SPEED, *gate.MEMORY)] + [key[:2] for key in gate.SHARE]
     assert all(task in chosen[case].passes for case, task in keys)
     assert all(case.facts["dtype"] == "float32" and case.points == 1 << 17 for case in chosen.values())
 
@@ -90,6 +90,9 @@ def test_the_share_of_the_ceiling_is_judged_where_there_is_a_need():
     assert gate.floor_line([speed(gate.NARROW, "fb-parameters", 4.0)], gate.NARROW, "fb-parameters").endswith("PASS")
     assert gate.floor_line([speed(gate.GRID_3D, "forward", 60.0)], gate.GRID_3D, "forward").endswith("of the ceiling")
     assert gate.floor_line([], gate.NARROW, "forward") is None
+    rounded = [speed(gate.NARROW, "forward", 4.0, provider="cpu_bfloat16")]
+    (told,) = [line for line in gate.lines(rounded, gate.select("modulated_mlp")) if "ceiling" in line]
+    assert "forward of cpu_bfloat16" in told and told.endswith("70% of the ceiling; needs 59%: PASS")
 
 
 def test_only_gate_cases_carry_its_tag():

@@ -50,8 +50,9 @@ def _cache_folder() -> Path:
 def load_library() -> tuple[ctypes.CDLL | None, str | None]:
     """(the compiled ceilings, None) or (None, why there are none)."""
     command = [*shlex.split(os.environ.get("CXX", "g++")), *FLAGS]
-    command += ISA_FLAGS.get(torch.backends.cpu.get_cpu_capability(), [])
-    command += ["-mavx512bf16"] * torch.cpu._is_avx512_bf16_supported()
+    capability = torch.backends.cpu.get_cpu_capability()  # less than the processor's where the user says so
+    command += ISA_FLAGS.get(capability, [])
+    command += ["-mavx512bf16"] * (capability == "AVX512" and torch.cpu._is_avx512_bf16_supported())
     key = hashlib.sha256((" ".join(command) + SOURCE.read_text()).encode()).hexdigest()[:12]
     target = _cache_folder() / f"ceilings-{key}.so"
     if not target.exists():

@@ -6,7 +6,7 @@ FILE: what `bench.run` wrote (.jsonl), or `make gpu` (bench/results/<gpu>.json).
 A row is a provider at a pass of a case. Where both allocator regimes were measured, the row is the one with the smaller
 speed-up over eager PyTorch. "floor" is the largest of three times: the lookups at this machine's rate of random
 lookups, the bytes at its rate of copying, the arithmetic at its rate of multiply-adds, or, of matrix products
-on a GPU, at their rate in the dtype; "of ceiling" is floor / median.
+on a GPU and of those of bfloat16 on a CPU that has them, at their rate in the dtype; "of ceiling" is floor / median.
 "B/point" is peak extra memory of the process with malloc as it is.
 """
 

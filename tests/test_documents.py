@@ -212,3 +212,12 @@ def test_the_benchmarks_documentation_quotes_the_effect_of_modulation():
     (found,) = lines_of("cam-photo-256.json")
     for record in found["rows"]:
         assert cam_effect.row(record) in TEXTS["bench/README.md"]
+
+
+def test_the_benchmarks_documentation_quotes_the_ops_around_the_mlp():
+    found = [r for r in lines_of("cpu-zen5-avx512-modulation.jsonl") if (r["provider"], r["kind"]) == ("cpu", "time")]
+    assert {record["op"] for record in found} == {"coordinate_modulation", "modulate", "hash_grid_mlp"}
+    for record in found:
+        ratios = " | ".join(f"{record['speedup'][name]['median']:.1f}" for name in ("eager", "compile"))
+        row = f"| `{record['op']}` {record['pass']} | {ratios} | {record['ns_per_point']['median']:.0f} |"
+        assert row in TEXTS["bench/README.md"]

@@ -180,15 +180,6 @@ def production() -> Simulated:
     return Simulated(build.production())
 
 
-@contextmanager
-def deterministic() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
 def regular_call(dims: int, features: int, dtype: torch.dtype, n: int, levels: int = 4) -> testing.Call:
     """A call that the specialised kernels take, with coarse levels and hashed ones."""
     geometry = camkernels.GridGeometry.build(dims, levels, features, 9, base_resolution=4, finest_resolution=24)

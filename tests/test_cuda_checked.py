@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from camkernels import _neighbor_cells, testing
+from conftest import deterministic
 from sim import build, coverage, library, toolkit
-from simulated import CASES, Simulated, basis, deterministic, lookup_call, network, regular_call, shifted
+from simulated import CASES, Simulated, basis, lookup_call, network, regular_call, shifted
 from test_cuda_simulated_optim import ROWS, drawn
 from test_cuda_simulated_optim import run as adam_step
 from test_neighbors import CLOUDS, queries

@@ -12,8 +12,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from camkernels import NeighborIndex, testing
 from camkernels.optim import SparseRowAdam
-from conftest import OPS, definition_of, function_of, reason_against, repeated, rows, some
+from conftest import OPS, definition_of, deterministic, function_of, reason_against, repeated, rows, some
 from test_cuda import BACKENDS, DEVICE, NO_GPU, REHEARSAL, SLEEP, assert_same, both_ways
 from test_gradients import DIFFERENCES, prepare
 
@@ -47,15 +47,6 @@ def able(names: Iterable[Any], backends: Sequence[str] = BACKENDS) -> list[Any]:
 
 
 every_op = pytest.mark.parametrize(("op", "backend"), able(OPS))
-
-
-@contextmanager
-def deterministic() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 # ---- what the device is asked for ------------------------------------------------------------------------------------

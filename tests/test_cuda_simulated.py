@@ -12,9 +12,9 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import camkernels
 from camkernels import testing
-from conftest import require
+from conftest import deterministic, require
 from sim import library, toolkit
-from simulated import CASES, Simulated, deterministic, production, regular_call, shifted, table_gradient
+from simulated import CASES, Simulated, production, regular_call, shifted, table_gradient
 
 pytestmark = pytest.mark.skipif(toolkit.why_no_simulator() is not None, reason=str(toolkit.why_no_simulator()))
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from camkernels import testing
+from conftest import deterministic
 from sim import library, toolkit
-from simulated import Simulated, deterministic, lookup_call, production, shifted
+from simulated import Simulated, lookup_call, production, shifted
 
 pytestmark = pytest.mark.skipif(toolkit.why_no_simulator() is not None, reason=str(toolkit.why_no_simulator()))
 

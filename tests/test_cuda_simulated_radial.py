@@ -11,8 +11,9 @@ import torch
 
 import camkernels
 from camkernels import testing
+from conftest import deterministic
 from sim import library, toolkit
-from simulated import Simulated, basis, deterministic, production, shifted
+from simulated import Simulated, basis, production, shifted
 
 pytestmark = pytest.mark.skipif(toolkit.why_no_simulator() is not None, reason=str(toolkit.why_no_simulator()))
 

@@ -427,25 +427,6 @@ def test_a_bias_of_inputs_is_not_rounded_by_autocast():
         assert torch.equal(kernels(x, grid_features), y.bfloat16())
 
 
-# ---- directions along the axis ---------------------------------------------------------------------------------------
-
-
-def test_directions_along_the_axis_have_no_gradient_of_angles():
-    directions = torch.tensor([[0.0, 0, 1], [0, 0, -1], [0, 0, 0], [1, 0, 0], [0, 2, 0]], requires_grad=True)
-    angles = spherical(directions)
-    expected = [[0.5, 0.5, 0.5, 0.5, 0.75], [-1, 1, 0, 0, 0]]
-    torch.testing.assert_close(angles, torch.tensor(expected))
-    angles.sum().backward()
-    assert directions.grad.isfinite().all() and not directions.grad[:2].any()
-    leaf = torch.randn(9, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(spherical, leaf)
-    vertical = torch.tensor([[0.0, 0, 1], [0, 0, 0]], requires_grad=True)
-    (first,) = torch.autograd.grad(spherical(vertical).sum(), vertical, create_graph=True)
-    first.square().sum().backward()
-    assert vertical.grad.isfinite().all()
-    assert torch.func.jvp(spherical, (vertical.detach(),), (torch.ones(2, 3),))[1].isfinite().all()
-
-
 def test_channels_of_a_video_are_shared_evenly():
     with pytest.raises(ValueError, match=r"^VideoField: channels must be a multiple of .*temporal_grids, 2, got 9"):
         VideoField((2, 3), 9, (2, 1, 2), temporal_grids=(4, 6), nodes=5, lower_width=4)

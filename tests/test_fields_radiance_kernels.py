@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The radial kernels of TensoRF and K-planes against the same arithmetic written out, and where they are placed."""
+"""The radial kernels of TensoRF and K-planes against the same arithmetic written out, and where they are placed; angles
+of directions."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from camkernels.fields import KPlanesKernels, TensoRFKernels
+from camkernels.fields import KPlanesKernels, TensoRFKernels, spherical
 from camkernels.fields.neurbf_radiance import volume_weights
 
 
@@ -136,3 +137,22 @@ def test_a_whole_official_state_is_taken_in_part(build):
     state.popitem()
     with pytest.raises(ValueError, match=r"load_official: the state lacks"):
         field.load_official(state)
+
+
+# ---- directions along the axis ---------------------------------------------------------------------------------------
+
+
+def test_directions_along_the_axis_have_no_gradient_of_angles():
+    directions = torch.tensor([[0.0, 0, 1], [0, 0, -1], [0, 0, 0], [1, 0, 0], [0, 2, 0]], requires_grad=True)
+    angles = spherical(directions)
+    expected = [[0.5, 0.5, 0.5, 0.5, 0.75], [-1, 1, 0, 0, 0]]
+    torch.testing.assert_close(angles, torch.tensor(expected))
+    angles.sum().backward()
+    assert directions.grad.isfinite().all() and not directions.grad[:2].any()
+    leaf = torch.randn(9, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(spherical, leaf)
+    vertical = torch.tensor([[0.0, 0, 1], [0, 0, 0]], requires_grad=True)
+    (first,) = torch.autograd.grad(spherical(vertical).sum(), vertical, create_graph=True)
+    first.square().sum().backward()
+    assert vertical.grad.isfinite().all()
+    assert torch.func.jvp(spherical, (vertical.detach(),), (torch.ones(2, 3),))[1].isfinite().all()

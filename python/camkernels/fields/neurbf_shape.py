@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from .._checks import check_size
 from .neurbf import NeuRBFField
 
 SHARPEST = 1e-9  # added to distances where weights are their inverses
@@ -49,12 +50,13 @@ class NeuRBFSDFField(NeuRBFField):
         *,
         backend: str | None = None,
     ):
+        check_size("NeuRBFSDFField", "kernels", kernels)
         options = {
-            "kernels": kernels, "neighbors": neighbors, "features": features, "feature_waves": tuple(feature_waves),
-            "n_levels": n_levels, "n_features_per_level": n_features_per_level, "log2_hashmap_size": log2_hashmap_size,
+            "kernels": kernels, "neighbors": min(neighbors, kernels), "features": features,
+            "feature_waves": tuple(feature_waves), "decoder_waves": tuple(decoder_waves), "n_levels": n_levels,
+            "n_features_per_level": n_features_per_level, "log2_hashmap_size": log2_hashmap_size,
             "base_resolution": min(base_resolution, finest_resolution), "finest_resolution": finest_resolution,
-            "width": width,
-            "hidden_layers": hidden_layers, "decoder_waves": tuple(decoder_waves),
+            "width": width, "hidden_layers": hidden_layers,
         }  # fmt: skip
         super().__init__(HALF_EXTENT, 1, kind="nlin", shape="isotropic", backend=backend, **options)
         self.config = options

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -186,7 +185,7 @@ def fit_shape(path: Path, options: ShapeOptions, say: Callable[[str], None] = pr
     if saved is None:
         name = options.model or DEFAULT_MODEL
         settings = settings_of(options, None, SHAPE_MODELS[name].learning_rate)
-        model = new_model(SHAPE_MODELS, name, _defaults(name, options), options, settings.seed)
+        model = new_model(SHAPE_MODELS, name, DEFAULTS, options, settings.seed)
     else:
         check_same_task(options, saved, task, "mesh")
         settings, name = settings_of(options, saved), saved["model"]
@@ -210,15 +209,6 @@ def fit_shape(path: Path, options: ShapeOptions, say: Callable[[str], None] = pr
     job = _Job(path, mesh, placement, distance, name, task, trainer, device, backend, options, say)
     with Interruption() as interruption:
         return job.run(interruption)
-
-
-def _defaults(name: str, options: ShapeOptions) -> dict[str, Any]:
-    """DEFAULTS, and of few kernels that were asked for all as neighbours."""
-    neighbors = inspect.signature(SHAPE_MODELS[name]).parameters.get("neighbors")
-    kernels = options.architecture.get("kernels")
-    if neighbors is None or kernels is None:
-        return DEFAULTS
-    return DEFAULTS | {"neighbors": min(neighbors.default, kernels)}
 
 
 def _task(mesh: Mesh, placement: Placement, samples: int) -> dict[str, Any]:

@@ -66,7 +66,7 @@ std::tuple<Tensor, Tensor> gradients(const ModulateCall& call, const ModulateTan
     Gradient shift(call.groups.shift, pieces, call.beta, of_shift);
     parallel_tasks(pieces.count, [&](int64_t piece) {
       GroupLoops<C> loops(call, along);
-      typename Gradient::Part scale_part(scale, piece), shift_part(shift, piece);
+      typename Gradient::Part scale_part(scale, piece, call.groups), shift_part(shift, piece, call.groups);
       each_group(call, pieces.begin(piece), pieces.end(piece),
                  [&](auto f, int64_t group) { body(loops, f, group, scale_part, shift_part); });
     });

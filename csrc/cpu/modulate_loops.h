@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
-// Loops of modulate over the numbers of a group, which lies in scratch memory, [rows, pitch], while it is worked on.
-// Beyond the width of a row scales, shifts and gradients are 0, so that sums run over whole packs of lanes.
+// Loops of modulate over the numbers of a group, [rows, pitch]: where they lie in the tensors, if these are of the
+// arithmetic type and rows are whole packs of lanes, else in scratch memory. There, beyond the width of a row, scales,
+// shifts and gradients are 0, so that sums run over whole packs.
 #pragma once
 #include "cpu/parallel.h"
 #include "cpu/rows.h"
@@ -14,8 +15,13 @@ namespace camk::cpu {
 using launch::ModulateGroups, launch::SharedSize;
 using OptionalTensor = std::optional<Tensor>;
 
-// The scale or shift of the group at hand, or their tangents: each of its rows is written out, once for all groups that
-// share it. Zeros where there is no tensor.
+template <class C>
+int64_t pitch_of(const ModulateGroups& groups) {
+  return round_up(groups.width, lanes_of<Lanes<C>>);
+}
+
+// The scale or shift of the group at hand, or their tangents. Rows that are no whole packs of numbers of their own are
+// written out, once for all groups that share them. Zeros where there is no tensor.
 template <class C>
 class SharedRows {
  public:
@@ -24,14 +30,16 @@ class SharedRows {
         from_(tensor ? camk::read<C>(*tensor) : nullptr),
         width_(width),
         pitch_(pitch),
-        rows_(memory.take(size.rows * pitch)) {}
+        rows_(memory.take(size.rows * pitch)),
+        at_(rows_) {}
 
-  const C* row(int64_t row) const { return rows_ + (size_.rows > 1 ? row * pitch_ : 0); }
+  const C* row(int64_t row) const { return at_ + (size_.rows > 1 ? row * pitch_ : 0); }
 
   void read(int64_t group) {
     const int64_t wanted = group / size_.share;
     if (!from_ || wanted == held_) return;
     held_ = wanted;
+    if (size_.width == pitch_) return void(at_ = from_ + wanted * size_.numbers());
     for (int64_t a = 0; a < size_.rows; ++a) {
       const C* from = from_ + (wanted * size_.rows + a) * size_.width;
       if (size_.width == width_) {
@@ -47,6 +55,7 @@ class SharedRows {
   const C* from_;
   int64_t width_, pitch_, held_ = -1;
   C* rows_;
+  const C* at_;
 };
 
 inline GroupPieces pieces_of(const ModulateGroups& g, int64_t number_bytes) {
@@ -70,29 +79,40 @@ class SharedGradient {
   // What one piece adds.
   class Part {
    public:
-    Part(SharedGradient& whole, int64_t piece) : whole_(whole), piece_(piece) {}
+    Part(SharedGradient& whole, int64_t piece, const ModulateGroups& groups)
+        : whole_(whole), piece_(piece), width_(groups.width), row_(memory_.take(pitch_of<C>(groups))) {
+      const SharedSize& size = whole.size_;
+      alone_ = whole.total_ && size.share == 1 && size.rows == groups.rows && size.width == pitch_of<C>(groups);
+    }
 
     void begin(int64_t group) {
       if (!whole_.total_ || group / whole_.size_.share == held_) return;
       held_ = group / whole_.size_.share;
       to_ = whole_.target(piece_, held_);
-      std::fill_n(to_, whole_.size_.numbers(), C(0));
+      if (!alone_) std::fill_n(to_, whole_.size_.numbers(), C(0));
     }
-    // numbers: of a row of the group; sum: of them.
-    void add(int64_t row, int64_t width, const C* numbers, double sum) {
-      if (!to_) return;
-      C* to = to_ + (whole_.size_.rows > 1 ? row * whole_.size_.width : 0);
-      if (whole_.size_.width < width) {
+    // Where the numbers of a row of the group are to be written, then to be added: in place, if no other are added there.
+    C* row(int64_t row) const { return alone_ ? at(row) : row_; }
+    // sum: of the numbers.
+    void add(int64_t row, double sum) {
+      if (!to_ || alone_) return;
+      C* to = at(row);
+      if (whole_.size_.width < width_) {
         *to += C(sum);
       } else {
-        for (int64_t k = 0; k < width; ++k) to[k] += numbers[k];
+        for (int64_t k = 0; k < width_; ++k) to[k] += row_[k];
       }
     }
 
    private:
+    C* at(int64_t row) const { return to_ + (whole_.size_.rows > 1 ? row * whole_.size_.width : 0); }
+
     SharedGradient& whole_;
-    int64_t piece_, held_ = -1;
+    int64_t piece_, width_, held_ = -1;
+    Scratch<C> memory_;
+    C* row_;
     C* to_ = nullptr;
+    bool alone_;
   };
 
   void add_edges() {
@@ -140,11 +160,13 @@ struct ModulateTangents {
 template <class C>
 struct GroupRow {
   using Pack = Lanes<C>;
-  C *n, *d, *v, *t, *out;  // n: h, less its mean under a norm, over r
+  const C *h, *g, *t;  // t: the tangent of h
+  C *w, *v, *out;
   const C *scale, *shift, *scale_along, *shift_along, *frequencies;
-  Pack r, omega;
+  Pack centre, r, omega;
 
-  CAMK_HD Pack normalised(int64_t k) const { return Pack::load(n + k) * r; }
+  CAMK_HD Pack centred(int64_t k) const { return Pack::load(h + k) - centre; }
+  CAMK_HD Pack normalised(int64_t k) const { return centred(k) * r; }
   CAMK_HD math::ScaleShift<Pack> modulation(int64_t k) const { return {Pack::load(scale + k), Pack::load(shift + k)}; }
   CAMK_HD math::ScaleShift<Pack> along(int64_t k) const {
     return {Pack::load(scale_along + k), Pack::load(shift_along + k)};
@@ -166,17 +188,20 @@ class GroupLoops {
  public:
   GroupLoops(const ModulateCall& call, const ModulateTangents& along)
       : call_(call),
-        h_(call.h),
+        from_(call.h),
         rows_(call.groups.rows),
         width_(call.groups.width),
-        pitch_(round_up(width_, lanes_of<Pack>)),
+        pitch_(pitch_of<C>(call.groups)),
         scale_(call.groups.scale, call.gamma, width_, pitch_, memory_),
         shift_(call.groups.shift, call.beta, width_, pitch_, memory_),
         scale_along_(call.groups.scale, along.gamma, width_, pitch_, memory_),
         shift_along_(call.groups.shift, along.beta, width_, pitch_, memory_) {
     if (along.h) h_along_.emplace(*along.h);
-    for (Rows<C>* part : {&n_, &d_, &v_, &t_, &out_}) *part = {memory_.take(rows_ * pitch_), pitch_};
-    for (C** row : {&of_scale_, &of_shift_, &frequencies_}) *row = memory_.take(pitch_);
+    for (Rows<C>* part : {&h_copy_, &g_copy_, &t_copy_, &w_copy_, &v_, &out_copy_}) {
+      *part = {memory_.take(rows_ * pitch_), pitch_};
+    }
+    t_ = {t_copy_.data, pitch_}, w_ = w_copy_, out_ = out_copy_;
+    frequencies_ = memory_.take(pitch_);
     if (!call.frequencies) return;
     if (call.options.frequency_per_group) {
       of_groups_ = read<C>(*call.frequencies);
@@ -188,6 +213,7 @@ class GroupLoops {
   template <class F>
   void value(F f, int64_t group, const Target& y) {
     begin(group);
+    out_ = place(y, group, out_copy_);
     each_row([&](const Row& row, int64_t) CAMK_INLINED {
       each_pack([&](int64_t k) CAMK_INLINED {
         const Pack s = row.modulation(k)(row.normalised(k));
@@ -200,32 +226,36 @@ class GroupLoops {
   template <class F>
   void backward(F f, int64_t group, const Source& grad, const std::optional<Target>& gh, Part& of_scale,
                 Part& of_shift) {
-    begin(group), take(grad, group, d_);
+    begin(group);
+    g_ = take(grad, group, g_copy_);
     of_scale.begin(group), of_shift.begin(group);
-    C *const scale_row = of_scale_, *const shift_row = of_shift_;
+    if (gh) out_ = place(*gh, group, out_copy_);
+    w_ = norm() ? w_copy_ : out_;
     double sum_w = 0, sum_nw = 0;
     each_row([&](const Row& row, int64_t index) CAMK_INLINED {
+      C *const scale_row = of_scale.row(index), *const shift_row = of_shift.row(index);
       const auto sums = sums_of_row<4>([&](int64_t k, Vec<Pack, 4>& sum) CAMK_INLINED {
         const Pack n = row.normalised(k);
         const auto m = row.modulation(k);
         const Pack slope = row.template activate<1>(f, k, m(n)).first;
-        const auto found = math::modulate_gradients(m.scale, n, Pack::load(row.d + k), slope);
-        found.scale.store(scale_row + k), found.shift.store(shift_row + k), found.n.store(row.d + k);
+        const auto found = math::modulate_gradients(m.scale, n, Pack::load(row.g + k), slope);
+        found.scale.store(scale_row + k), found.shift.store(shift_row + k), found.n.store(row.w + k);
         sum[0] = sum[0] + found.scale, sum[1] = sum[1] + found.shift;
         sum[2] = sum[2] + found.n, sum[3] = multiply_add(n, found.n, sum[3]);
       });
-      of_scale.add(index, width_, scale_row, sums[0]), of_shift.add(index, width_, shift_row, sums[1]);
+      of_scale.add(index, sums[0]), of_shift.add(index, sums[1]);
       sum_w += sums[2], sum_nw += sums[3];
     });
     if (!gh) return;
-    if (!norm()) return put(d_, group, *gh);
-    const Pack mean_w = mean(sum_w), mean_nw = mean(sum_nw);
-    each_row([&](const Row& row, int64_t) CAMK_INLINED {
-      each_pack([&](int64_t k) CAMK_INLINED {
-        const Pack w = Pack::load(row.d + k);
-        math::norm_jacobian(w, row.normalised(k), row.r, mean_w, mean_nw).store(row.out + k);
+    if (norm()) {
+      const Pack mean_w = mean(sum_w), mean_nw = mean(sum_nw);
+      each_row([&](const Row& row, int64_t) CAMK_INLINED {
+        each_pack([&](int64_t k) CAMK_INLINED {
+          const Pack w = Pack::load(row.w + k);
+          math::norm_jacobian(w, row.normalised(k), row.r, mean_w, mean_nw).store(row.out + k);
+        });
       });
-    });
+    }
     put(out_, group, *gh);
   }
 
@@ -233,60 +263,82 @@ class GroupLoops {
   template <class F>
   void second_order(F f, int64_t group, const Source& grad, const std::optional<Target>& ggrad,
                     const std::optional<Target>& gh, Part& of_scale, Part& of_shift) {
-    begin(group), take(grad, group, d_);
+    begin(group);
+    g_ = take(grad, group, g_copy_);
     scale_along_.read(group), shift_along_.read(group);
-    if (h_along_) take(*h_along_, group, t_);
+    if (h_along_) t_ = take(*h_along_, group, t_copy_);
     of_scale.begin(group), of_shift.begin(group);
     const bool with_norm = norm();
-    C *const scale_row = of_scale_, *const shift_row = of_shift_;
+    if (ggrad) out_ = place(*ggrad, group, out_copy_);
+    if (gh && !with_norm) w_ = place(*gh, group, w_copy_);
     const Vec<Pack, 2> mean_t = with_norm ? tangent_means() : Vec<Pack, 2>{};
     Vec<double, 5> sums_of{};  // u, n u, v, n v, v dn: u and v are the gradients of n and dn
     each_row([&](const Row& row, int64_t index) CAMK_INLINED {
+      C *const scale_row = of_scale.row(index), *const shift_row = of_shift.row(index);
       const auto sums = sums_of_row<7>([&](int64_t k, Vec<Pack, 7>& sum) CAMK_INLINED {
-        const Pack n = row.normalised(k), t = Pack::load(row.t + k), g = Pack::load(row.d + k);
+        const Pack n = row.normalised(k), t = Pack::load(row.t + k), g = Pack::load(row.g + k);
         const Pack dn = with_norm ? math::norm_jacobian(t, n, row.r, mean_t[0], mean_t[1]) : t;
         const auto m = row.modulation(k);
         const auto jet = row.template activate<2>(f, k, m(n));
         const auto along = row.along(k);
         const auto of = math::tangent_cotangents(g, math::modulate_tangent(m.scale, along, n, dn), jet);
         const auto found = math::tangent_gradients(m.scale, along.scale, n, dn, of.s, of.ds);
-        of.g.store(row.out + k), found.n.store(row.d + k), found.dn.store(row.v + k);
+        of.g.store(row.out + k), found.n.store(row.w + k), found.dn.store(row.v + k);
         found.scale.store(scale_row + k), found.shift.store(shift_row + k);
         sum[0] = sum[0] + found.scale, sum[1] = sum[1] + found.shift;
         sum[2] = sum[2] + found.n, sum[3] = multiply_add(n, found.n, sum[3]);
         sum[4] = sum[4] + found.dn, sum[5] = multiply_add(n, found.dn, sum[5]);
         sum[6] = multiply_add(dn, found.dn, sum[6]);
       });
-      of_scale.add(index, width_, scale_row, sums[0]), of_shift.add(index, width_, shift_row, sums[1]);
+      of_scale.add(index, sums[0]), of_shift.add(index, sums[1]);
       for (int i = 0; i < 5; ++i) sums_of[i] += sums[i + 2];
     });
     if (ggrad) put(out_, group, *ggrad);
     if (!gh) return;
-    if (with_norm) through_norm(mean_t, sums_of);
-    put(with_norm ? out_ : d_, group, *gh);
+    if (!with_norm) return put(w_, group, *gh);
+    out_ = place(*gh, group, out_copy_);
+    through_norm(mean_t, sums_of);
+    put(out_, group, *gh);
   }
 
  private:
   bool norm() const { return call_.options.norm; }
   Pack mean(double sum) const { return Pack(C(sum / double(call_.groups.numbers()))); }
 
-  void take(const Source& from, int64_t group, Rows<C> to) const { read_rows(from, group * rows_, rows_, width_, to); }
-  void put(Rows<C> from, int64_t group, const Target& to) const { write_rows(from, group * rows_, rows_, width_, to); }
+  bool in_place(ScalarType type) const {
+    return width_ == pitch_ && type == (std::is_same_v<C, double> ? ScalarType::Double : ScalarType::Float);
+  }
+  // The rows of the group at hand: those of the tensor, or a copy.
+  Rows<const C> take(const Source& from, int64_t group, Rows<C> copy) const {
+    if (in_place(from.type)) return {static_cast<const C*>(from.data) + group * rows_ * width_, width_};
+    read_rows(from, group * rows_, rows_, width_, copy);
+    return {copy.data, copy.stride};
+  }
+  // Where the rows of the group are to be written, then put: in the tensor, or in other memory.
+  Rows<C> place(const Target& to, int64_t group, Rows<C> other) const {
+    if (in_place(to.type)) return {static_cast<C*>(to.data) + group * rows_ * width_, width_};
+    return other;
+  }
+  void put(Rows<C> from, int64_t group, const Target& to) const {
+    if (!in_place(to.type)) write_rows(from, group * rows_, rows_, width_, to);
+  }
 
   // body(row, its index)
   template <class Body>
   CAMK_HD void each_row(const Body& body) const {
     for (int64_t i = 0; i < rows_; ++i) {
-      const Row row{n_[i],
-                    d_[i],
-                    v_[i],
+      const Row row{h_[i],
+                    g_[i],
                     t_[i],
+                    w_[i],
+                    v_[i],
                     out_[i],
                     scale_.row(i),
                     shift_.row(i),
                     scale_along_.row(i),
                     shift_along_.row(i),
                     frequencies_,
+                    Pack(centre_),
                     Pack(r_),
                     Pack(C(call_.options.omega))};
       body(row, i);
@@ -328,21 +380,21 @@ class GroupLoops {
   void begin(int64_t group) {
     scale_.read(group), shift_.read(group);
     if (of_groups_) std::fill_n(frequencies_, pitch_, of_groups_[group % call_.frequencies->numel()]);
-    clear_beyond_width(C(0));
-    take(h_, group, n_);
+    fill_beyond_width(C(0));
+    h_ = take(from_, group, h_copy_);
     if (!norm()) return;
-    const Pack centre = mean(sums_of_group<1>([](const Row& row, int64_t k, Vec<Pack, 1>& sum)
-                                                  CAMK_INLINED { sum[0] = sum[0] + Pack::load(row.n + k); })[0]);
-    clear_beyond_width(centre.v[0]);
-    const auto squares = sums_of_group<1>([&](const Row& row, int64_t k, Vec<Pack, 1>& sum) CAMK_INLINED {
-      const Pack c = Pack::load(row.n + k) - centre;
-      c.store(row.n + k);
+    centre_ = mean(sums_of_group<1>([](const Row& row, int64_t k, Vec<Pack, 1>& sum)
+                                        CAMK_INLINED { sum[0] = sum[0] + Pack::load(row.h + k); })[0])
+                  .v[0];
+    fill_beyond_width(centre_);
+    const auto squares = sums_of_group<1>([](const Row& row, int64_t k, Vec<Pack, 1>& sum) CAMK_INLINED {
+      const Pack c = row.centred(k);
       sum[0] = multiply_add(c, c, sum[0]);
     });
     r_ = math::inverse_deviation(mean(squares[0]).v[0], C(call_.options.eps));
   }
-  void clear_beyond_width(C number) const {
-    for (int64_t i = 0; i < rows_; ++i) std::fill(n_[i] + width_, n_[i] + pitch_, number);
+  void fill_beyond_width(C number) const {
+    for (int64_t i = 0; i < rows_; ++i) std::fill(h_copy_[i] + width_, h_copy_[i] + pitch_, number);
   }
 
   // Means of t and n t, t the tangent of h.
@@ -354,7 +406,7 @@ class GroupLoops {
     return {{mean(sums[0]), mean(sums[1])}};
   }
 
-  // The gradient of h from those of n, in d_, and dn, in v_, into out_.
+  // The gradient of h from those of n, in w_, and dn, in v_, into out_.
   void through_norm(Vec<Pack, 2> mean_t, const Vec<double, 5>& sums) const {
     const Pack r(r_), mean_v = mean(sums[2]), mean_nv = mean(sums[3]);
     const Pack rest = math::norm_second_order_rest(r, mean(sums[4]));
@@ -362,7 +414,7 @@ class GroupLoops {
     const Pack mean_nw = math::norm_second_order(mean(sums[1]), mean_nv, mean_t[1], r, mean_t[1], mean_nv);
     each_row([&](const Row& row, int64_t) CAMK_INLINED {
       each_pack([&](int64_t k) CAMK_INLINED {
-        const Pack n = row.normalised(k), u = Pack::load(row.d + k), v = Pack::load(row.v + k);
+        const Pack n = row.normalised(k), u = Pack::load(row.w + k), v = Pack::load(row.v + k);
         const Pack w = math::norm_second_order(u, v, Pack::load(row.t + k), r, mean_t[1], mean_nv);
         multiply_add(rest, n, math::norm_jacobian(w, n, r, mean_w, mean_nw)).store(row.out + k);
       });
@@ -370,15 +422,17 @@ class GroupLoops {
   }
 
   const ModulateCall& call_;
-  Source h_;
+  Source from_;
   std::optional<Source> h_along_;
   int64_t rows_, width_, pitch_;
   Scratch<C> memory_;
   SharedRows<C> scale_, shift_, scale_along_, shift_along_;
-  Rows<C> n_, d_, v_, t_, out_;             // of the group; n_: h, less its mean under a norm
-  const C* of_groups_ = nullptr;            // frequencies of groups
-  C r_ = C(1);                              // n = r n_
-  C *of_scale_, *of_shift_, *frequencies_;  // rows
+  Rows<C> h_copy_, g_copy_, t_copy_, w_copy_, out_copy_;  // what cannot stay in the tensors
+  Rows<const C> h_, g_, t_;                               // of the group: h, gradient of y, tangent of h
+  Rows<C> w_, v_, out_;
+  const C* of_groups_ = nullptr;  // frequencies of groups
+  C centre_ = C(0), r_ = C(1);    // n = r (h - centre)
+  C* frequencies_;                // a row
 };
 
 }  // namespace camk::cpu

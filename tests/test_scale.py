@@ -65,6 +65,27 @@ def test_gradients_larger_than_a_cache_are_those_of_small_calls(features, backen
     testing.assert_close(total, torch.stack([t.double() for _, t in small]).sum(0).float(), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("norm", [None, "point"])
+@pytest.mark.parametrize("width", [128, 120])
+@pytest.mark.parametrize("backend", [b for b in backends("modulate") if b != "reference"])
+def test_modulated_rows_written_past_the_caches_are_those_of_small_calls(backend, width, norm):
+    """32 MiB and more, whose rows are whole packs of lanes or not, to second order; the gradients' own too."""
+    generator = torch.Generator().manual_seed(1)
+    tensors = [torch.randn(70_000, width, generator=generator) for _ in range(5)]  # h, gamma, beta, two cotangents
+
+    def results(h, gamma, beta, ct, along):
+        inputs = [t.requires_grad_() for t in (h, gamma, beta)]
+        ct = ct.requires_grad_()
+        y = function_of("modulate", backend)(*inputs, norm=norm, activation="silu")
+        slopes = torch.autograd.grad(y, inputs, ct, create_graph=True)
+        return [y, *slopes, *torch.autograd.grad(slopes[0], [*inputs[:2], ct], along)]
+
+    whole = results(*(t.clone() for t in tensors))
+    parts = [results(*(t.clone() for t in part)) for part in zip(*(t.split(20_000) for t in tensors), strict=True)]
+    for found, *small in zip(whole, *parts, strict=True):
+        assert torch.equal(found, torch.cat(small))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", HERE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

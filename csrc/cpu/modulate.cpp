@@ -35,6 +35,7 @@ void each_group(const ModulateCall& call, int64_t begin, int64_t end, const Body
   math::with_activation(math::Activation(call.options.activation), [&](auto activation) {
     for (int64_t group = begin; group < end; ++group) body(activation, group);
   });
+  far_stores_done();
 }
 
 Tensor forward(Tensor h, Tensor gamma, Tensor beta, OptionalTensor frequencies, int64_t activation, double omega,

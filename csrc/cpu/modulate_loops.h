@@ -3,145 +3,11 @@
 // arithmetic type and rows are whole packs of lanes, else in scratch memory. There, beyond the width of a row, scales,
 // shifts and gradients are 0, so that sums run over whole packs.
 #pragma once
-#include "cpu/parallel.h"
-#include "cpu/rows.h"
-#include "launch/group_pieces.h"
-#include "launch/modulate.h"
+#include "cpu/modulate_shared.h"
 #include "math/modulate.h"
 #include "math/norm.h"
 
 namespace camk::cpu {
-
-using launch::ModulateGroups, launch::SharedSize;
-using OptionalTensor = std::optional<Tensor>;
-
-template <class C>
-int64_t pitch_of(const ModulateGroups& groups) {
-  return round_up(groups.width, lanes_of<Lanes<C>>);
-}
-
-// The scale or shift of the group at hand, or their tangents. Rows that are no whole packs of numbers of their own are
-// written out, once for all groups that share them. Zeros where there is no tensor.
-template <class C>
-class SharedRows {
- public:
-  SharedRows(const SharedSize& size, const OptionalTensor& tensor, int64_t width, int64_t pitch, Scratch<C>& memory)
-      : size_(size),
-        from_(tensor ? camk::read<C>(*tensor) : nullptr),
-        width_(width),
-        pitch_(pitch),
-        rows_(memory.take(size.rows * pitch)),
-        at_(rows_) {}
-
-  const C* row(int64_t row) const { return at_ + (size_.rows > 1 ? row * pitch_ : 0); }
-
-  void read(int64_t group) {
-    const int64_t wanted = group / size_.share;
-    if (!from_ || wanted == held_) return;
-    held_ = wanted;
-    if (size_.width == pitch_) return void(at_ = from_ + wanted * size_.numbers());
-    for (int64_t a = 0; a < size_.rows; ++a) {
-      const C* from = from_ + (wanted * size_.rows + a) * size_.width;
-      if (size_.width == width_) {
-        convert(from, width_, rows_ + a * pitch_);
-      } else {
-        std::fill_n(rows_ + a * pitch_, width_, *from);
-      }
-    }
-  }
-
- private:
-  const SharedSize& size_;
-  const C* from_;
-  int64_t width_, pitch_, held_ = -1;
-  C* rows_;
-  const C* at_;
-};
-
-inline GroupPieces pieces_of(const ModulateGroups& g, int64_t number_bytes) {
-  constexpr int64_t kLeastNumbers = 1 << 16, kMost = 256, kMostBytes = 64 << 20;
-  const int64_t edges = 2 * (g.scale.numbers() + g.shift.numbers()) * number_bytes;
-  return GroupPieces::of(g.count, std::min({kMost, g.count * g.numbers() / kLeastNumbers, kMostBytes / edges}));
-}
-
-// The gradient of a scale or shift, added up by pieces.
-template <class C>
-class SharedGradient {
- public:
-  SharedGradient(const SharedSize& size, const GroupPieces& pieces, const Tensor& like, bool wanted)
-      : result(wanted ? empty_as(like) : empty(like, {0})), size_(size), pieces_(pieces) {
-    if (!wanted) return;
-    total_ = write<C>(result);
-    if (pieces.count == 0) std::fill_n(total_, result.numel(), C(0));
-    edges_.resize(size_t(2 * pieces.count * size.numbers()));
-  }
-
-  // What one piece adds.
-  class Part {
-   public:
-    Part(SharedGradient& whole, int64_t piece, const ModulateGroups& groups)
-        : whole_(whole), piece_(piece), width_(groups.width), row_(memory_.take(pitch_of<C>(groups))) {
-      const SharedSize& size = whole.size_;
-      alone_ = whole.total_ && size.share == 1 && size.rows == groups.rows && size.width == pitch_of<C>(groups);
-    }
-
-    void begin(int64_t group) {
-      if (!whole_.total_ || group / whole_.size_.share == held_) return;
-      held_ = group / whole_.size_.share;
-      to_ = whole_.target(piece_, held_);
-      if (!alone_) std::fill_n(to_, whole_.size_.numbers(), C(0));
-    }
-    // Where the numbers of a row of the group are to be written, then to be added: in place, if no other are added there.
-    C* row(int64_t row) const { return alone_ ? at(row) : row_; }
-    // sum: of the numbers.
-    void add(int64_t row, double sum) {
-      if (!to_ || alone_) return;
-      C* to = at(row);
-      if (whole_.size_.width < width_) {
-        *to += C(sum);
-      } else {
-        for (int64_t k = 0; k < width_; ++k) to[k] += row_[k];
-      }
-    }
-
-   private:
-    C* at(int64_t row) const { return to_ + (whole_.size_.rows > 1 ? row * whole_.size_.width : 0); }
-
-    SharedGradient& whole_;
-    int64_t piece_, width_, held_ = -1;
-    Scratch<C> memory_;
-    C* row_;
-    C* to_ = nullptr;
-    bool alone_;
-  };
-
-  void add_edges() {
-    for (int64_t piece = 1; total_ && piece < pieces_.count; ++piece) {
-      const int64_t item = pieces_.divided(piece, size_.share);
-      if (item < 0) continue;
-      C* total = total_ + item * size_.numbers();
-      std::fill_n(total, size_.numbers(), C(0));
-      pieces_.each_edge(piece, item, size_.share, [&](int64_t edge) {
-        const C* more = edges_.data() + edge * size_.numbers();
-        for (int64_t k = 0; k < size_.numbers(); ++k) total[k] += more[k];
-      });
-    }
-  }
-
-  Tensor result;
-
- private:
-  // Where the sum of a piece goes.
-  C* target(int64_t piece, int64_t item) {
-    if (pieces_.holds(piece, item, size_.share)) return total_ + item * size_.numbers();
-    return edges_.data() + pieces_.edge(piece, item, size_.share) * size_.numbers();
-  }
-
-  const SharedSize& size_;
-  const GroupPieces& pieces_;
-  C* total_ = nullptr;
-  std::vector<C> edges_;
-};
 
 // What every operator is given.
 struct ModulateCall {
@@ -161,7 +27,8 @@ template <class C>
 struct GroupRow {
   using Pack = Lanes<C>;
   const C *h, *g, *t;  // t: the tangent of h
-  C *w, *v, *out;
+  C* v;
+  WrittenRow<C> w, out;
   const C *scale, *shift, *scale_along, *shift_along, *frequencies;
   Pack centre, r, omega;
 
@@ -213,11 +80,11 @@ class GroupLoops {
   template <class F>
   void value(F f, int64_t group, const Target& y) {
     begin(group);
-    out_ = place(y, group, out_copy_);
+    place_out(y, group);
     each_row([&](const Row& row, int64_t) CAMK_INLINED {
       each_pack([&](int64_t k) CAMK_INLINED {
         const Pack s = row.modulation(k)(row.normalised(k));
-        row.template activate<0>(f, k, s).value.store(row.out + k);
+        row.out.store(k, row.template activate<0>(f, k, s).value);
       });
     });
     put(out_, group, y);
@@ -229,17 +96,17 @@ class GroupLoops {
     begin(group);
     g_ = take(grad, group, g_copy_);
     of_scale.begin(group), of_shift.begin(group);
-    if (gh) out_ = place(*gh, group, out_copy_);
+    if (gh) place_out(*gh, group);
     w_ = norm() ? w_copy_ : out_;
     double sum_w = 0, sum_nw = 0;
     each_row([&](const Row& row, int64_t index) CAMK_INLINED {
-      C *const scale_row = of_scale.row(index), *const shift_row = of_shift.row(index);
+      const auto scale_row = of_scale.row(index), shift_row = of_shift.row(index);
       const auto sums = sums_of_row<4>([&](int64_t k, Vec<Pack, 4>& sum) CAMK_INLINED {
         const Pack n = row.normalised(k);
         const auto m = row.modulation(k);
         const Pack slope = row.template activate<1>(f, k, m(n)).first;
         const auto found = math::modulate_gradients(m.scale, n, Pack::load(row.g + k), slope);
-        found.scale.store(scale_row + k), found.shift.store(shift_row + k), found.n.store(row.w + k);
+        scale_row.store(k, found.scale), shift_row.store(k, found.shift), row.w.store(k, found.n);
         sum[0] = sum[0] + found.scale, sum[1] = sum[1] + found.shift;
         sum[2] = sum[2] + found.n, sum[3] = multiply_add(n, found.n, sum[3]);
       });
@@ -251,8 +118,8 @@ class GroupLoops {
       const Pack mean_w = mean(sum_w), mean_nw = mean(sum_nw);
       each_row([&](const Row& row, int64_t) CAMK_INLINED {
         each_pack([&](int64_t k) CAMK_INLINED {
-          const Pack w = Pack::load(row.w + k);
-          math::norm_jacobian(w, row.normalised(k), row.r, mean_w, mean_nw).store(row.out + k);
+          const Pack w = Pack::load(row.w.at + k);
+          row.out.store(k, math::norm_jacobian(w, row.normalised(k), row.r, mean_w, mean_nw));
         });
       });
     }
@@ -269,12 +136,12 @@ class GroupLoops {
     if (h_along_) t_ = take(*h_along_, group, t_copy_);
     of_scale.begin(group), of_shift.begin(group);
     const bool with_norm = norm();
-    if (ggrad) out_ = place(*ggrad, group, out_copy_);
+    if (ggrad) place_out(*ggrad, group);
     if (gh && !with_norm) w_ = place(*gh, group, w_copy_);
     const Vec<Pack, 2> mean_t = with_norm ? tangent_means() : Vec<Pack, 2>{};
     Vec<double, 5> sums_of{};  // u, n u, v, n v, v dn: u and v are the gradients of n and dn
     each_row([&](const Row& row, int64_t index) CAMK_INLINED {
-      C *const scale_row = of_scale.row(index), *const shift_row = of_shift.row(index);
+      const auto scale_row = of_scale.row(index), shift_row = of_shift.row(index);
       const auto sums = sums_of_row<7>([&](int64_t k, Vec<Pack, 7>& sum) CAMK_INLINED {
         const Pack n = row.normalised(k), t = Pack::load(row.t + k), g = Pack::load(row.g + k);
         const Pack dn = with_norm ? math::norm_jacobian(t, n, row.r, mean_t[0], mean_t[1]) : t;
@@ -283,8 +150,8 @@ class GroupLoops {
         const auto along = row.along(k);
         const auto of = math::tangent_cotangents(g, math::modulate_tangent(m.scale, along, n, dn), jet);
         const auto found = math::tangent_gradients(m.scale, along.scale, n, dn, of.s, of.ds);
-        of.g.store(row.out + k), found.n.store(row.w + k), found.dn.store(row.v + k);
-        found.scale.store(scale_row + k), found.shift.store(shift_row + k);
+        row.out.store(k, of.g), row.w.store(k, found.n), found.dn.store(row.v + k);
+        scale_row.store(k, found.scale), shift_row.store(k, found.shift);
         sum[0] = sum[0] + found.scale, sum[1] = sum[1] + found.shift;
         sum[2] = sum[2] + found.n, sum[3] = multiply_add(n, found.n, sum[3]);
         sum[4] = sum[4] + found.dn, sum[5] = multiply_add(n, found.dn, sum[5]);
@@ -296,7 +163,7 @@ class GroupLoops {
     if (ggrad) put(out_, group, *ggrad);
     if (!gh) return;
     if (!with_norm) return put(w_, group, *gh);
-    out_ = place(*gh, group, out_copy_);
+    place_out(*gh, group);
     through_norm(mean_t, sums_of);
     put(out_, group, *gh);
   }
@@ -319,6 +186,10 @@ class GroupLoops {
     if (in_place(to.type)) return {static_cast<C*>(to.data) + group * rows_ * width_, width_};
     return other;
   }
+  void place_out(const Target& to, int64_t group) {
+    out_ = place(to, group, out_copy_);
+    far_ = in_place(to.type) && goes_far(to, call_.h.numel() * int64_t(sizeof(C)));
+  }
   void put(Rows<C> from, int64_t group, const Target& to) const {
     if (!in_place(to.type)) write_rows(from, group * rows_, rows_, width_, to);
   }
@@ -330,9 +201,9 @@ class GroupLoops {
       const Row row{h_[i],
                     g_[i],
                     t_[i],
-                    w_[i],
                     v_[i],
-                    out_[i],
+                    {w_[i], far_ && w_.data == out_.data},
+                    {out_[i], far_},
                     scale_.row(i),
                     shift_.row(i),
                     scale_along_.row(i),
@@ -414,9 +285,9 @@ class GroupLoops {
     const Pack mean_nw = math::norm_second_order(mean(sums[1]), mean_nv, mean_t[1], r, mean_t[1], mean_nv);
     each_row([&](const Row& row, int64_t) CAMK_INLINED {
       each_pack([&](int64_t k) CAMK_INLINED {
-        const Pack n = row.normalised(k), u = Pack::load(row.w + k), v = Pack::load(row.v + k);
+        const Pack n = row.normalised(k), u = Pack::load(row.w.at + k), v = Pack::load(row.v + k);
         const Pack w = math::norm_second_order(u, v, Pack::load(row.t + k), r, mean_t[1], mean_nv);
-        multiply_add(rest, n, math::norm_jacobian(w, n, r, mean_w, mean_nw)).store(row.out + k);
+        row.out.store(k, multiply_add(rest, n, math::norm_jacobian(w, n, r, mean_w, mean_nw)));
       });
     });
   }
@@ -431,6 +302,7 @@ class GroupLoops {
   Rows<const C> h_, g_, t_;                               // of the group: h, gradient of y, tangent of h
   Rows<C> w_, v_, out_;
   const C* of_groups_ = nullptr;  // frequencies of groups
+  bool far_ = false;              // where out_ is written
   C centre_ = C(0), r_ = C(1);    // n = r (h - centre)
   C* frequencies_;                // a row
 };

@@ -2,6 +2,7 @@
 // A modulated MLP made ready for its tiles: weights in panels, in the arithmetic type C, and what its tensors look
 // like.
 #pragma once
+#include "cpu/matrix_unit.h"
 #include "cpu/modulated_mlp_rows.h"
 #include "cpu/parallel.h"
 
@@ -16,8 +17,9 @@ constexpr ScalarType number_type() {
   return std::is_same_v<C, double> ? ScalarType::Double : ScalarType::Float;
 }
 
-// Points that pass through all layers together; a multiple of kBlockRows on every instruction set.
+// Points that pass through all layers together.
 inline constexpr int64_t kTile = 96;
+static_assert(kTile % kBlockRows == 0 && kTile % (2 * kUnit) == 0);
 
 // A matrix in one of three forms: panels of it, its few columns, or panels of pairs of rows rounded to bfloat16.
 template <class C>
@@ -54,10 +56,16 @@ struct NetLists {
   bool bfloat16;  // whether products may round their factors
 };
 
+// Pairs of bfloat16 in a row of numbers, or rows in a column: whole registers of the matrix unit where there is one.
+inline int64_t pairs_of(int64_t numbers) {
+  const int64_t pairs = (numbers + 1) / 2;
+  return has_matrix_unit() ? round_up(pairs, kUnit) : pairs;
+}
+
 // value(k, j) of a [depth, columns] matrix
 template <class C, class Value>
 Matrix<C> pack(int64_t depth, int64_t columns, bool rounded, Scratch<C>& memory, const Value& value) {
-  const int64_t pairs = (depth + 1) / 2;
+  const int64_t pairs = pairs_of(depth);
   if (!rounded && columns <= kFew && depth % kPanel == 0) {
     C* made = memory.take(kFew * depth);
     for (int64_t j = 0; j < columns; ++j) {
@@ -118,7 +126,7 @@ struct Net {
         hidden(int64_t(weights.size()) - lists.output_layer),
         groups(modulation ? modulation->size(0) : 1),
         values(modulation && modulation->dim() == 4 ? modulation->size(3) : 1),
-        rounds(std::is_same_v<C, float> && lists.bfloat16 && multiplies_bfloat16()) {
+        rounds(std::is_same_v<C, float> && lists.bfloat16 && (has_matrix_unit() || multiplies_bfloat16())) {
     C* waves = nullptr;
     if (frequencies) {
       waves = memory.take(padded(frequencies->numel()));

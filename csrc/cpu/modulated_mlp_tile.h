@@ -45,8 +45,10 @@ class TileProducts {
  public:
   Ahead ahead;
 
-  TileProducts(const Net<C>& net, Scratch<C>& memory) : stride_(round_up((net.widest() + 1) / 2, kPanel)) {
-    if (net.rounds) pairs_ = reinterpret_cast<uint32_t*>(memory.take(kTile * stride_));
+  TileProducts(const Net<C>& net, Scratch<C>& memory) : stride_(round_up((net.widest() + 1) / 2, kUnit)) {
+    if (!net.rounds) return;
+    pairs_ = reinterpret_cast<uint32_t*>(memory.take(kTile * stride_));
+    if (has_matrix_unit()) unit_.emplace();
   }
 
   // c = a B + bias, or c += a B
@@ -55,8 +57,9 @@ class TileProducts {
     if constexpr (std::is_same_v<C, float>) {
       if (b.rounded) {
         round_rows(a, depth);
-        return multiply(pairs_, stride_, kTile, b.rounded, (depth + 1) / 2, columns, bias, c.data, c.stride, ahead,
-                        add);
+        const auto multiply_pairs = unit_ ? unit_multiply : multiply<uint32_t, float>;
+        return multiply_pairs(pairs_, stride_, kTile, b.rounded, pairs_of(depth), columns, bias, c.data, c.stride,
+                              ahead, add);
       }
     }
 #endif
@@ -76,6 +79,7 @@ class TileProducts {
   }
 #endif
 
+  std::optional<MatrixUnit> unit_;
   int64_t stride_;
   uint32_t* pairs_ = nullptr;
 };

@@ -5,6 +5,8 @@
 #include <cstring>
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
+
+#include "cpu/matrix_unit.h"
 #endif
 
 #if defined(__AVX512F__)
@@ -34,9 +36,18 @@ double ceiling_fma(long iterations, float* sink) {
 }
 
 #if defined(__AVX512BF16__)
-// The same of dot products of pairs of bfloat16, which are added in float32: their latency wants more chains, and there
-// are registers for them.
+// The same of dot products of pairs of bfloat16, which are added in float32: by the matrix unit where there is one, or of
+// vectors, whose latency wants more chains, and there are registers for them.
 double ceiling_bfloat16(long iterations, float* sink) {
+#if CAMK_MATRIX_UNIT
+  if (camk::cpu::has_matrix_unit()) {
+    const camk::cpu::MatrixUnit unit;
+    for (long n = 0; n < iterations; ++n) {
+      camk::unroll<4>([](auto i) CAMK_INLINED { camk::cpu::multiply_registers<i, 4 + i / 2, 6 + i % 2>(); });
+    }
+    return 4.0 * 16 * 16 * 16 * 4 * iterations;
+  }
+#endif
   const __m512bh a = __m512bh(_mm512_set1_epi16(0x3f7f)), b = __m512bh(_mm512_set1_epi16(0x3a83));
   constexpr int kChains = 16;
   __m512 sum[kChains];

@@ -27,7 +27,7 @@ from . import ROOT
 from .case import Floor
 
 SOURCE = Path(__file__).with_name("ceilings.cpp")
-FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared"]
+FLAGS = ["-std=c++20", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", f"-I{ROOT / 'csrc'}"]
 ISA_FLAGS = {"AVX512": ["-mavx512f", "-mfma"], "AVX2": ["-mavx2", "-mfma"]}
 LOOKUP_BYTES = (1 << 16, 1 << 19, 1 << 22, 1 << 26)  # tables of 64 KB, 512 KB, 4 MB (one level of 2^19 pairs), 64 MB
 LOOKUPS, COPY_BYTES = 1 << 20, 1 << 26

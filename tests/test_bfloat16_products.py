@@ -78,15 +78,20 @@ def test_a_linear_layer_multiplies_rounded_factors(inputs: int, outputs: int) ->
 
 
 @takes_bfloat16
-def test_gradients_go_back_through_rounded_factors_and_sums_over_points_are_exact() -> None:
-    call = network(200, [5, 33])
-    given = [call["x"].requires_grad_(), call["weights"][0].requires_grad_()]
-    cotangent = torch.randn(200, 33)
+@pytest.mark.parametrize("points", [1, 2, 96, 200, 231])
+@pytest.mark.parametrize("outputs", [3, 16, 33, 50])
+@pytest.mark.parametrize("inputs", [5, 17, 48])
+def test_gradients_are_of_rounded_factors_and_a_bias_is_summed_exactly(inputs: int, outputs: int, points: int) -> None:
+    call = network(points, [inputs, outputs], activation=None)
+    given = [t.requires_grad_() for t in (call["x"], call["weights"][0], call["biases"][0])]
+    cotangent = torch.randn(points, outputs)
     with testing.bfloat16(True):
         y = camkernels.modulated_mlp(**call, backend="cpu")
-    of_x, of_weight = torch.autograd.grad(y, given, cotangent)
-    torch.testing.assert_close(of_x.double(), rounded(cotangent) @ rounded(given[1]), rtol=1e-6, atol=1e-5)
-    torch.testing.assert_close(of_weight, cotangent.T @ given[0].detach(), rtol=1e-5, atol=1e-4)
+    of_x, of_weight, of_bias = torch.autograd.grad(y, given, cotangent)
+    x, weight = (rounded(t.detach()) for t in given[:2])
+    torch.testing.assert_close(of_x.double(), rounded(cotangent) @ weight, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(of_weight.double(), rounded(cotangent).T @ x, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(of_bias.double(), cotangent.double().sum(0), rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("inputs", [1, 15, 17, 33])

@@ -3,6 +3,7 @@
 // serves every instruction set; intrinsics only where the extensions have no word for it (fused multiply-add,
 // rounding).
 #pragma once
+#include <array>
 #include <cstring>
 
 #include "math/portable.h"
@@ -128,6 +129,16 @@ CAMK_HD Words to_bfloat16(Floats low, Floats high) {
   Words pairs;
   asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(pairs.v) : "v"(high.v), "v"(low.v));
   return pairs;
+}
+// Number k of both side by side.
+CAMK_HD Words to_bfloat16_pairs(Floats first, Floats second) {
+  alignas(64) static constexpr auto kOrder = [] {
+    std::array<uint16_t, 2 * kLanes> order{};
+    for (uint16_t k = 0; k < kLanes; ++k) order[2 * k] = k, order[2 * k + 1] = kLanes + k;
+    return order;
+  }();
+  const __m512i rounded = (__m512i)to_bfloat16(first, second).v;
+  return Words((Words::Raw)_mm512_permutexvar_epi16(_mm512_load_si512(kOrder.data()), rounded));
 }
 // N numbers, up to kLanes, and zeros behind them; none below 0.
 CAMK_HD Floats load_first(const float* p, int64_t n) {

@@ -45,65 +45,83 @@ class MatrixUnit {
   MatrixUnit(const MatrixUnit&) = delete;
 };
 
-// Sums of a block of 2 kUnit rows in registers 0 and 2, of a second panel in 1 and 3; `at` + column: of the first row.
-template <int Panels>
-CAMK_HD void load_sums(const float* at, int64_t row_bytes, int64_t down) {
-  asm volatile("tileloadd (%0,%1,1), %%tmm0" : : "r"(at), "r"(row_bytes) : "memory");
-  asm volatile("tileloadd (%0,%1,1), %%tmm2" : : "r"(at + down), "r"(row_bytes) : "memory");
-  if constexpr (Panels == 1) return;
-  asm volatile("tileloadd (%0,%1,1), %%tmm1" : : "r"(at + kUnit), "r"(row_bytes) : "memory");
-  asm volatile("tileloadd (%0,%1,1), %%tmm3" : : "r"(at + kUnit + down), "r"(row_bytes) : "memory");
+template <int Register>
+CAMK_HD void load_register(const void* from, int64_t row_bytes) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(row_bytes), "i"(Register) : "memory");
 }
-template <int Panels>
-CAMK_HD void store_sums(float* at, int64_t row_bytes, int64_t down) {
-  asm volatile("tilestored %%tmm0, (%0,%1,1)" : : "r"(at), "r"(row_bytes) : "memory");
-  asm volatile("tilestored %%tmm2, (%0,%1,1)" : : "r"(at + down), "r"(row_bytes) : "memory");
-  if constexpr (Panels == 1) return;
-  asm volatile("tilestored %%tmm1, (%0,%1,1)" : : "r"(at + kUnit), "r"(row_bytes) : "memory");
-  asm volatile("tilestored %%tmm3, (%0,%1,1)" : : "r"(at + kUnit + down), "r"(row_bytes) : "memory");
+template <int Register>
+CAMK_HD void store_register(void* to, int64_t row_bytes) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(row_bytes), "i"(Register) : "memory");
 }
-CAMK_HD void clear_sums() {
-  asm volatile("tilezero %tmm0\n\ttilezero %tmm1\n\ttilezero %tmm2\n\ttilezero %tmm3");
+template <int Sums, int A, int B>
+CAMK_HD void multiply_registers() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(Sums), "i"(A), "i"(B));
 }
 
-template <int Panels>
-CAMK_HD void unit_block(const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t depth, const float* bias,
-                        float* c, int64_t c_stride, bool add, Ahead& ahead) {
-  constexpr int64_t kPanelBytes = kPanel * sizeof(uint32_t), kLines = 8;  // lines fetched with 2 kUnit rows of factors
+// What registers hold of a matrix: numbers between its rows, to the register below, to the one on the right.
+template <class T>
+struct Registers {
+  T* at;
+  int64_t row, down, right;
+};
+
+// c = start + a b for Down x Right registers of c; start.at: null for zeros. depth: pairs, a multiple of kUnit.
+template <int Down, int Right>
+CAMK_HD void unit_block(Registers<const uint32_t> a, Registers<const uint32_t> b, int64_t depth,
+                        Registers<const float> start, Registers<float> c, Ahead& ahead) {
+  constexpr int64_t kBytes = 4, kLines = 8;  // of a number; lines that are fetched while a register is multiplied
   auto [line, step] = ahead.take(depth / kUnit * kLines);
-  const int64_t a_bytes = a_stride * sizeof(uint32_t), c_bytes = c_stride * sizeof(float);
-  if (add) {
-    load_sums<Panels>(c, c_bytes, kUnit * c_stride);
-  } else if (bias) {
-    load_sums<Panels>(bias, 0, 0);  // the same row everywhere
-  } else {
-    clear_sums();
-  }
+  unroll<Down * Right>([&](auto i) CAMK_INLINED {
+    if (start.at) {
+      load_register<i>(start.at + i / Right * start.down + i % Right * start.right, start.row * kBytes);
+    } else {
+      asm volatile("tilezero %%tmm%c0" : : "i"(int(i)));
+    }
+  });
   for (int64_t k = 0; k < depth; k += kUnit) {
     for (int64_t i = 0; i < kLines; ++i, line += step) __builtin_prefetch(line, 0, 2);
-    asm volatile("tileloadd (%0,%1,1), %%tmm4" : : "r"(a + k), "r"(a_bytes) : "memory");
-    asm volatile("tileloadd (%0,%1,1), %%tmm6" : : "r"(b + k * kPanel), "r"(kPanelBytes) : "memory");
-    asm volatile("tileloadd (%0,%1,1), %%tmm5" : : "r"(a + k + kUnit * a_stride), "r"(a_bytes) : "memory");
-    asm volatile("tdpbf16ps %tmm6, %tmm4, %tmm0\n\ttdpbf16ps %tmm6, %tmm5, %tmm2");
-    if constexpr (Panels == 1) continue;
-    asm volatile("tileloadd (%0,%1,1), %%tmm7" : : "r"(b + (depth + k) * kPanel), "r"(kPanelBytes) : "memory");
-    asm volatile("tdpbf16ps %tmm7, %tmm4, %tmm1\n\ttdpbf16ps %tmm7, %tmm5, %tmm3");
+    unroll<Down>([&](auto d) CAMK_INLINED { load_register<4 + d>(a.at + d * a.down + k, a.row * kBytes); });
+    unroll<Right>([&](auto r) CAMK_INLINED { load_register<6 + r>(b.at + k * b.row + r * b.right, b.row * kBytes); });
+    unroll<Down * Right>([&](auto i) CAMK_INLINED { multiply_registers<i, 4 + i / Right, 6 + i % Right>(); });
   }
-  store_sums<Panels>(c, c_bytes, kUnit * c_stride);
+  unroll<Down * Right>(
+      [&](auto i) CAMK_INLINED { store_register<i>(c.at + i / Right * c.down + i % Right * c.right, c.row * kBytes); });
 }
 
-// multiply() of cpu/products.h for pairs of bfloat16: rows a multiple of 2 kUnit, depth of kUnit.
-inline void unit_multiply(const uint32_t* a, int64_t a_stride, int64_t rows, const uint32_t* panels, int64_t depth,
-                          int64_t columns, const float* bias, float* c, int64_t c_stride, Ahead& ahead, bool add) {
-  const auto over_rows = [&]<int Panels>(int64_t column) {
-    for (int64_t r = 0; r < rows; r += 2 * kUnit) {
-      unit_block<Panels>(a + r * a_stride, a_stride, panels + in_panels(depth, 0, column), depth,
-                         bias ? bias + column : nullptr, c + r * c_stride + column, c_stride, add, ahead);
-    }
+// body.operator()<Down, Right>(row, column) for blocks of as many registers: two in each direction, or one at the end.
+template <class Body>
+CAMK_HD void each_unit_block(int64_t rows, int64_t columns, const Body& body) {
+  const auto over_rows = [&]<int Right>(int64_t column) CAMK_INLINED {
+    int64_t r = 0;
+    for (; r + 2 * kUnit <= rows; r += 2 * kUnit) body.template operator()<2, Right>(r, column);
+    if (r < rows) body.template operator()<1, Right>(r, column);
   };
   int64_t j = 0;
-  for (; j + 2 * kPanel <= padded(columns); j += 2 * kPanel) over_rows.template operator()<2>(j);
-  if (j < padded(columns)) over_rows.template operator()<1>(j);
+  for (; j + 2 * kUnit <= columns; j += 2 * kUnit) over_rows.template operator()<2>(j);
+  if (j < columns) over_rows.template operator()<1>(j);
+}
+
+// multiply() of cpu/products.h for pairs of bfloat16: rows and depth multiples of kUnit.
+inline void unit_multiply(const uint32_t* a, int64_t a_stride, int64_t rows, const uint32_t* panels, int64_t depth,
+                          int64_t columns, const float* bias, float* c, int64_t c_stride, Ahead& ahead, bool add) {
+  each_unit_block(rows, padded(columns), [&]<int Down, int Right>(int64_t r, int64_t j) {
+    const Registers<float> to{c + r * c_stride + j, c_stride, kUnit * c_stride, kUnit};
+    const Registers<const float> same{bias ? bias + j : nullptr, 0, 0, kUnit}, before{to.at, to.row, to.down, to.right};
+    unit_block<Down, Right>({a + r * a_stride, a_stride, kUnit * a_stride, 0},
+                            {panels + in_panels(depth, 0, j), kPanel, 0, depth * kPanel}, depth, add ? before : same,
+                            to, ahead);
+  });
+}
+
+// add_outer() of cpu/products.h for pairs of bfloat16 and a transposed d [rows, n], where rows and n are multiples of
+// kUnit; the first of the `outs` rows of sums.
+inline void unit_add_outer(const uint32_t* d, int64_t rows, const uint32_t* x, int64_t x_stride, int64_t columns,
+                           int64_t n, int64_t outs, float* panels, Ahead& ahead) {
+  each_unit_block(rows, padded(columns), [&]<int Down, int Right>(int64_t o, int64_t j) {
+    const Registers<float> sums{panels + in_panels(outs, o, j), kPanel, kUnit * kPanel, outs * kPanel};
+    unit_block<Down, Right>({d + o * n, n, kUnit * n, 0}, {x + j, x_stride, 0, kUnit}, n,
+                            {sums.at, sums.row, sums.down, sums.right}, sums, ahead);
+  });
 }
 
 #else

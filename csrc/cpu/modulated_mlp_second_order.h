@@ -74,8 +74,8 @@ class TangentTile {
         deactivate_tangents(layer, count, rows_with_modulation(l), d, e, change_[l]);
         gradients.add_modulation(l, change_[l], begin, count, sums);
       }
-      gradients.add(layer, d, l ? h_[l - 1] : input, count, sums);
-      gradients.add(layer, e, l ? dh_[l - 1] : tangent, count, sums, false);
+      gradients.add(products_, layer, d, l ? h_[l - 1] : input, count, sums);
+      gradients.add(products_, layer, e, l ? dh_[l - 1] : tangent, count, sums, false);
       if (l == 0 && !gx) return;
       const int other = d.data == d_[0].data;
       const Rows<C> d_below{d_[other].data, padded(layer.in)}, e_below{e_[other].data, padded(layer.in)};

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // A tile of points on its way through a modulated MLP and back. One tile object serves one thread.
 #pragma once
+#include "cpu/channels.h"
 #include "cpu/modulated_mlp_net.h"
 
 namespace camk::cpu {
@@ -39,7 +40,7 @@ void write_far(Rows<C> from, int64_t columns, int64_t count, C* to) {
   }
 }
 
-// Products of a tile's rows with the matrices of layers, and what is fetched while they run.
+// Products of a tile's rows with the matrices of layers and with other rows, and what is fetched while they run.
 template <class C>
 class TileProducts {
  public:
@@ -47,7 +48,9 @@ class TileProducts {
 
   TileProducts(const Net<C>& net, Scratch<C>& memory) : stride_(round_up((net.widest() + 1) / 2, kUnit)) {
     if (!net.rounds) return;
-    pairs_ = reinterpret_cast<uint32_t*>(memory.take(kTile * stride_));
+    for (uint32_t** pairs : {&pairs_, &d_pairs_, &x_pairs_}) {
+      *pairs = reinterpret_cast<uint32_t*>(memory.take(kTile * stride_));
+    }
     if (has_matrix_unit()) unit_.emplace();
   }
 
@@ -67,8 +70,43 @@ class TileProducts {
     multiply(a.data, a.stride, kTile, b.exact, depth, columns, bias, c.data, c.stride, ahead, add);
   }
 
+  // sums += d^T x over `count` points, sums [outs, columns] in panels.
+  void add_outer(Rows<C> d, int64_t outs, Rows<C> x, int64_t columns, int64_t count, C* sums) {
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<C, float>) {
+      if (pairs_) return add_rounded_outer(d, outs, x, columns, count, sums);
+    }
+#endif
+    cpu::add_outer(d.data, d.stride, outs, x.data, x.stride, columns, count, sums);
+  }
+
  private:
 #if defined(__AVX512F__)
+  static constexpr int64_t kPairs = kTile / 2;
+
+  void add_rounded_outer(Rows<C> d, int64_t outs, Rows<C> x, int64_t columns, int64_t count, C* sums) {
+    const int64_t d_stride = padded(outs), x_stride = padded(columns), whole = unit_ ? outs / kUnit * kUnit : 0;
+    pair_rows(d, outs, count, d_pairs_), pair_rows(x, columns, count, x_pairs_);
+    if (whole > 0) {
+      transpose(reinterpret_cast<const float*>(d_pairs_), kPairs, whole, d_stride, reinterpret_cast<float*>(pairs_),
+                kPairs);
+      unit_add_outer(pairs_, whole, x_pairs_, x_stride, columns, kPairs, outs, sums, ahead);
+    }
+    cpu::add_outer(d_pairs_, d_stride, outs, x_pairs_, x_stride, columns, kPairs, sums, whole);
+  }
+
+  // Each two rows rounded, side by side, [kPairs, padded(columns)]; zeros behind the last of `count`.
+  static void pair_rows(Rows<C> rows, int64_t columns, int64_t count, uint32_t* to) {
+    const int64_t end = padded(columns);
+    for (int64_t i = 0; i < kTile; i += 2, to += end) {
+      for (int64_t k = 0; k < end; k += kLanes) {
+        const auto some = [&](int64_t row)
+                              CAMK_INLINED { return load_first(rows[row] + k, row < count ? columns - k : 0); };
+        to_bfloat16_pairs(some(i), some(i + 1)).store(to + k);
+      }
+    }
+  }
+
   void round_rows(Rows<C> a, int64_t depth) {
     for (int64_t i = 0; i < kTile; ++i) {
       for (int64_t k = 0; k < depth; k += 2 * kLanes) {
@@ -81,7 +119,7 @@ class TileProducts {
 
   std::optional<MatrixUnit> unit_;
   int64_t stride_;
-  uint32_t* pairs_ = nullptr;
+  uint32_t *pairs_ = nullptr, *d_pairs_, *x_pairs_;  // of a row; of two rows
 };
 
 // Scale and shift of every layer for the points of a tile: where they lie if they can stay there, or a copy. Where
@@ -157,10 +195,11 @@ class Gradients {
   bool wants_modulation() const { return wants_modulation_; }
 
   // d^T x and the sum of d, for a layer.
-  void add(const Layer<C>& layer, Rows<C> d, Rows<C> x, int64_t count, const PartSums<C>& to, bool bias = true) const {
+  void add(TileProducts<C>& products, const Layer<C>& layer, Rows<C> d, Rows<C> x, int64_t count, const PartSums<C>& to,
+           bool bias = true) const {
     if (!wants_weights_) return;
     C* sums = to.sums + layer.sums;
-    add_outer(d.data, d.stride, layer.width, x.data, x.stride, layer.in, count, sums);
+    products.add_outer(d, layer.width, x, layer.in, count, sums);
     sums += layer.width * padded(layer.in);
     if (!bias) return;
     each_pack<C>(layer, [&](int64_t o) CAMK_INLINED {
@@ -279,7 +318,7 @@ class BackwardTile {
                         gradients.wants_modulation());
         gradients.add_modulation(l, change_[l], begin, count, sums);
       }
-      gradients.add(layer, d, l ? h_[l - 1] : input, count, sums);
+      gradients.add(products_, layer, d, l ? h_[l - 1] : input, count, sums);
       if (l == 0 && !gx) return;
       const Rows<C> below = widened(d_[d.data == d_[0].data], layer.in);
       products_(d, layer.panels.backward, layer.width, layer.in, nullptr, below);

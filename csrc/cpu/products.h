@@ -152,8 +152,8 @@ void multiply_few(const C* a, int64_t a_stride, int64_t rows, const C* b, int64_
   }
 }
 
-template <int Rows, int Vectors, class C>
-CAMK_HD void add_outer_block(const C* d, int64_t d_stride, const C* x, int64_t x_stride, int64_t n,
+template <int Rows, int Vectors, class E, class C>
+CAMK_HD void add_outer_block(const E* d, int64_t d_stride, const E* x, int64_t x_stride, int64_t n,
                              C* const (&sums)[Vectors]) {
   using Pack = Lanes<C>;
   constexpr int kWidth = lanes_of<Pack>;
@@ -163,10 +163,10 @@ CAMK_HD void add_outer_block(const C* d, int64_t d_stride, const C* x, int64_t x
     __builtin_prefetch(sums[0] + (Rows + r) * kPanel);  // those of the next block
   });
   for (int64_t i = 0; i < n; ++i) {
-    Pack row[Vectors];
-    unroll<Vectors>([&](auto v) CAMK_INLINED { row[v] = Pack::load(x + i * x_stride + v * kWidth); });
+    Lanes<E> row[Vectors];
+    unroll<Vectors>([&](auto v) CAMK_INLINED { row[v] = Lanes<E>::load(x + i * x_stride + v * kWidth); });
     unroll<Rows>([&](auto r) CAMK_INLINED {
-      const Pack scalar(d[i * d_stride + r]);
+      const Lanes<E> scalar(d[i * d_stride + r]);
       unroll<Vectors>([&](auto v) CAMK_INLINED { sum[r][v] = multiply_add(scalar, row[v], sum[r][v]); });
     });
   }
@@ -175,10 +175,11 @@ CAMK_HD void add_outer_block(const C* d, int64_t d_stride, const C* x, int64_t x
   });
 }
 
-// sums += d^T x: d [n, outs], x [n, padded(columns)], sums [outs, columns] in panels.
-template <class C>
-void add_outer(const C* d, int64_t d_stride, int64_t outs, const C* x, int64_t x_stride, int64_t columns, int64_t n,
-               C* panels) {
+// sums += d^T x: d [n, outs], x [n, padded(columns)], sums [outs, columns] in panels, of which rows from `first` on. E: C,
+// or pairs of bfloat16 of two rows, of which n counts the pairs.
+template <class E, class C>
+void add_outer(const E* d, int64_t d_stride, int64_t outs, const E* x, int64_t x_stride, int64_t columns, int64_t n,
+               C* panels, int64_t first = 0) {
   constexpr int64_t kWidth = lanes_of<Lanes<C>>;
   const auto over_rows = [&]<int Vectors>(int64_t column) {
     const auto block = [&]<int Rows>(int64_t o) {
@@ -186,7 +187,7 @@ void add_outer(const C* d, int64_t d_stride, int64_t outs, const C* x, int64_t x
       for (int v = 0; v < Vectors; ++v) sums[v] = panels + in_panels(outs, o, column + v * kWidth);
       add_outer_block<Rows, Vectors>(d + o, d_stride, x + column, x_stride, n, sums);
     };
-    int64_t o = 0;
+    int64_t o = first;
     for (; o + kOuterRows <= outs; o += kOuterRows) block.template operator()<kOuterRows>(o);
     for (; o + 4 <= outs; o += 4) block.template operator()<4>(o);
     for (; o < outs; ++o) block.template operator()<1>(o);

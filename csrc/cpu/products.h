@@ -175,8 +175,8 @@ CAMK_HD void add_outer_block(const E* d, int64_t d_stride, const E* x, int64_t x
   });
 }
 
-// sums += d^T x: d [n, outs], x [n, padded(columns)], sums [outs, columns] in panels, of which rows from `first` on. E: C,
-// or pairs of bfloat16 of two rows, of which n counts the pairs.
+// sums += d^T x: d [n, outs], x [n, padded(columns)], sums [outs, columns] in panels, of which rows from `first` on. E:
+// C, or pairs of bfloat16 of two rows, of which n counts the pairs.
 template <class E, class C>
 void add_outer(const E* d, int64_t d_stride, int64_t outs, const E* x, int64_t x_stride, int64_t columns, int64_t n,
                C* panels, int64_t first = 0) {

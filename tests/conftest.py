@@ -185,6 +185,22 @@ def _plane_draws(module: torch.nn.Module) -> list[Tensor]:
     return [torch.stack([torch.ones_like(gamma), torch.empty_like(beta).uniform_(-0.5, 0.5)], 1)]
 
 
+class ModulatedPoints(torch.nn.Module):
+    """Modulate, which has no parameters, of points alone: its scale and shift are the module's."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.modulate = camkernels.Modulate(norm="point", activation="silu")
+        self.gamma, self.beta = (torch.nn.Parameter(torch.rand(8, dtype=dtype)) for _ in range(2))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.modulate(h.to(self.gamma.dtype), self.gamma, self.beta)  # the result is of the dtype of h
+
+
+def _modulate_draws(module: torch.nn.Module) -> list[Tensor]:
+    return [torch.rand(8), torch.rand(8)]
+
+
 BASIS_PARAMETERS = ("centers", "shapes", "features")
 
 
@@ -205,6 +221,7 @@ MLP_PARAMETERS = tuple(f"layers.{i}.{name}" for i in range(3) for name in ("weig
 LAYERS = (
     Layer("HashGrid", "hash_grid", _hash_grid_layer, 3, ("table",), _hash_grid_draws),
     Layer("ModulatedMLP", "modulated_mlp", _mlp_layer, 3, MLP_PARAMETERS, _mlp_draws, extra_state=False),
+    Layer("Modulate", "modulate", ModulatedPoints, 8, ("gamma", "beta"), _modulate_draws, extra_state=False),
     Layer("CoordinateModulation", "coordinate_modulation", _plane_layer, 3, ("grids",), _plane_draws),
     Layer("RadialBasis", "radial_basis", _basis_layer, 2, BASIS_PARAMETERS, _basis_draws),
 )

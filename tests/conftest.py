@@ -35,7 +35,8 @@ CASES = [case for op in OPS for case in testing.cases(op)]
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 HERE = "cuda" if torch.cuda.is_available() else "cpu"
 WITH_JACOBIAN = [case for case in CASES if testing.has_jacobian(case.op)]
-FIRST = [case for op in OPS for case in testing.cases(op)[:2]]
+PAIRED = [cases[0] for cases in testing.PAIRED.values()]  # of each op that is two in a row
+FIRST = [*(case for op in OPS for case in testing.cases(op)[:2]), *PAIRED]
 MASKS = ("points", "parameters", "both")  # what requires a gradient
 # Files that take minutes, the longest first: several processes that take turns then end at about the same time.
 LONGEST = ("test_cuda_faults.py", "test_triton_compiled.py", "test_cuda_checked.py", "test_triton_interpreted.py")
@@ -86,6 +87,11 @@ def some(step: int) -> list[testing.Case]:
 def function_of(op: str, backend: str | None = None) -> Callable[..., Any]:
     """The public function of an op on one backend; None: the one it chooses."""
     return partial(getattr(camkernels, op), backend=backend)
+
+
+def who_refuses(op: str) -> str:
+    """A pattern of the names in an op's refusals: its own, that of a pair's operators or of either part's."""
+    return f"({'|'.join([op, *_backends.PAIRS.get(op, ())])})"
 
 
 def definition_of(op: str) -> Callable[..., Any]:

@@ -35,7 +35,8 @@ CASES = [case for op in OPS for case in testing.cases(op)]
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 HERE = "cuda" if torch.cuda.is_available() else "cpu"
 WITH_JACOBIAN = [case for case in CASES if testing.has_jacobian(case.op)]
-FIRST = [case for op in OPS for case in testing.cases(op)[:2]]
+PAIRED = [cases[0] for cases in testing.PAIRED.values()]  # of each op that is two in a row
+FIRST = [*(case for op in OPS for case in testing.cases(op)[:2]), *PAIRED]
 MASKS = ("points", "parameters", "both")  # what requires a gradient
 # Files that take minutes, the longest first: several processes that take turns then end at about the same time.
 LONGEST = ("test_cuda_faults.py", "test_triton_compiled.py", "test_cuda_checked.py", "test_triton_interpreted.py")
@@ -86,6 +87,11 @@ def some(step: int) -> list[testing.Case]:
 def function_of(op: str, backend: str | None = None) -> Callable[..., Any]:
     """The public function of an op on one backend; None: the one it chooses."""
     return partial(getattr(camkernels, op), backend=backend)
+
+
+def who_refuses(op: str) -> str:
+    """A pattern of the names in an op's refusals: its own, that of a pair's operators or of either part's."""
+    return f"({'|'.join([op, *_backends.PAIRS.get(op, ())])})"
 
 
 def definition_of(op: str) -> Callable[..., Any]:
@@ -185,6 +191,22 @@ def _plane_draws(module: torch.nn.Module) -> list[Tensor]:
     return [torch.stack([torch.ones_like(gamma), torch.empty_like(beta).uniform_(-0.5, 0.5)], 1)]
 
 
+class ModulatedPoints(torch.nn.Module):
+    """Modulate, which has no parameters, of points alone: its scale and shift are the module's."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.modulate = camkernels.Modulate(norm="point", activation="silu")
+        self.gamma, self.beta = (torch.nn.Parameter(torch.rand(8, dtype=dtype)) for _ in range(2))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.modulate(h.to(self.gamma.dtype), self.gamma, self.beta)  # the result is of the dtype of h
+
+
+def _modulate_draws(module: torch.nn.Module) -> list[Tensor]:
+    return [torch.rand(8), torch.rand(8)]
+
+
 BASIS_PARAMETERS = ("centers", "shapes", "features")
 
 
@@ -205,6 +227,7 @@ MLP_PARAMETERS = tuple(f"layers.{i}.{name}" for i in range(3) for name in ("weig
 LAYERS = (
     Layer("HashGrid", "hash_grid", _hash_grid_layer, 3, ("table",), _hash_grid_draws),
     Layer("ModulatedMLP", "modulated_mlp", _mlp_layer, 3, MLP_PARAMETERS, _mlp_draws, extra_state=False),
+    Layer("Modulate", "modulate", ModulatedPoints, 8, ("gamma", "beta"), _modulate_draws, extra_state=False),
     Layer("CoordinateModulation", "coordinate_modulation", _plane_layer, 3, ("grids",), _plane_draws),
     Layer("RadialBasis", "radial_basis", _basis_layer, 2, BASIS_PARAMETERS, _basis_draws),
 )

@@ -12,7 +12,7 @@ import torch
 
 import camkernels
 from camkernels import testing
-from conftest import LAYERS, WITH_JACOBIAN, backends, definition_of, function_of, repeated, some
+from conftest import LAYERS, PAIRED, WITH_JACOBIAN, backends, definition_of, function_of, repeated, some
 
 SIZES = (1, 15, 16, 17, 255, 256, 257)
 SHAPES = ((2, 1), (2, 8), (3, 2), (3, 4), (4, 2), (1, 2), (5, 3))  # (dims, features): specialised kernels and others
@@ -87,7 +87,7 @@ def test_autocast_and_the_jacobian():
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
-@pytest.mark.parametrize("case", some(13), ids=str)
+@pytest.mark.parametrize("case", [*some(13), *PAIRED], ids=str)
 def test_the_same_bits_for_any_number_of_threads(case, deterministic, threads):
     if "cpu" not in backends(case.op):
         pytest.skip("there are no CPU kernels")

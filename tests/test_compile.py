@@ -7,14 +7,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import camkernels
 from camkernels import testing
-from conftest import FIRST, OPS, WITH_JACOBIAN, backends, function_of, make, positional, require, some
+from conftest import FIRST, OPS, PAIRED, WITH_JACOBIAN, backends, function_of, make, positional, require, some
 
 
 def on_cpu(cases):
     return [pytest.param(case, id=f"{case.op}-{case}") for case in cases if "cpu" in backends(case.op)]
 
 
-SOME = some(7)
+SOME = [*some(7), *PAIRED]
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 pytestmark = pytest.mark.skipif(
     not any("cpu" in backends(op) for op in OPS),

@@ -9,9 +9,6 @@
 
 namespace camk::cpu {
 
-template <class S>
-using PackOf = std::conditional_t<std::is_same_v<S, double>, Doubles, Floats>;
-
 // What a pass works on. Rows are packed: [planes, rows + 1, pitch], the last one of a plane and the numbers from
 // `width` to `pitch` zero. Of points they are [end - begin, pitch]. Unused pointers are null.
 template <class S>
@@ -30,181 +27,258 @@ struct LookupPiece {
   S* sums = nullptr;            // packed gradient in the grids, added to
 };
 
-// D axes of nodes (0: any number), P lookups.
-template <class S, int D, int P>
-struct LookupLoops {
-  using C = PackOf<S>;
-  using Nodes = math::Nodes<D, S>;
-  using Job = LookupPiece<S>;
-  static constexpr int kLanesOf = lanes_of<C>, kCorners = 1 << Nodes::kAxes;
+// What is found, or found out, of a block of points: a lane for each.
+template <class S>
+using PointsOf = std::conditional_t<std::is_same_v<S, float>, Floats, S>;
 
+// C: a pack of a row's numbers. D axes of nodes (0: any number), P lookups.
+template <class C, int D, int P>
+struct LookupLoops {
+  using S = typename scalar_of<C>::type;
+  using Points = PointsOf<S>;
+  using Nodes = math::Nodes<D, Points>;
+  using Axes = Vec<Points, Nodes::kAxes>;
+  using Job = LookupPiece<S>;
+  static constexpr int kBlock = lanes_of<Points>, kCorners = 1 << Nodes::kAxes;
+  static constexpr int kSlots = P == 3 ? 3 : Nodes::kAxes;
+
+  // A number per point.
+  struct alignas(64) Column {
+    S v[kBlock];
+    CAMK_HD S& operator[](int n) { return v[n]; }
+    CAMK_HD S operator[](int n) const { return v[n]; }
+  };
   struct Lookup {
     Nodes nodes;
-    size_t at[kCorners];  // where the rows around the point begin
-    S weight[kCorners], along[kCorners];
-    C first[kCorners], curved[kCorners];  // products of these rows with the cotangents of weight and along
-    Vec<S, Nodes::kAxes> v;
+    Axes v;
+    size_t at[kCorners][kBlock];  // where the rows around a point begin
+    Column weight[kCorners], along[kCorners];
+    Column first[kCorners], curved[kCorners];  // products of these rows with the cotangents of weight and along
   };
-  struct Point {
+  struct Block {
+    const Job& job;
+    int64_t begin;
+    int count;
+    uint32_t broken[kBlock];
     Lookup lookup[P];
-    bool broken = false;
   };
 
   CAMK_HD static int slot(int p, int axis) { return P == 1 ? axis : math::plane_slot(p, axis); }
 
   CAMK_HD static int dims(const Job& job) { return D > 0 ? D : job.dims; }
 
-  CAMK_HD static void look_up(const Job& job, int64_t i, Point& point) {
-    point.broken = false;
-    for (int p = 0; p < P; ++p) {
-      Lookup& l = point.lookup[p];
-      Vec<S, Nodes::kAxes> u{};
-      for (int a = 0; a < dims(job); ++a) u[a] = job.coords[i * job.slots + slot(p, a)];
-      l.nodes = Nodes(job.grid, dims(job), u);
-      point.broken |= l.nodes.broken;
-      const size_t plane = size_t(p) * (job.grid.rows + size_t(1));
-      l.nodes.each_corner([&](int c) CAMK_INLINED {
-        l.at[c] = (plane + l.nodes.index(c)) * job.pitch;
-        l.weight[c] = l.nodes.weight(c);
-      });
+  // Points beyond the last one are copies of it.
+  CAMK_HD static Vec<Points, kSlots> load_points(const Block& block, const S* from) {
+    const int64_t slots = D > 0 ? kSlots : block.job.slots;
+    const auto row = [&](int n) CAMK_INLINED { return from + (block.begin + std::min(n, block.count - 1)) * slots; };
+    if constexpr (D > 0 && kBlock > 1) {
+      return load_columns<kSlots>(row);
+    } else {
+      Vec<Points, kSlots> points;
+      for (int a = 0; a < slots; ++a) {
+        Column column;
+        for (int n = 0; n < kBlock; ++n) column[n] = row(n)[a];
+        points[a] = load_lanes<Points>(column.v);
+      }
+      return points;
     }
   }
 
-  CAMK_HD static void clear_products(Point& point) {
-    for (Lookup& l : point.lookup) {
-      l.nodes.each_corner([&](int c) CAMK_INLINED { l.first[c] = l.curved[c] = C(S(0)); });
+  CAMK_HD static void store_points(const Block& block, const Vec<Points, kSlots>& points, S* to) {
+    for (int a = 0; a < block.job.slots; ++a) {
+      Column column;
+      store_lanes(column.v, points[a]);
+      for (int n = 0; n < block.count; ++n) to[(block.begin + n) * block.job.slots + a] = column[n];
     }
+  }
+
+  CAMK_HD static Axes axes_of(const Job& job, const Vec<Points, kSlots>& points, int p) {
+    Axes axes{};
+    for (int a = 0; a < dims(job); ++a) axes[a] = points[slot(p, a)];
+    return axes;
+  }
+
+  CAMK_HD static void look_up(Block& block) {
+    const Job& job = block.job;
+    const Vec<Points, kSlots> points = load_points(block, job.coords);
+    typename Nodes::Index broken(0u);
+    for (int p = 0; p < P; ++p) {
+      Lookup& l = block.lookup[p];
+      l.nodes = Nodes(job.grid, dims(job), axes_of(job, points, p));
+      broken = broken | l.nodes.broken;
+      const size_t plane = size_t(p) * (job.grid.rows + size_t(1));
+      l.nodes.each_corner([&](int c) CAMK_INLINED {
+        uint32_t index[kBlock];
+        store_lanes(index, l.nodes.index(c));
+        for (int n = 0; n < kBlock; ++n) l.at[c][n] = (plane + index[n]) * job.pitch;
+        store_lanes(l.weight[c].v, l.nodes.weight(c));
+      });
+    }
+    store_lanes(block.broken, broken);
   }
 
   // along_c = sum_a v_a slope_ca
-  CAMK_HD static void look_along(const Job& job, int64_t i, Point& point) {
+  CAMK_HD static void look_along(Block& block) {
+    const Job& job = block.job;
+    Vec<Points, kSlots> v{};
+    if (job.v) v = load_points(block, job.v);
     for (int p = 0; p < P; ++p) {
-      Lookup& l = point.lookup[p];
-      for (int a = 0; a < dims(job); ++a) l.v[a] = job.v ? job.v[i * job.slots + slot(p, a)] : S(0);
-      l.nodes.each_corner([&](int c) CAMK_INLINED { l.along[c] = l.nodes.along(c, l.v); });
+      Lookup& l = block.lookup[p];
+      l.v = axes_of(job, v, p);
+      l.nodes.each_corner([&](int c) CAMK_INLINED { store_lanes(l.along[c].v, l.nodes.along(c, l.v)); });
     }
   }
 
-  // sum_c coefficient_c row_c, numbers k to k + kLanesOf
-  CAMK_HD static C combine(const Lookup& l, const S* rows, const S* coefficients, int64_t k) {
+  // The gradient in the coordinates, from the products of rows.
+  CAMK_HD static void write_coordinates(const Block& block, bool curved) {
+    Vec<Points, kSlots> gu{};
+    for (int p = 0; p < P; ++p) {
+      const Lookup& l = block.lookup[p];
+      Axes found{};
+      l.nodes.each_corner([&](int c) CAMK_INLINED {
+        l.nodes.pull_back(c, load_lanes<Points>(l.first[c].v), found);
+        if (curved) l.nodes.pull_back_along(c, l.v, load_lanes<Points>(l.curved[c].v), found);
+      });
+      for (int a = 0; a < dims(block.job); ++a) gu[slot(p, a)] = gu[slot(p, a)] + found[a];
+    }
+    const auto broken = load_lanes<typename Nodes::Index>(block.broken);
+    const typename Nodes::Index one(1u);
+    for (int a = 0; a < block.job.slots; ++a) {
+      gu[a] = choose_below(broken, one, gu[a], Points(std::numeric_limits<S>::quiet_NaN()));
+    }
+    store_points(block, gu, block.job.gu);
+  }
+
+  // begun(block), body(point, where its rows of numbers begin) for every point, finished(block), block by block.
+  template <class Begun, class Body, class Finished>
+  CAMK_HD static void each(const Job& job, const Begun& begun, const Body& body, const Finished& finished) {
+    Block block{job, 0, 0, {}, {}};
+    for (int64_t i = job.begin; i < job.end; i += kBlock) {
+      block.begin = i, block.count = int(std::min<int64_t>(kBlock, job.end - i));
+      look_up(block);
+      begun(block);
+      for (int n = 0; n < block.count; ++n) body(block, n, (i - job.begin + n) * job.pitch);
+      finished(block);
+    }
+  }
+
+  // body(k) for the packs of a row
+  template <class Body>
+  CAMK_HD static void each_pack(const Job& job, const Body& body) {
+    for (int64_t k = 0; k < job.pitch; k += lanes_of<C>) body(k);
+  }
+
+  // sum_c coefficient_c row_c of point n, numbers k to k + lanes_of<C>
+  CAMK_HD static C combine(const Lookup& l, const S* rows, const Column* coefficients, int n, int64_t k) {
     C sum(S(0));
-    l.nodes.each_corner([&](int c)
-                            CAMK_INLINED { sum = multiply_add(C(coefficients[c]), C::load(rows + l.at[c] + k), sum); });
+    l.nodes.each_corner([&](int c) CAMK_INLINED {
+      sum = multiply_add(C(coefficients[c][n]), C::load(rows + l.at[c][n] + k), sum);
+    });
     return sum;
   }
 
-  CAMK_HD static Vec<C, P> values(const Job& job, const Point& point, int64_t k) {
+  CAMK_HD static Vec<C, P> values(const Block& block, int n, int64_t k) {
     Vec<C, P> y;
-    for (int p = 0; p < P; ++p) y[p] = combine(point.lookup[p], job.rows, point.lookup[p].weight, k);
+    for (int p = 0; p < P; ++p) y[p] = combine(block.lookup[p], block.job.rows, block.lookup[p].weight, n, k);
     return y;
-  }
-
-  CAMK_HD static S total(C lanes) {
-    S sum(0);
-    for (int k = 0; k < kLanesOf; ++k) sum += lanes.v[k];
-    return sum;
   }
 
   static void fill_broken(S* row, int64_t count) { std::fill(row, row + count, std::numeric_limits<S>::quiet_NaN()); }
 
-  // The gradient in the coordinates of a point, from the products of its rows.
-  static void write_coordinates(const Job& job, int64_t i, const Point& point, bool curved) {
-    S* gu = job.gu + i * job.slots;
-    std::fill(gu, gu + job.slots, S(0));
-    for (int p = 0; p < P; ++p) {
-      const Lookup& l = point.lookup[p];
-      Vec<S, Nodes::kAxes> found{};
-      l.nodes.each_corner([&](int c) CAMK_INLINED {
-        l.nodes.pull_back(c, total(l.first[c]), found);
-        if (curved) l.nodes.pull_back_along(c, l.v, total(l.curved[c]), found);
-      });
-      for (int a = 0; a < dims(job); ++a) gu[slot(p, a)] += found[a];
-    }
+  static void value(const Job& job) {
+    const auto nothing = [](Block&) CAMK_INLINED {};
+    const auto body = [&](Block& block, int n, int64_t row) CAMK_INLINED {
+      if (block.broken[n]) return fill_broken(job.y + row, job.pitch);
+      each_pack(job, [&](int64_t k) CAMK_INLINED { math::product(values(block, n, k)).store(job.y + row + k); });
+    };
+    each(job, nothing, body, nothing);
   }
 
-  static void value(const Job& job) {
-    Point point;
-    for (int64_t i = job.begin; i < job.end; ++i) {
-      S* y = job.y + (i - job.begin) * job.pitch;
-      look_up(job, i, point);
-      if (point.broken) {
-        fill_broken(y, job.pitch);
-        continue;
-      }
-      for (int64_t k = 0; k < job.pitch; k += kLanesOf) math::product(values(job, point, k)).store(y + k);
+  // Products of the rows around a point, summed over its packs.
+  struct Products {
+    C first[P][kCorners], curved[P][kCorners];
+
+    CAMK_HD explicit Products(const Block& block) {
+      each_of(block, [&](int p, int c) CAMK_INLINED { first[p][c] = curved[p][c] = C(S(0)); });
     }
-  }
+    CAMK_HD void finish(Block& block, int n) const {
+      each_of(block, [&](int p, int c) CAMK_INLINED {
+        block.lookup[p].first[c][n] = sum_of_lanes(first[p][c]);
+        block.lookup[p].curved[c][n] = sum_of_lanes(curved[p][c]);
+      });
+    }
+    template <class Body>
+    CAMK_HD static void each_of(const Block& block, const Body& body) {
+      for (int p = 0; p < P; ++p) block.lookup[p].nodes.each_corner([&](int c) CAMK_INLINED { body(p, c); });
+    }
+  };
 
   static void backward(const Job& job) {
-    Point point;
-    for (int64_t i = job.begin; i < job.end; ++i) {
-      look_up(job, i, point);
-      clear_products(point);
-      if (point.broken) {
-        if (job.gu) fill_broken(job.gu + i * job.slots, job.slots);
-        continue;
-      }
-      const S* g = job.g + (i - job.begin) * job.pitch;
-      for (int64_t k = 0; k < job.pitch; k += kLanesOf) {
+    const auto nothing = [](Block&) CAMK_INLINED {};
+    const auto body = [&](Block& block, int n, int64_t row) CAMK_INLINED {
+      Products products(block);
+      each_pack(job, [&](int64_t k) CAMK_INLINED {
         Vec<C, P> y{};
-        if constexpr (P > 1) y = values(job, point, k);
+        if constexpr (P > 1) y = values(block, n, k);
         for (int p = 0; p < P; ++p) {
-          Lookup& l = point.lookup[p];
-          const C part = C::load(g + k) * math::without(y, p);
+          const Lookup& l = block.lookup[p];
+          const C part = C::load(job.g + row + k) * math::without(y, p);
           l.nodes.each_corner([&](int c) CAMK_INLINED {
-            if (job.gu) l.first[c] = multiply_add(part, C::load(job.rows + l.at[c] + k), l.first[c]);
-            if (job.sums) add(job.sums + l.at[c] + k, C(l.weight[c]) * part);
+            if (job.gu) products.first[p][c] = multiply_add(part, C::load(job.rows + l.at[c][n] + k), products.first[p][c]);
+            if (job.sums) add(job.sums + l.at[c][n] + k, C(l.weight[c][n]) * part);
           });
         }
-      }
-      if (job.gu) write_coordinates(job, i, point, false);
-    }
+      });
+      if (job.gu) products.finish(block, n);
+    };
+    each(job, nothing, body, [&](Block& block) CAMK_INLINED {
+      if (job.gu) write_coordinates(block, false);
+    });
   }
 
   // Gradients of <v, gu> + <tangents, grid gradient>, which is <g, tangent of y>.
   static void second_order(const Job& job) {
-    Point point;
-    for (int64_t i = job.begin; i < job.end; ++i) {
-      look_up(job, i, point);
-      look_along(job, i, point);
-      clear_products(point);
-      S* gg = job.y ? job.y + (i - job.begin) * job.pitch : nullptr;
-      if (point.broken) {
-        if (gg) fill_broken(gg, job.pitch);
-        if (job.gu) fill_broken(job.gu + i * job.slots, job.slots);
-        continue;
-      }
-      const S* g = job.g + (i - job.begin) * job.pitch;
-      for (int64_t k = 0; k < job.pitch; k += kLanesOf) second_order_of(job, point, C::load(g + k), gg, k);
-      if (job.gu) write_coordinates(job, i, point, job.v != nullptr);
-    }
+    const auto body = [&](Block& block, int n, int64_t row) CAMK_INLINED {
+      Products products(block);
+      S* gg = job.y ? job.y + row : nullptr;
+      each_pack(job, [&](int64_t k) CAMK_INLINED {
+        second_order_of(block, n, C::load(job.g + row + k), gg, k, products);
+      });
+      if (gg && block.broken[n]) fill_broken(gg, job.pitch);
+      products.finish(block, n);
+    };
+    each(job, [](Block& block) CAMK_INLINED { look_along(block); }, body, [&](Block& block) CAMK_INLINED {
+      if (job.gu) write_coordinates(block, job.v != nullptr);
+    });
   }
 
  private:
   CAMK_HD static void add(S* to, C more) { (C::load(to) + more).store(to); }
 
-  CAMK_HD static void second_order_of(const Job& job, Point& point, C g, S* gg, int64_t k) {
+  CAMK_HD static void second_order_of(const Block& block, int n, C g, S* gg, int64_t k, Products& products) {
+    const Job& job = block.job;
     Vec<C, P> y{}, h;
-    if constexpr (P > 1) y = values(job, point, k);
+    if constexpr (P > 1) y = values(block, n, k);
     for (int p = 0; p < P; ++p) {
-      const Lookup& l = point.lookup[p];
-      h[p] = combine(l, job.rows, l.along, k);
-      if (job.tangents) h[p] = h[p] + combine(l, job.tangents, l.weight, k);
+      const Lookup& l = block.lookup[p];
+      h[p] = combine(l, job.rows, l.along, n, k);
+      if (job.tangents) h[p] = h[p] + combine(l, job.tangents, l.weight, n, k);
     }
     if (gg) math::tangent(y, h).store(gg + k);
     for (int p = 0; p < P; ++p) {
-      Lookup& l = point.lookup[p];
+      const Lookup& l = block.lookup[p];
       const C of_value = g * math::tangent_without(y, h, p), of_tangent = g * math::without(y, p);
       l.nodes.each_corner([&](int c) CAMK_INLINED {
         if (job.gu) {
-          const C row = C::load(job.rows + l.at[c] + k);
-          l.first[c] = multiply_add(of_value, row, l.first[c]);
-          l.curved[c] = multiply_add(of_tangent, row, l.curved[c]);
-          if (job.tangents) {
-            l.first[c] = multiply_add(of_tangent, C::load(job.tangents + l.at[c] + k), l.first[c]);
-          }
+          C &first = products.first[p][c], &curved = products.curved[p][c];
+          const C row = C::load(job.rows + l.at[c][n] + k);
+          first = multiply_add(of_value, row, first);
+          curved = multiply_add(of_tangent, row, curved);
+          if (job.tangents) first = multiply_add(of_tangent, C::load(job.tangents + l.at[c][n] + k), first);
         }
-        if (job.sums) add(job.sums + l.at[c] + k, C(l.weight[c]) * of_value + C(l.along[c]) * of_tangent);
+        if (job.sums) {
+          add(job.sums + l.at[c][n] + k, C(l.weight[c][n]) * of_value + C(l.along[c][n]) * of_tangent);
+        }
       });
     }
   }
@@ -213,29 +287,40 @@ struct LookupLoops {
 template <class S>
 struct LookupKernels {
   using Loop = void (*)(const LookupPiece<S>&);
+  int64_t lanes;  // of a pack of a row's numbers
   Loop value, backward, second_order;
 };
 
-template <class S, int D, int P>
+template <class C, int D, int P, class S = typename scalar_of<C>::type>
 constexpr LookupKernels<S> lookup_loops() {
-  using Loops = LookupLoops<S, D, P>;
-  return {Loops::value, Loops::backward, Loops::second_order};
+  using Loops = LookupLoops<C, D, P>;
+  return {lanes_of<C>, Loops::value, Loops::backward, Loops::second_order};
+}
+
+template <class C, class S = typename scalar_of<C>::type>
+LookupKernels<S> kernels_with(const launch::NodeGrids& grids) {
+  if (grids.planes == 3) return lookup_loops<C, 2, 3>();
+  switch (grids.dims) {
+    case 1:
+      return lookup_loops<C, 1, 1>();
+    case 2:
+      return lookup_loops<C, 2, 1>();
+    case 3:
+      return lookup_loops<C, 3, 1>();
+    default:
+      return lookup_loops<C, 0, 1>();
+  }
 }
 
 // The loops for these grids.
 template <class S>
 LookupKernels<S> kernels_for(const launch::NodeGrids& grids) {
-  if (grids.planes == 3) return lookup_loops<S, 2, 3>();
-  switch (grids.dims) {
-    case 1:
-      return lookup_loops<S, 1, 1>();
-    case 2:
-      return lookup_loops<S, 2, 1>();
-    case 3:
-      return lookup_loops<S, 3, 1>();
-    default:
-      return lookup_loops<S, 0, 1>();
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<S, float>) {
+    if (grids.width() <= lanes_of<HalfFloats>) return kernels_with<HalfFloats>(grids);
   }
+#endif
+  return kernels_with<Lanes<S>>(grids);
 }
 
 }  // namespace camk::cpu

@@ -48,7 +48,9 @@ class PackedGrids {
  public:
   PackedGrids(const NodeGrids& grids, int64_t lanes, const Tensor& like, int64_t copies = 1)
       : grids_(grids), pitch_(round_up(grids.width(), lanes)) {
+    packs_ = pitch_ / lanes;
     numbers_ = grids.planes * (int64_t(grids.grid.rows) + 1) * pitch_;
+    require(numbers_ / lanes < int64_t(1) << 32, kOp, ": grids of 2^32 packs and more run with backend='reference' only");
     memory_ = in_large_pages(scratch_bytes(like, copies * numbers_ * int64_t(sizeof(S))));
   }
   int64_t pitch() const { return pitch_; }
@@ -56,7 +58,7 @@ class PackedGrids {
   S* data(int64_t copy = 0) const { return write<S>(memory_) + copy * numbers_; }
   // A lookup in these grids.
   LookupPiece<S> piece(const Tensor& coords) const {
-    return {grids_.grid_in<S>(), grids_.dims, grids_.slots, pitch_, read<S>(coords), data()};
+    return {grids_.grid_in<S>(packs_), grids_.dims, grids_.slots, pitch_, read<S>(coords), data()};
   }
 
   void pack(const Tensor& from) const {
@@ -109,7 +111,7 @@ class PackedGrids {
   }
 
   const NodeGrids& grids_;
-  int64_t pitch_, numbers_;
+  int64_t pitch_, packs_, numbers_;
   Tensor memory_;
 };
 

@@ -9,11 +9,11 @@
 
 namespace camk::cpu {
 
-// What a pass works on. Rows are packed: [planes, rows + 1, pitch], the last one of a plane and the numbers from
+// What a pass works on. Rows are packed: [planes, nodes + 1, pitch], the last one of a plane and the numbers from
 // `width` to `pitch` zero. Of points they are [end - begin, pitch]. Unused pointers are null.
 template <class S>
 struct LookupPiece {
-  math::NodeGrid<S> grid;
+  math::NodeGrid<S> grid;       // a row counts as many times as it has packs
   int dims, slots;              // axes of nodes, coordinates of a point
   int64_t pitch;                // width rounded up to whole packs
   const S* coords;              // [points, slots]
@@ -51,7 +51,7 @@ struct LookupLoops {
   struct Lookup {
     Nodes nodes;
     Axes v;
-    size_t at[kCorners][kBlock];  // where the rows around a point begin
+    alignas(64) uint32_t at[kCorners][kBlock];  // the first packs of the rows around a point
     Column weight[kCorners], along[kCorners];
     Column first[kCorners], curved[kCorners];  // products of these rows with the cotangents of weight and along
   };
@@ -59,18 +59,21 @@ struct LookupLoops {
     const Job& job;
     int64_t begin;
     int count;
-    uint32_t broken[kBlock];
+    alignas(64) uint32_t broken[kBlock];
     Lookup lookup[P];
+    explicit Block(const Job& of) : job(of) {}
   };
 
   CAMK_HD static int slot(int p, int axis) { return P == 1 ? axis : math::plane_slot(p, axis); }
 
   CAMK_HD static int dims(const Job& job) { return D > 0 ? D : job.dims; }
 
-  // Points beyond the last one are copies of it.
   CAMK_HD static Vec<Points, kSlots> load_points(const Block& block, const S* from) {
     const int64_t slots = D > 0 ? kSlots : block.job.slots;
-    const auto row = [&](int n) CAMK_INLINED { return from + (block.begin + std::min(n, block.count - 1)) * slots; };
+    from += block.begin * slots;
+    S copies[kBlock * kSlots] = {};
+    if (block.count < kBlock) from = std::copy_n(from, block.count * slots, copies) - block.count * slots;
+    const auto row = [&](int n) CAMK_INLINED { return from + n * slots; };
     if constexpr (D > 0 && kBlock > 1) {
       return load_columns<kSlots>(row);
     } else {
@@ -104,13 +107,11 @@ struct LookupLoops {
     typename Nodes::Index broken(0u);
     for (int p = 0; p < P; ++p) {
       Lookup& l = block.lookup[p];
-      l.nodes = Nodes(job.grid, dims(job), axes_of(job, points, p));
+      new (&l.nodes) Nodes(job.grid, dims(job), axes_of(job, points, p));  // a copy would be many bytes
       broken = broken | l.nodes.broken;
-      const size_t plane = size_t(p) * (job.grid.rows + size_t(1));
+      const typename Nodes::Index plane(uint32_t(p * (job.grid.rows + job.pitch / lanes_of<C>)));
       l.nodes.each_corner([&](int c) CAMK_INLINED {
-        uint32_t index[kBlock];
-        store_lanes(index, l.nodes.index(c));
-        for (int n = 0; n < kBlock; ++n) l.at[c][n] = (plane + index[n]) * job.pitch;
+        store_lanes(l.at[c], plane + l.nodes.index(c));
         store_lanes(l.weight[c].v, l.nodes.weight(c));
       });
     }
@@ -152,7 +153,7 @@ struct LookupLoops {
   // begun(block), body(point, where its rows of numbers begin) for every point, finished(block), block by block.
   template <class Begun, class Body, class Finished>
   CAMK_HD static void each(const Job& job, const Begun& begun, const Body& body, const Finished& finished) {
-    Block block{job, 0, 0, {}, {}};
+    Block block(job);
     for (int64_t i = job.begin; i < job.end; i += kBlock) {
       block.begin = i, block.count = int(std::min<int64_t>(kBlock, job.end - i));
       look_up(block);
@@ -168,11 +169,17 @@ struct LookupLoops {
     for (int64_t k = 0; k < job.pitch; k += lanes_of<C>) body(k);
   }
 
-  // sum_c coefficient_c row_c of point n, numbers k to k + lanes_of<C>
+  // Numbers k to k + lanes_of<C> of a row around point n.
+  template <class Number>
+  CAMK_HD static Number* numbers(Number* rows, const Lookup& l, int c, int n, int64_t k) {
+    return rows + size_t(l.at[c][n]) * lanes_of<C> + k;
+  }
+
+  // sum_c coefficient_c row_c
   CAMK_HD static C combine(const Lookup& l, const S* rows, const Column* coefficients, int n, int64_t k) {
     C sum(S(0));
     l.nodes.each_corner([&](int c) CAMK_INLINED {
-      sum = multiply_add(C(coefficients[c][n]), C::load(rows + l.at[c][n] + k), sum);
+      sum = multiply_add(C(coefficients[c][n]), C::load(numbers(rows, l, c, n, k)), sum);
     });
     return sum;
   }
@@ -185,7 +192,7 @@ struct LookupLoops {
 
   static void fill_broken(S* row, int64_t count) { std::fill(row, row + count, std::numeric_limits<S>::quiet_NaN()); }
 
-  static void value(const Job& job) {
+  static void value(Job job) {
     const auto nothing = [](Block&) CAMK_INLINED {};
     const auto body = [&](Block& block, int n, int64_t row) CAMK_INLINED {
       if (block.broken[n]) return fill_broken(job.y + row, job.pitch);
@@ -213,7 +220,7 @@ struct LookupLoops {
     }
   };
 
-  static void backward(const Job& job) {
+  static void backward(Job job) {
     const auto nothing = [](Block&) CAMK_INLINED {};
     const auto body = [&](Block& block, int n, int64_t row) CAMK_INLINED {
       Products products(block);
@@ -224,8 +231,11 @@ struct LookupLoops {
           const Lookup& l = block.lookup[p];
           const C part = C::load(job.g + row + k) * math::without(y, p);
           l.nodes.each_corner([&](int c) CAMK_INLINED {
-            if (job.gu) products.first[p][c] = multiply_add(part, C::load(job.rows + l.at[c][n] + k), products.first[p][c]);
-            if (job.sums) add(job.sums + l.at[c][n] + k, C(l.weight[c][n]) * part);
+            if (job.gu) {
+              C& sum = products.first[p][c];
+              sum = multiply_add(part, C::load(numbers(job.rows, l, c, n, k)), sum);
+            }
+            if (job.sums) add(numbers(job.sums, l, c, n, k), C(l.weight[c][n]) * part);
           });
         }
       });
@@ -237,7 +247,7 @@ struct LookupLoops {
   }
 
   // Gradients of <v, gu> + <tangents, grid gradient>, which is <g, tangent of y>.
-  static void second_order(const Job& job) {
+  static void second_order(Job job) {
     const auto body = [&](Block& block, int n, int64_t row) CAMK_INLINED {
       Products products(block);
       S* gg = job.y ? job.y + row : nullptr;
@@ -271,13 +281,13 @@ struct LookupLoops {
       l.nodes.each_corner([&](int c) CAMK_INLINED {
         if (job.gu) {
           C &first = products.first[p][c], &curved = products.curved[p][c];
-          const C row = C::load(job.rows + l.at[c][n] + k);
+          const C row = C::load(numbers(job.rows, l, c, n, k));
           first = multiply_add(of_value, row, first);
           curved = multiply_add(of_tangent, row, curved);
-          if (job.tangents) first = multiply_add(of_tangent, C::load(job.tangents + l.at[c][n] + k), first);
+          if (job.tangents) first = multiply_add(of_tangent, C::load(numbers(job.tangents, l, c, n, k)), first);
         }
         if (job.sums) {
-          add(job.sums + l.at[c][n] + k, C(l.weight[c][n]) * of_value + C(l.along[c][n]) * of_tangent);
+          add(numbers(job.sums, l, c, n, k), C(l.weight[c][n]) * of_value + C(l.along[c][n]) * of_tangent);
         }
       });
     }
@@ -286,7 +296,7 @@ struct LookupLoops {
 
 template <class S>
 struct LookupKernels {
-  using Loop = void (*)(const LookupPiece<S>&);
+  using Loop = void (*)(LookupPiece<S>);
   int64_t lanes;  // of a pack of a row's numbers
   Loop value, backward, second_order;
 };

@@ -56,20 +56,18 @@ struct LookupLoops {
     Column first[kCorners], curved[kCorners];  // products of these rows with the cotangents of weight and along
   };
   struct Block {
-    const Job& job;
     int64_t begin;
     int count;
     alignas(64) uint32_t broken[kBlock];
     Lookup lookup[P];
-    explicit Block(const Job& of) : job(of) {}
   };
 
   CAMK_HD static int slot(int p, int axis) { return P == 1 ? axis : math::plane_slot(p, axis); }
 
   CAMK_HD static int dims(const Job& job) { return D > 0 ? D : job.dims; }
 
-  CAMK_HD static Vec<Points, kSlots> load_points(const Block& block, const S* from) {
-    const int64_t slots = D > 0 ? kSlots : block.job.slots;
+  CAMK_HD static Vec<Points, kSlots> load_points(const Job& job, const Block& block, const S* from) {
+    const int64_t slots = D > 0 ? kSlots : job.slots;
     from += block.begin * slots;
     S copies[kBlock * kSlots] = {};
     if (block.count < kBlock) from = std::copy_n(from, block.count * slots, copies) - block.count * slots;
@@ -87,11 +85,11 @@ struct LookupLoops {
     }
   }
 
-  CAMK_HD static void store_points(const Block& block, const Vec<Points, kSlots>& points, S* to) {
-    for (int a = 0; a < block.job.slots; ++a) {
+  CAMK_HD static void store_points(const Job& job, const Block& block, const Vec<Points, kSlots>& points, S* to) {
+    for (int a = 0; a < job.slots; ++a) {
       Column column;
       store_lanes(column.v, points[a]);
-      for (int n = 0; n < block.count; ++n) to[(block.begin + n) * block.job.slots + a] = column[n];
+      for (int n = 0; n < block.count; ++n) to[(block.begin + n) * job.slots + a] = column[n];
     }
   }
 
@@ -101,9 +99,8 @@ struct LookupLoops {
     return axes;
   }
 
-  CAMK_HD static void look_up(Block& block) {
-    const Job& job = block.job;
-    const Vec<Points, kSlots> points = load_points(block, job.coords);
+  CAMK_HD static void look_up(const Job& job, Block& block) {
+    const Vec<Points, kSlots> points = load_points(job, block, job.coords);
     typename Nodes::Index broken(0u);
     for (int p = 0; p < P; ++p) {
       Lookup& l = block.lookup[p];
@@ -119,10 +116,9 @@ struct LookupLoops {
   }
 
   // along_c = sum_a v_a slope_ca
-  CAMK_HD static void look_along(Block& block) {
-    const Job& job = block.job;
+  CAMK_HD static void look_along(const Job& job, Block& block) {
     Vec<Points, kSlots> v{};
-    if (job.v) v = load_points(block, job.v);
+    if (job.v) v = load_points(job, block, job.v);
     for (int p = 0; p < P; ++p) {
       Lookup& l = block.lookup[p];
       l.v = axes_of(job, v, p);
@@ -131,7 +127,7 @@ struct LookupLoops {
   }
 
   // The gradient in the coordinates, from the products of rows.
-  CAMK_HD static void write_coordinates(const Block& block, bool curved) {
+  CAMK_HD static void write_coordinates(const Job& job, const Block& block, bool curved) {
     Vec<Points, kSlots> gu{};
     for (int p = 0; p < P; ++p) {
       const Lookup& l = block.lookup[p];
@@ -140,26 +136,32 @@ struct LookupLoops {
         l.nodes.pull_back(c, load_lanes<Points>(l.first[c].v), found);
         if (curved) l.nodes.pull_back_along(c, l.v, load_lanes<Points>(l.curved[c].v), found);
       });
-      for (int a = 0; a < dims(block.job); ++a) gu[slot(p, a)] = gu[slot(p, a)] + found[a];
+      for (int a = 0; a < dims(job); ++a) gu[slot(p, a)] = gu[slot(p, a)] + found[a];
     }
     const auto broken = load_lanes<typename Nodes::Index>(block.broken);
     const typename Nodes::Index one(1u);
-    for (int a = 0; a < block.job.slots; ++a) {
+    for (int a = 0; a < job.slots; ++a) {
       gu[a] = choose_below(broken, one, gu[a], Points(std::numeric_limits<S>::quiet_NaN()));
     }
-    store_points(block, gu, block.job.gu);
+    store_points(job, block, gu, job.gu);
   }
 
-  // begun(block), body(point, where its rows of numbers begin) for every point, finished(block), block by block.
-  template <class Begun, class Body, class Finished>
-  CAMK_HD static void each(const Job& job, const Begun& begun, const Body& body, const Finished& finished) {
-    Block block(job);
-    for (int64_t i = job.begin; i < job.end; i += kBlock) {
-      block.begin = i, block.count = int(std::min<int64_t>(kBlock, job.end - i));
-      look_up(block);
-      begun(block);
+  // find(block), then body(block, point, where its rows of numbers begin) for every point and finish(block), block by
+  // block. The next one's nodes are found ahead, or the processor would wait for them: 1.5 times as fast.
+  template <class Find, class Body, class Finish>
+  CAMK_HD static void each(const Job& job, const Find& find, const Body& body, const Finish& finish) {
+    Block blocks[2];
+    int slot = 0;
+    for (int64_t i = job.begin - kBlock; i < job.end; i += kBlock) {
+      Block &block = blocks[slot], &next = blocks[slot ^= 1];
+      if (i + kBlock < job.end) {
+        next.begin = i + kBlock, next.count = int(std::min<int64_t>(kBlock, job.end - next.begin));
+        look_up(job, next);
+        find(next);
+      }
+      if (i < job.begin) continue;
       for (int n = 0; n < block.count; ++n) body(block, n, (i - job.begin + n) * job.pitch);
-      finished(block);
+      finish(block);
     }
   }
 
@@ -184,9 +186,9 @@ struct LookupLoops {
     return sum;
   }
 
-  CAMK_HD static Vec<C, P> values(const Block& block, int n, int64_t k) {
+  CAMK_HD static Vec<C, P> values(const Job& job, const Block& block, int n, int64_t k) {
     Vec<C, P> y;
-    for (int p = 0; p < P; ++p) y[p] = combine(block.lookup[p], block.job.rows, block.lookup[p].weight, n, k);
+    for (int p = 0; p < P; ++p) y[p] = combine(block.lookup[p], job.rows, block.lookup[p].weight, n, k);
     return y;
   }
 
@@ -196,7 +198,7 @@ struct LookupLoops {
     const auto nothing = [](Block&) CAMK_INLINED {};
     const auto body = [&](Block& block, int n, int64_t row) CAMK_INLINED {
       if (block.broken[n]) return fill_broken(job.y + row, job.pitch);
-      each_pack(job, [&](int64_t k) CAMK_INLINED { math::product(values(block, n, k)).store(job.y + row + k); });
+      each_pack(job, [&](int64_t k) CAMK_INLINED { math::product(values(job, block, n, k)).store(job.y + row + k); });
     };
     each(job, nothing, body, nothing);
   }
@@ -226,7 +228,7 @@ struct LookupLoops {
       Products products(block);
       each_pack(job, [&](int64_t k) CAMK_INLINED {
         Vec<C, P> y{};
-        if constexpr (P > 1) y = values(block, n, k);
+        if constexpr (P > 1) y = values(job, block, n, k);
         for (int p = 0; p < P; ++p) {
           const Lookup& l = block.lookup[p];
           const C part = C::load(job.g + row + k) * math::without(y, p);
@@ -242,7 +244,7 @@ struct LookupLoops {
       if (job.gu) products.finish(block, n);
     };
     each(job, nothing, body, [&](Block& block) CAMK_INLINED {
-      if (job.gu) write_coordinates(block, false);
+      if (job.gu) write_coordinates(job, block, false);
     });
   }
 
@@ -252,23 +254,22 @@ struct LookupLoops {
       Products products(block);
       S* gg = job.y ? job.y + row : nullptr;
       each_pack(job, [&](int64_t k) CAMK_INLINED {
-        second_order_of(block, n, C::load(job.g + row + k), gg, k, products);
+        second_order_of(job, block, n, C::load(job.g + row + k), gg, k, products);
       });
       if (gg && block.broken[n]) fill_broken(gg, job.pitch);
       products.finish(block, n);
     };
-    each(job, [](Block& block) CAMK_INLINED { look_along(block); }, body, [&](Block& block) CAMK_INLINED {
-      if (job.gu) write_coordinates(block, job.v != nullptr);
+    each(job, [&](Block& block) CAMK_INLINED { look_along(job, block); }, body, [&](Block& block) CAMK_INLINED {
+      if (job.gu) write_coordinates(job, block, job.v != nullptr);
     });
   }
 
  private:
   CAMK_HD static void add(S* to, C more) { (C::load(to) + more).store(to); }
 
-  CAMK_HD static void second_order_of(const Block& block, int n, C g, S* gg, int64_t k, Products& products) {
-    const Job& job = block.job;
+  CAMK_HD static void second_order_of(const Job& job, const Block& block, int n, C g, S* gg, int64_t k, Products& products) {
     Vec<C, P> y{}, h;
-    if constexpr (P > 1) y = values(block, n, k);
+    if constexpr (P > 1) y = values(job, block, n, k);
     for (int p = 0; p < P; ++p) {
       const Lookup& l = block.lookup[p];
       h[p] = combine(l, job.rows, l.along, n, k);

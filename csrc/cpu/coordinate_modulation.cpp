@@ -123,10 +123,12 @@ class RowBlock {
   RowBlock(ScalarType stored, int64_t width, int64_t pitch)
       : width_(width),
         pitch_(pitch),
-        points_(std::clamp<int64_t>(kBlockNumbers / pitch / kPointBlock * kPointBlock, kPointBlock, kBlockPoints)) {
-    in_place_ = width == pitch && stored == (sizeof(S) == 8 ? ScalarType::Double : ScalarType::Float);
-    if (!in_place_) numbers_.resize(points_ * pitch);
+        in_place_(width == pitch && stored == (sizeof(S) == 8 ? ScalarType::Double : ScalarType::Float)) {
+    if (in_place_) return;
+    points_ = std::clamp<int64_t>(kBlockNumbers / pitch / kPointBlock * kPointBlock, kPointBlock, kBlockPoints);
+    numbers_.resize(points_ * pitch);
   }
+  // How many at a time.
   int64_t points() const { return points_; }
 
   const S* read(const Source& from, int64_t begin, int64_t end) {
@@ -143,7 +145,7 @@ class RowBlock {
   }
 
  private:
-  int64_t width_, pitch_, points_;
+  int64_t width_, pitch_, points_ = int64_t(1) << 60;
   bool in_place_;
   std::vector<S> numbers_;
 };

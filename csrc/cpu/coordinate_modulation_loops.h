@@ -71,18 +71,13 @@ struct LookupLoops {
     from += block.begin * slots;
     S copies[kBlock * kSlots] = {};
     if (block.count < kBlock) from = std::copy_n(from, block.count * slots, copies) - block.count * slots;
-    const auto row = [&](int n) CAMK_INLINED { return from + n * slots; };
-    if constexpr (D > 0 && kBlock > 1) {
-      return load_columns<kSlots>(row);
-    } else {
-      Vec<Points, kSlots> points;
-      for (int a = 0; a < slots; ++a) {
-        Column column;
-        for (int n = 0; n < kBlock; ++n) column[n] = row(n)[a];
-        points[a] = load_lanes<Points>(column.v);
-      }
-      return points;
+    Column columns[kSlots];
+    for (int n = 0; n < kBlock; ++n) {
+      for (int a = 0; a < slots; ++a) columns[a][n] = from[n * slots + a];
     }
+    Vec<Points, kSlots> points;
+    for (int a = 0; a < slots; ++a) points[a] = load_lanes<Points>(columns[a].v);
+    return points;
   }
 
   CAMK_HD static void store_points(const Job& job, const Block& block, const Vec<Points, kSlots>& points, S* to) {
@@ -146,8 +141,8 @@ struct LookupLoops {
     store_points(job, block, gu, job.gu);
   }
 
-  // find(block), then body(block, point, where its rows of numbers begin) for every point and finish(block), block by
-  // block. The next one's nodes are found ahead, or the processor would wait for them: 1.5 times as fast.
+  // find(block), then body(block, point, where its numbers begin) for every point and finish(block, where those of its
+  // points begin), block by block. The next one's nodes are found ahead, or the processor would wait for them: 1.5 times as fast.
   template <class Find, class Body, class Finish>
   CAMK_HD static void each(const Job& job, const Find& find, const Body& body, const Finish& finish) {
     Block blocks[2];
@@ -160,8 +155,9 @@ struct LookupLoops {
         find(next);
       }
       if (i < job.begin) continue;
-      for (int n = 0; n < block.count; ++n) body(block, n, (i - job.begin + n) * job.pitch);
-      finish(block);
+      const int64_t row = (i - job.begin) * job.pitch;
+      for (int n = 0; n < block.count; ++n) body(block, n, row + n * job.pitch);
+      finish(block, row);
     }
   }
 
@@ -192,15 +188,22 @@ struct LookupLoops {
     return y;
   }
 
-  static void fill_broken(S* row, int64_t count) { std::fill(row, row + count, std::numeric_limits<S>::quiet_NaN()); }
+  // NaN in the rows of points with NaN coordinates, of the block whose rows begin at `rows`.
+  CAMK_HD static void fill_broken(const Job& job, const Block& block, S* rows) {
+    uint32_t any = 0;
+    for (int n = 0; n < kBlock; ++n) any |= block.broken[n];
+    if (!any) return;
+    for (int n = 0; n < block.count; ++n) {
+      if (block.broken[n]) std::fill_n(rows + n * job.pitch, job.pitch, std::numeric_limits<S>::quiet_NaN());
+    }
+  }
 
   static void value(Job job) {
     const auto nothing = [](Block&) CAMK_INLINED {};
     const auto body = [&](Block& block, int n, int64_t row) CAMK_INLINED {
-      if (block.broken[n]) return fill_broken(job.y + row, job.pitch);
       each_pack(job, [&](int64_t k) CAMK_INLINED { math::product(values(job, block, n, k)).store(job.y + row + k); });
     };
-    each(job, nothing, body, nothing);
+    each(job, nothing, body, [&](Block& block, int64_t row) CAMK_INLINED { fill_broken(job, block, job.y + row); });
   }
 
   // Products of the rows around a point, summed over its packs.
@@ -243,7 +246,7 @@ struct LookupLoops {
       });
       if (job.gu) products.finish(block, n);
     };
-    each(job, nothing, body, [&](Block& block) CAMK_INLINED {
+    each(job, nothing, body, [&](Block& block, int64_t) CAMK_INLINED {
       if (job.gu) write_coordinates(job, block, false);
     });
   }
@@ -256,10 +259,11 @@ struct LookupLoops {
       each_pack(job, [&](int64_t k) CAMK_INLINED {
         second_order_of(job, block, n, C::load(job.g + row + k), gg, k, products);
       });
-      if (gg && block.broken[n]) fill_broken(gg, job.pitch);
       products.finish(block, n);
     };
-    each(job, [&](Block& block) CAMK_INLINED { look_along(job, block); }, body, [&](Block& block) CAMK_INLINED {
+    const auto find = [&](Block& block) CAMK_INLINED { look_along(job, block); };
+    each(job, find, body, [&](Block& block, int64_t row) CAMK_INLINED {
+      if (job.y) fill_broken(job, block, job.y + row);
       if (job.gu) write_coordinates(job, block, job.v != nullptr);
     });
   }

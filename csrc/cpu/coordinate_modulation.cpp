@@ -50,7 +50,8 @@ class PackedGrids {
       : grids_(grids), pitch_(round_up(grids.width(), lanes)) {
     packs_ = pitch_ / lanes;
     numbers_ = grids.planes * (int64_t(grids.grid.rows) + 1) * pitch_;
-    require(numbers_ / lanes < int64_t(1) << 32, kOp, ": grids of 2^32 packs and more run with backend='reference' only");
+    require(numbers_ / lanes < int64_t(1) << 32, kOp,
+            ": grids of 2^32 packs and more run with backend='reference' only");
     memory_ = in_large_pages(scratch_bytes(like, copies * numbers_ * int64_t(sizeof(S))));
   }
   int64_t pitch() const { return pitch_; }

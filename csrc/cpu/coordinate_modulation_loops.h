@@ -66,25 +66,27 @@ struct LookupLoops {
 
   CAMK_HD static int dims(const Job& job) { return D > 0 ? D : job.dims; }
 
+  CAMK_HD static int slots(const Job& job) { return D > 0 ? kSlots : job.slots; }
+
   CAMK_HD static Vec<Points, kSlots> load_points(const Job& job, const Block& block, const S* from) {
-    const int64_t slots = D > 0 ? kSlots : job.slots;
-    from += block.begin * slots;
+    from += block.begin * slots(job);
     S copies[kBlock * kSlots] = {};
-    if (block.count < kBlock) from = std::copy_n(from, block.count * slots, copies) - block.count * slots;
+    if (block.count < kBlock) from = static_cast<S*>(std::memcpy(copies, from, block.count * slots(job) * sizeof(S)));
     Column columns[kSlots];
     for (int n = 0; n < kBlock; ++n) {
-      for (int a = 0; a < slots; ++a) columns[a][n] = from[n * slots + a];
+      for (int a = 0; a < slots(job); ++a) columns[a][n] = from[n * slots(job) + a];
     }
     Vec<Points, kSlots> points;
-    for (int a = 0; a < slots; ++a) points[a] = load_lanes<Points>(columns[a].v);
+    for (int a = 0; a < slots(job); ++a) points[a] = load_lanes<Points>(columns[a].v);
     return points;
   }
 
   CAMK_HD static void store_points(const Job& job, const Block& block, const Vec<Points, kSlots>& points, S* to) {
-    for (int a = 0; a < job.slots; ++a) {
-      Column column;
-      store_lanes(column.v, points[a]);
-      for (int n = 0; n < block.count; ++n) to[(block.begin + n) * job.slots + a] = column[n];
+    Column columns[kSlots];
+    for (int a = 0; a < slots(job); ++a) store_lanes(columns[a].v, points[a]);
+    to += block.begin * slots(job);
+    for (int n = 0; n < block.count; ++n) {
+      for (int a = 0; a < slots(job); ++a) to[n * slots(job) + a] = columns[a][n];
     }
   }
 
@@ -135,35 +137,39 @@ struct LookupLoops {
     }
     const auto broken = load_lanes<typename Nodes::Index>(block.broken);
     const typename Nodes::Index one(1u);
-    for (int a = 0; a < job.slots; ++a) {
+    for (int a = 0; a < slots(job); ++a) {
       gu[a] = choose_below(broken, one, gu[a], Points(std::numeric_limits<S>::quiet_NaN()));
     }
     store_points(job, block, gu, job.gu);
   }
 
-  // find(block), then body(block, point, where its numbers begin) for every point and finish(block, where those of its
-  // points begin), block by block. The next one's nodes are found ahead, or the processor would wait for them: 1.5 times as fast.
-  template <class Find, class Body, class Finish>
-  CAMK_HD static void each(const Job& job, const Find& find, const Body& body, const Finish& finish) {
+  // body(block, point, where its numbers begin) for every point whose coordinates are numbers, then finish(block, where
+  // those of its points begin), block by block. The nodes of the next block are found ahead, or the processor would
+  // wait for them. along: look_along too.
+  template <class Body, class Finish>
+  CAMK_HD static void each(const Job& job, bool along, const Body& body, const Finish& finish) {
     Block blocks[2];
-    int slot = 0;
+    int turn = 0;
     for (int64_t i = job.begin - kBlock; i < job.end; i += kBlock) {
-      Block &block = blocks[slot], &next = blocks[slot ^= 1];
+      Block &block = blocks[turn], &next = blocks[turn ^= 1];
       if (i + kBlock < job.end) {
         next.begin = i + kBlock, next.count = int(std::min<int64_t>(kBlock, job.end - next.begin));
         look_up(job, next);
-        find(next);
+        if (along) look_along(job, next);
       }
       if (i < job.begin) continue;
       const int64_t row = (i - job.begin) * job.pitch;
-      for (int n = 0; n < block.count; ++n) body(block, n, row + n * job.pitch);
+      for (int n = 0; n < block.count; ++n) {
+        if (!block.broken[n]) body(block, n, row + n * job.pitch);
+      }
       finish(block, row);
     }
   }
 
-  // body(k) for the packs of a row
+  // body(k) for the packs of a row; half a pack is a whole row
   template <class Body>
   CAMK_HD static void each_pack(const Job& job, const Body& body) {
+    if constexpr (lanes_of<C> < lanes_of<Lanes<S>>) return body(0);
     for (int64_t k = 0; k < job.pitch; k += lanes_of<C>) body(k);
   }
 
@@ -199,11 +205,10 @@ struct LookupLoops {
   }
 
   static void value(Job job) {
-    const auto nothing = [](Block&) CAMK_INLINED {};
     const auto body = [&](Block& block, int n, int64_t row) CAMK_INLINED {
       each_pack(job, [&](int64_t k) CAMK_INLINED { math::product(values(job, block, n, k)).store(job.y + row + k); });
     };
-    each(job, nothing, body, [&](Block& block, int64_t row) CAMK_INLINED { fill_broken(job, block, job.y + row); });
+    each(job, false, body, [&](Block& block, int64_t row) CAMK_INLINED { fill_broken(job, block, job.y + row); });
   }
 
   // Products of the rows around a point, summed over its packs.
@@ -226,7 +231,6 @@ struct LookupLoops {
   };
 
   static void backward(Job job) {
-    const auto nothing = [](Block&) CAMK_INLINED {};
     const auto body = [&](Block& block, int n, int64_t row) CAMK_INLINED {
       Products products(block);
       each_pack(job, [&](int64_t k) CAMK_INLINED {
@@ -246,7 +250,7 @@ struct LookupLoops {
       });
       if (job.gu) products.finish(block, n);
     };
-    each(job, nothing, body, [&](Block& block, int64_t) CAMK_INLINED {
+    each(job, false, body, [&](Block& block, int64_t) CAMK_INLINED {
       if (job.gu) write_coordinates(job, block, false);
     });
   }
@@ -256,13 +260,11 @@ struct LookupLoops {
     const auto body = [&](Block& block, int n, int64_t row) CAMK_INLINED {
       Products products(block);
       S* gg = job.y ? job.y + row : nullptr;
-      each_pack(job, [&](int64_t k) CAMK_INLINED {
-        second_order_of(job, block, n, C::load(job.g + row + k), gg, k, products);
-      });
+      each_pack(job, [&](int64_t k)
+                         CAMK_INLINED { second_order_of(job, block, n, C::load(job.g + row + k), gg, k, products); });
       products.finish(block, n);
     };
-    const auto find = [&](Block& block) CAMK_INLINED { look_along(job, block); };
-    each(job, find, body, [&](Block& block, int64_t row) CAMK_INLINED {
+    each(job, true, body, [&](Block& block, int64_t row) CAMK_INLINED {
       if (job.y) fill_broken(job, block, job.y + row);
       if (job.gu) write_coordinates(job, block, job.v != nullptr);
     });
@@ -271,7 +273,8 @@ struct LookupLoops {
  private:
   CAMK_HD static void add(S* to, C more) { (C::load(to) + more).store(to); }
 
-  CAMK_HD static void second_order_of(const Job& job, const Block& block, int n, C g, S* gg, int64_t k, Products& products) {
+  CAMK_HD static void second_order_of(const Job& job, const Block& block, int n, C g, S* gg, int64_t k,
+                                      Products& products) {
     Vec<C, P> y{}, h;
     if constexpr (P > 1) y = values(job, block, n, k);
     for (int p = 0; p < P; ++p) {

@@ -179,7 +179,7 @@ py::tuple nodes(const Numbers& u, const std::vector<uint32_t>& sizes, bool zeros
       for (int b = 0; b < dims; ++b) curve.back().push_back(found.curve(c, a, b));
     }
   });
-  return py::make_tuple(index, weight, slope, curve, found.broken);
+  return py::make_tuple(index, weight, slope, curve, found.broken != 0);
 }
 
 // What a product of three lookups y needs, for tangents h, per factor.

@@ -46,9 +46,12 @@ void each_run(const NodeGrids& g, int plane, const Body& body) {
 template <class S>
 class PackedGrids {
  public:
-  PackedGrids(const NodeGrids& grids, const Tensor& like, int64_t copies = 1)
-      : grids_(grids), pitch_(round_up(grids.width(), lanes_of<PackOf<S>>)) {
+  PackedGrids(const NodeGrids& grids, int64_t lanes, const Tensor& like, int64_t copies = 1)
+      : grids_(grids), pitch_(round_up(grids.width(), lanes)) {
+    packs_ = pitch_ / lanes;
     numbers_ = grids.planes * (int64_t(grids.grid.rows) + 1) * pitch_;
+    require(numbers_ / lanes < int64_t(1) << 32, kOp,
+            ": grids of 2^32 packs and more run with backend='reference' only");
     memory_ = in_large_pages(scratch_bytes(like, copies * numbers_ * int64_t(sizeof(S))));
   }
   int64_t pitch() const { return pitch_; }
@@ -56,7 +59,7 @@ class PackedGrids {
   S* data(int64_t copy = 0) const { return write<S>(memory_) + copy * numbers_; }
   // A lookup in these grids.
   LookupPiece<S> piece(const Tensor& coords) const {
-    return {grids_.grid_in<S>(), grids_.dims, grids_.slots, pitch_, read<S>(coords), data()};
+    return {grids_.grid_in<S>(packs_), grids_.dims, grids_.slots, pitch_, read<S>(coords), data()};
   }
 
   void pack(const Tensor& from) const {
@@ -109,30 +112,42 @@ class PackedGrids {
   }
 
   const NodeGrids& grids_;
-  int64_t pitch_, numbers_;
+  int64_t pitch_, packs_, numbers_;
   Tensor memory_;
 };
 
-// Rows of numbers of a few points, converted from and to how tensors [points, width] store them.
+// Rows [points, pitch] of a few points' numbers: where tensors [points, width] have them, or, if these store other
+// numbers or their rows are not whole packs, converted from and to them.
 template <class S>
 class RowBlock {
  public:
-  RowBlock(int64_t width, int64_t pitch)
-      : width_(width), pitch_(pitch), points_(std::clamp<int64_t>(kBlockNumbers / pitch, 1, kBlockPoints)) {
+  RowBlock(ScalarType stored, int64_t width, int64_t pitch)
+      : width_(width),
+        pitch_(pitch),
+        in_place_(width == pitch && stored == (sizeof(S) == 8 ? ScalarType::Double : ScalarType::Float)) {
+    if (in_place_) return;
+    points_ = std::clamp<int64_t>(kBlockNumbers / pitch / kPointBlock * kPointBlock, kPointBlock, kBlockPoints);
     numbers_.resize(points_ * pitch);
   }
+  // How many at a time.
   int64_t points() const { return points_; }
-  S* data() { return numbers_.data(); }
 
-  void read(const Source& from, int64_t begin, int64_t end) {
-    read_rows(from, begin, end - begin, width_, Rows<S>{data(), pitch_});
+  const S* read(const Source& from, int64_t begin, int64_t end) {
+    if (in_place_) return static_cast<const S*>(from.data) + begin * width_;
+    read_rows(from, begin, end - begin, width_, Rows<S>{numbers_.data(), pitch_});
+    return numbers_.data();
   }
-  void write(const Target& to, int64_t begin, int64_t end) {
-    write_rows(Rows<S>{data(), pitch_}, begin, end - begin, width_, to);
+  // Where to write rows from `begin` on; then written.
+  S* place(const Target& to, int64_t begin) {
+    return in_place_ ? static_cast<S*>(to.data) + begin * width_ : numbers_.data();
+  }
+  void written(const Target& to, int64_t begin, int64_t end) {
+    if (!in_place_) write_rows(Rows<S>{numbers_.data(), pitch_}, begin, end - begin, width_, to);
   }
 
  private:
-  int64_t width_, pitch_, points_;
+  int64_t width_, pitch_, points_ = int64_t(1) << 60;
+  bool in_place_;
   std::vector<S> numbers_;
 };
 
@@ -158,45 +173,44 @@ Tensor forward(Tensor coords, Tensor grids, bool zeros, bool align_corners, bool
       in_large_pages(allocate([&] { return torch::stable::new_empty(grids, {sizes.data(), sizes.size()}); }));
   const Target to(y);
   with_arithmetic(is_wide(coords), [&]<class S>(Tag<S>) {
-    const PackedGrids<S> packed(g, coords);
-    packed.pack(grids);
     const LookupKernels<S> loops = kernels_for<S>(g);
+    const PackedGrids<S> packed(g, loops.lanes, coords);
+    packed.pack(grids);
     parallel_points(coords.size(0), [&](int64_t begin, int64_t end) {
-      RowBlock<S> rows(g.width(), packed.pitch());
+      RowBlock<S> rows(to.type, g.width(), packed.pitch());
       LookupPiece<S> piece = packed.piece(coords);
-      piece.y = rows.data();
       for (int64_t i = begin; i < end; i += rows.points()) {
         piece.begin = i, piece.end = std::min(end, i + rows.points());
+        piece.y = rows.place(to, i);
         loops.value(piece);
-        rows.write(to, piece.begin, piece.end);
+        rows.written(to, piece.begin, piece.end);
       }
     });
   });
   return y;
 }
 
-// Goes over points with the gradient `grad` of the value; body(loops, piece) computes a block of them, and
-// finished(block of the rows in piece.y, piece) follows. Returns the gradient in the grids.
+// Goes over points with the gradient `grad` of the value; body(loops, piece) computes a block of them. Returns the
+// gradient in the grids.
 template <class S, class Tell, class Body>
 Tensor sum_over_points(const NodeGrids& g, const Tensor& coords, const Tensor& grids, const Tensor& grad, bool wanted,
                        const Tell& tell, const Body& body) {
-  const PackedGrids<S> packed(g, coords);
+  const LookupKernels<S> loops = kernels_for<S>(g);
+  const PackedGrids<S> packed(g, loops.lanes, coords);
   packed.pack(grids);
   const Source from(grad);
   const Pieces pieces(g, coords.size(0), wanted, packed.numbers() * int64_t(sizeof(S)));
-  const PackedGrids<S> sums(g, coords, wanted ? pieces.count : 0);
-  const LookupKernels<S> loops = kernels_for<S>(g);
+  const PackedGrids<S> sums(g, loops.lanes, coords, wanted ? pieces.count : 0);
   parallel_tasks(pieces.count, [&](int64_t task) {
-    RowBlock<S> rows(g.width(), packed.pitch());
+    RowBlock<S> rows(from.type, g.width(), packed.pitch());
     LookupPiece<S> piece = packed.piece(coords);
     tell(piece);
-    piece.g = rows.data();
     piece.sums = wanted ? sums.data(task) : nullptr;
     if (wanted) std::fill(piece.sums, piece.sums + sums.numbers(), S(0));
     const int64_t last = std::min(coords.size(0), (task + 1) * pieces.each);
     for (int64_t i = task * pieces.each; i < last; i += rows.points()) {
       piece.begin = i, piece.end = std::min(last, i + rows.points());
-      rows.read(from, piece.begin, piece.end);
+      piece.g = rows.read(from, piece.begin, piece.end);
       body(loops, piece);
     }
   });
@@ -234,7 +248,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_backward(OptionalTensor v, OptionalT
   const Target to(ggrad);
   Tensor ggrids;
   with_arithmetic(is_wide(coords), [&]<class S>(Tag<S>) {
-    const PackedGrids<S> along(g, coords, tangents ? 1 : 0);
+    const PackedGrids<S> along(g, kernels_for<S>(g).lanes, coords, tangents ? 1 : 0);
     if (tangents) along.pack(*tangents);
     const auto tell = [&](LookupPiece<S>& piece) {
       piece.v = v ? read<S>(*v) : nullptr;
@@ -242,10 +256,10 @@ std::tuple<Tensor, Tensor, Tensor> backward_backward(OptionalTensor v, OptionalT
       piece.gu = mask[1] ? write<S>(gu) : nullptr;
     };
     ggrids = sum_over_points<S>(g, coords, grids, grad, mask[2], tell, [&](const auto& loops, LookupPiece<S>& piece) {
-      RowBlock<S> rows(g.width(), piece.pitch);
-      piece.y = mask[0] ? rows.data() : nullptr;
+      RowBlock<S> rows(to.type, g.width(), piece.pitch);
+      piece.y = mask[0] ? rows.place(to, piece.begin) : nullptr;
       loops.second_order(piece);
-      if (mask[0]) rows.write(to, piece.begin, piece.end);
+      if (mask[0]) rows.written(to, piece.begin, piece.end);
     });
   });
   return {ggrad, gu, ggrids};

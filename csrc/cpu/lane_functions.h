@@ -8,9 +8,9 @@
 
 namespace camk {
 
-template <class T>
-CAMK_HD Lanes<T> choose_below(Lanes<T> a, Lanes<T> b, Lanes<T> yes, Lanes<T> no) {
-  return Lanes<T>(a.v < b.v ? yes.v : no.v);
+template <class T, class V>
+CAMK_HD Lanes<V> choose_below(Lanes<T> a, Lanes<T> b, Lanes<V> yes, Lanes<V> no) {
+  return Lanes<V>(a.v < b.v ? yes.v : no.v);
 }
 
 template <class T>
@@ -145,8 +145,8 @@ CAMK_HD bool all_within(Doubles x, double bound) {
 }
 
 // Halves are added to halves: a chain of additions would wait for each of them.
-template <class C, int... k>
-CAMK_HD C sum_of_lanes(Lanes<C> x, std::integer_sequence<int, k...>) {
+template <class C, int N, int... k>
+CAMK_HD C sum_of_lanes(Lanes<C, N> x, std::integer_sequence<int, k...>) {
   constexpr int kWidth = sizeof...(k);
   using Index = std::conditional_t<sizeof(C) == 8, int64_t, int32_t>;
   typedef Index Order __attribute__((vector_size(sizeof(C) * kWidth)));
@@ -156,9 +156,9 @@ CAMK_HD C sum_of_lanes(Lanes<C> x, std::integer_sequence<int, k...>) {
   });
   return x.v[0];
 }
-template <class C>
-CAMK_HD C sum_of_lanes(Lanes<C> x) {
-  return sum_of_lanes(x, std::make_integer_sequence<int, lanes_of<Lanes<C>>>{});
+template <class C, int N>
+CAMK_HD C sum_of_lanes(Lanes<C, N> x) {
+  return sum_of_lanes(x, std::make_integer_sequence<int, N>{});
 }
 
 // In lane i the sum over the lanes of x[i]: halves of two packs change places and are added, until one pack is left.

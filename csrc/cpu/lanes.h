@@ -23,29 +23,29 @@ inline constexpr int kLanes = 4;  // SSE2, NEON
 #endif
 
 // Written out per type: the compiler drops the attribute where the element type is a template parameter.
-template <class T>
+template <class T, int N>
 struct raw_lanes;
-template <>
-struct raw_lanes<float> {
-  typedef float type __attribute__((vector_size(4 * kLanes)));
+template <int N>
+struct raw_lanes<float, N> {
+  typedef float type __attribute__((vector_size(4 * N)));
 };
-template <>
-struct raw_lanes<uint32_t> {
-  typedef uint32_t type __attribute__((vector_size(4 * kLanes)));
+template <int N>
+struct raw_lanes<uint32_t, N> {
+  typedef uint32_t type __attribute__((vector_size(4 * N)));
 };
-template <>
-struct raw_lanes<int32_t> {
-  typedef int32_t type __attribute__((vector_size(4 * kLanes)));
-};
-
-template <>
-struct raw_lanes<double> {
-  typedef double type __attribute__((vector_size(4 * kLanes)));
+template <int N>
+struct raw_lanes<int32_t, N> {
+  typedef int32_t type __attribute__((vector_size(4 * N)));
 };
 
-template <class T>
+template <int N>
+struct raw_lanes<double, N> {
+  typedef double type __attribute__((vector_size(8 * N)));
+};
+
+template <class T, int N = 4 * kLanes / int(sizeof(T))>
 struct Lanes {
-  using Raw = typename raw_lanes<T>::type;
+  using Raw = typename raw_lanes<T, N>::type;
   Raw v;
   Lanes() = default;
   CAMK_HD Lanes(Raw raw) : v(raw) {}
@@ -71,6 +71,7 @@ struct Lanes {
   CAMK_HD friend Lanes operator*(Lanes a, Lanes b) { return a.v * b.v; }
   CAMK_HD friend Lanes operator/(Lanes a, Lanes b) { return a.v / b.v; }
   CAMK_HD friend Lanes operator&(Lanes a, Lanes b) { return a.v & b.v; }
+  CAMK_HD friend Lanes operator|(Lanes a, Lanes b) { return a.v | b.v; }
   CAMK_HD friend Lanes operator^(Lanes a, Lanes b) { return a.v ^ b.v; }
 };
 
@@ -89,17 +90,9 @@ template <>
 struct index_of<Floats> {
   using type = Words;
 };
-template <>
-struct scalar_of<Floats> {
-  using type = float;
-};
-template <>
-struct scalar_of<Words> {
-  using type = uint32_t;
-};
-template <>
-struct scalar_of<Doubles> {
-  using type = double;
+template <class T, int N>
+struct scalar_of<Lanes<T, N>> {
+  using type = T;
 };
 
 CAMK_HD Floats multiply_add(Floats x, Floats y, Floats z) {
@@ -114,6 +107,11 @@ CAMK_HD Floats multiply_add(Floats x, Floats y, Floats z) {
 }
 
 #if defined(__AVX512F__)
+using HalfFloats = Lanes<float, kLanes / 2>;
+CAMK_HD HalfFloats multiply_add(HalfFloats x, HalfFloats y, HalfFloats z) {
+  return HalfFloats(_mm256_fmadd_ps(x.v, y.v, z.v));
+}
+
 // bfloat16 in pairs, the first in the lower half. By instructions that not every processor with AVX-512 has.
 inline bool multiplies_bfloat16() {
   static const bool found = __builtin_cpu_supports("avx512bf16");
@@ -180,11 +178,15 @@ CAMK_HD bool all_within(Floats x, float bound) {
 
 CAMK_HD bool all_below(Words x, uint32_t bound) { return in_all_lanes(x.v < Words(bound).v); }
 
+CAMK_HD Words to_word(Floats whole) {
+  return Words((Words::Raw) __builtin_convertvector(whole.v, Lanes<int32_t>::Raw));
+}
+
 CAMK_HD Words to_cell(Floats whole) {
   const Floats::Raw low = Floats(kCellMin).v, high = Floats(kCellMax).v;
   Floats::Raw w = whole.v < low ? low : whole.v;
   w = w > high ? high : w;
-  return Words((Words::Raw) __builtin_convertvector(w, Lanes<int32_t>::Raw));
+  return to_word(Floats(w));
 }
 
 CAMK_HD Words where_positive(Floats x, Words n) { return Words((Words::Raw)(x.v > Floats(0.f).v) & n.v); }

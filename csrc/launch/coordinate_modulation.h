@@ -21,15 +21,15 @@ struct NodeGrids {
   int64_t each() const { return channels < 0 ? 1 : channels; }
   int64_t corners() const { return int64_t(1) << dims; }
 
-  // The grid with numbers of the arithmetic type S.
+  // The grid with numbers of the arithmetic type S, for rows that count several times.
   template <class S>
-  math::NodeGrid<S> grid_in() const {
+  math::NodeGrid<S> grid_in(int64_t times = 1) const {
     math::NodeGrid<S> to{};
     for (int d = 0; d < dims; ++d) {
       const auto& axis = grid.axis[d];
-      to.axis[d] = {S(axis.scale), S(axis.shift), axis.nodes, axis.stride};
+      to.axis[d] = {S(axis.scale), S(axis.shift), axis.nodes, uint32_t(axis.stride * times)};
     }
-    to.rows = grid.rows, to.zeros = grid.zeros;
+    to.rows = uint32_t(grid.rows * times), to.zeros = grid.zeros;
     return to;
   }
 };

@@ -26,65 +26,77 @@ struct NodeGrid {
   bool zeros;     // padding: nodes beyond count as 0, else positions are moved onto the outer nodes
 };
 
-// The nodes around a point. S: float or double.
-template <int D, class S>
-struct Nodes : Corners<D, S, false, (D > 0 && D <= 3)> {
-  using Base = Corners<D, S, false, (D > 0 && D <= 3)>;
-  using Base::each_axis, Base::each_corner, Base::kAxes, Base::value, Base::first, Base::second;
+// `inside` where low <= x < high; not where x is NaN.
+template <class C, class V>
+CAMK_HD V choose_within(C x, C low, C high, V inside, V outside) {
+  return choose_below(x, high, choose_below(x, low, outside, inside), outside);
+}
 
-  Vec<uint32_t, kAxes> term;  // of the lower node
+// The nodes around a point.
+template <int D, class C>
+struct Nodes : Corners<D, C, false, (D > 0 && D <= 3)> {
+  using Base = Corners<D, C, false, (D > 0 && D <= 3)>;
+  using Base::each_axis, Base::each_corner, Base::kAxes, Base::value, Base::first, Base::second;
+  using S = typename scalar_of<C>::type;
+  using Index = typename index_of<C>::type;
+
+  Vec<Index, kAxes> term;  // of the lower node
   Vec<uint32_t, kAxes> stride;
-  uint32_t rows, absent;  // absent: bit 2 d + side is set where axis d has no node on that side
-  bool broken;            // a coordinate is NaN: so are the value and its derivative, and no row is touched
+  uint32_t rows;
+  Index absent;  // bit 2 d + side is set where axis d has no node on that side
+  Index broken;  // 1: a coordinate is NaN: so are the value and its derivative, and no row is touched; else 0
 
   Nodes() = default;
-  CAMK_HD Nodes(const NodeGrid<S>& grid, int n_dims, const Vec<S, kAxes>& u)
-      : Base(n_dims, false), rows(grid.rows), absent(0), broken(false) {
-    bool seen = true;
+  CAMK_HD Nodes(const NodeGrid<S>& grid, int n_dims, const Vec<C, kAxes>& u)
+      : Base(n_dims, false), rows(grid.rows), absent(0u), broken(0u) {
+    const Index none(0u), one(1u), all(~0u);
+    const C zero(0), far = C(S(kFar));
+    Index lost = none;  // 1: no node is near
     each_axis([&](int d) CAMK_INLINED {
       const NodeAxis<S>& axis = grid.axis[d];
-      const S far(kFar), x = u[d] > far ? far : u[d] < -far ? -far : u[d];  // inf times a scale of 0 would be NaN
-      S pos = multiply_add(x + S(1), axis.scale, axis.shift), slope = axis.scale;
-      const S last = S(axis.nodes - 1);
-      broken |= x != x;
+      // inf times a scale of 0 would be NaN
+      const C x = choose_below(far, u[d], far, choose_below(u[d], zero - far, zero - far, u[d]));
+      const C end = C(S(axis.nodes)), last = C(S(axis.nodes - 1));
+      C pos = multiply_add(x + C(1), C(axis.scale), C(axis.shift)), slope = C(axis.scale);
+      broken = broken | choose_below(x, far + far, none, one);
       if (grid.zeros) {
-        seen &= pos >= S(-1) && pos < S(axis.nodes);
-      } else if (!(pos > S(0) && pos < last)) {
-        pos = pos > S(0) ? last : S(0);
-        slope = S(0);
+        lost = lost | choose_within(pos, C(-1), end, none, one);
+      } else {
+        slope = choose_below(zero, pos, choose_below(pos, last, slope, zero), zero);
+        pos = choose_below(zero, pos, choose_below(pos, last, pos, last), zero);
       }
-      if (!(pos >= S(-1) && pos < S(axis.nodes))) pos = S(0);
-      const S whole = round_down(pos), t = pos - whole;
-      const int32_t node = int32_t(whole);
-      if (node < 0) absent |= 1u << (2 * d);
-      if (uint32_t(node + 1) >= axis.nodes) absent |= 2u << (2 * d);
-      term[d] = uint32_t(node) * axis.stride;
+      pos = choose_within(pos, C(-1), end, pos, zero);
+      const C whole = round_down(pos), t = pos - whole;
+      const Index node = to_word(whole), nodes(axis.nodes);
+      absent = absent | choose_below(node, nodes, none, Index(1u << (2 * d)));
+      absent = absent | choose_below(node + one, nodes, none, Index(2u << (2 * d)));
+      term[d] = node * Index(axis.stride);
       stride[d] = axis.stride;
-      value[d][0] = S(1) - t, value[d][1] = t;
-      first[d][0] = -slope, first[d][1] = slope;
-      second[d][0] = second[d][1] = S(0);
+      value[d][0] = C(1) - t, value[d][1] = t;
+      first[d][0] = zero - slope, first[d][1] = slope;
+      second[d][0] = second[d][1] = zero;
     });
-    if (broken || !seen) absent = ~0u;
+    absent = choose_below(broken | lost, one, absent, all);
   }
 
-  CAMK_HD uint32_t index(int corner) const {
-    uint32_t i = 0;
-    bool there = true;
+  CAMK_HD Index index(int corner) const {
+    Index i(0u);
+    uint32_t wanted = 0;  // bits of `absent`
     each_axis([&](int d) CAMK_INLINED {
       const int side = (corner >> d) & 1;
-      there &= !(absent >> (2 * d + side) & 1u);
-      i += term[d] + (side ? stride[d] : 0u);
+      wanted |= 1u << (2 * d + side);
+      i = i + (side ? term[d] + Index(stride[d]) : term[d]);
     });
-    return there ? i : rows;
+    return choose_below(absent & Index(wanted), Index(1u), i, Index(rows));
   }
 
   // gu_a += slope_ca dot: what a corner c adds to the gradient in u of sum_c w_c dot_c
-  CAMK_HD void pull_back(int c, S dot, Vec<S, kAxes>& gu) const {
+  CAMK_HD void pull_back(int c, C dot, Vec<C, kAxes>& gu) const {
     each_axis([&](int a) CAMK_INLINED { gu[a] = gu[a] + this->slope(c, a) * dot; });
   }
 
   // gu_b += sum_a v_a curve_cab dot: the same of sum_c along_c(v) dot_c
-  CAMK_HD void pull_back_along(int c, const Vec<S, kAxes>& v, S dot, Vec<S, kAxes>& gu) const {
+  CAMK_HD void pull_back_along(int c, const Vec<C, kAxes>& v, C dot, Vec<C, kAxes>& gu) const {
     each_axis([&](int a) CAMK_INLINED {
       each_axis([&](int b) CAMK_INLINED { gu[b] = gu[b] + v[a] * this->curve(c, a, b) * dot; });
     });

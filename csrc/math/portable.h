@@ -105,11 +105,17 @@ CAMK_HD float multiply_add(float x, float y, float z) {
 }
 CAMK_HD double multiply_add(double x, double y, double z) { return x * y + z; }
 
-// Whole number -> two's complement modulo 2^32.
+// Whole number from -2^31 to 2^31 - 1 -> two's complement.
+template <class C>
+CAMK_HD uint32_t to_word(C whole) {
+  return uint32_t(int32_t(whole));
+}
+
+// Any whole number -> two's complement.
 template <class C>
 CAMK_HD uint32_t to_cell(C whole) {
   const C low = C(kCellMin), high = C(kCellMax);
-  return uint32_t(int32_t(whole < low ? low : (whole > high ? high : whole)));
+  return to_word(whole < low ? low : (whole > high ? high : whole));
 }
 
 // i mod size for any size.
@@ -122,8 +128,8 @@ CAMK_HD uint32_t where_positive(C x, uint32_t n) {
 }
 
 // a < b ? yes : no
-template <class C>
-CAMK_HD C choose_below(C a, C b, C yes, C no) {
+template <class C, class V>
+CAMK_HD V choose_below(C a, C b, V yes, V no) {
   return a < b ? yes : no;
 }
 // x == 0 ? yes : no

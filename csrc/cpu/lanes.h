@@ -67,6 +67,7 @@ struct Lanes {
 #endif
   }
   CAMK_HD friend Lanes operator+(Lanes a, Lanes b) { return a.v + b.v; }
+  CAMK_HD friend Lanes operator-(Lanes a) { return -a.v; }
   CAMK_HD friend Lanes operator-(Lanes a, Lanes b) { return a.v - b.v; }
   CAMK_HD friend Lanes operator*(Lanes a, Lanes b) { return a.v * b.v; }
   CAMK_HD friend Lanes operator/(Lanes a, Lanes b) { return a.v / b.v; }

@@ -55,7 +55,7 @@ struct Nodes : Corners<D, C, false, (D > 0 && D <= 3)> {
     each_axis([&](int d) CAMK_INLINED {
       const NodeAxis<S>& axis = grid.axis[d];
       // inf times a scale of 0 would be NaN
-      const C x = choose_below(far, u[d], far, choose_below(u[d], zero - far, zero - far, u[d]));
+      const C x = choose_below(far, u[d], far, choose_below(u[d], -far, -far, u[d]));
       const C end = C(S(axis.nodes)), last = C(S(axis.nodes - 1));
       C pos = multiply_add(x + C(1), C(axis.scale), C(axis.shift)), slope = C(axis.scale);
       broken = broken | choose_below(x, far + far, none, one);
@@ -73,7 +73,7 @@ struct Nodes : Corners<D, C, false, (D > 0 && D <= 3)> {
       term[d] = node * Index(axis.stride);
       stride[d] = axis.stride;
       value[d][0] = C(1) - t, value[d][1] = t;
-      first[d][0] = zero - slope, first[d][1] = slope;
+      first[d][0] = -slope, first[d][1] = slope;
       second[d][0] = second[d][1] = zero;
     });
     absent = choose_below(broken | lost, one, absent, all);

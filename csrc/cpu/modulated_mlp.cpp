@@ -86,14 +86,16 @@ class Parts {
     memory_ = in_large_pages(scratch_bytes(like, size * int64_t(sizeof(C))));
   }
 
-  // body(first point, end, sums) for every part.
-  template <class Body>
-  void each(const Body& body) const {
+  // body(tile, first point, number of points, sums) for every tile of every part; make_tile(): one for a thread.
+  template <class MakeTile, class Body>
+  void each_tile(const MakeTile& make_tile, const Body& body) const {
     torch::stable::parallel_for(0, count_, 1, [&](int64_t first, int64_t last) {
+      auto tile = make_tile();
       for (int64_t p = first; p < last; ++p) {
         C* sums = at(p);
         std::memset(sums, 0, size_t(starts_[p + 1] - starts_[p]) * sizeof(C));
-        body(begin(p), end(p), PartSums<C>{sums, sums + sums_, net_.group_of(begin(p))});
+        const PartSums<C> part{sums, sums + sums_, net_.group_of(begin(p))};
+        cpu::each_tile(begin(p), end(p), [&](int64_t begin, int64_t count) { body(tile, begin, count, part); });
       }
     });
   }
@@ -194,12 +196,10 @@ std::tuple<Tensor, TensorList, TensorList, Tensor> backward(Tensor grad, Tensor 
     const bool fits = kept.numel() == net.points * net.kept_values() && kept.scalar_type() == number_type<C>();
     const Gradients<C> gradients(net, gm, mask);
     const Parts<C> parts(net, x, mask[1] || mask[2], mask[3]);
-    parts.each([&](int64_t first, int64_t last, const PartSums<C>& sums) {
-      BackwardTile<C> tile(net, modulation);
-      each_tile(first, last, [&](int64_t begin, int64_t count) {
-        tile.run(grad, x, begin, count, fits ? read<C>(kept) : nullptr, gradients, sums, mask[0] ? &gx : nullptr);
-      });
-    });
+    const auto run = [&](BackwardTile<C>& tile, int64_t begin, int64_t count, const PartSums<C>& sums) {
+      tile.run(grad, x, begin, count, fits ? read<C>(kept) : nullptr, gradients, sums, mask[0] ? &gx : nullptr);
+    };
+    parts.each_tile([&] { return BackwardTile<C>(net, modulation); }, run);
     add_up_all(net, parts, gw, gb);
     if (mask[3] && net.shares_rows()) parts.add_up_modulation(gm);
   });
@@ -232,12 +232,10 @@ std::tuple<Tensor, Tensor, TensorList, TensorList, Tensor> backward_backward(
     const std::vector<Panels<C>> panels = pack_directions(net, along, mask[1], memory);
     const Gradients<C> gradients(net, gm, {mask[1], mask[2], mask[3], mask[4]});
     const Parts<C> parts(net, x, mask[2] || mask[3], mask[4]);
-    parts.each([&](int64_t first, int64_t last, const PartSums<C>& sums) {
-      TangentTile<C> tile(net, modulation, along);
-      each_tile(first, last, [&](int64_t begin, int64_t count) {
-        tile.run(grad, x, panels, begin, count, gradients, sums, mask[0] ? &dy : nullptr, mask[1] ? &gx : nullptr);
-      });
-    });
+    const auto run = [&](TangentTile<C>& tile, int64_t begin, int64_t count, const PartSums<C>& sums) {
+      tile.run(grad, x, panels, begin, count, gradients, sums, mask[0] ? &dy : nullptr, mask[1] ? &gx : nullptr);
+    };
+    parts.each_tile([&] { return TangentTile<C>(net, modulation, along); }, run);
     add_up_all(net, parts, gw, gb);
     if (mask[4] && net.shares_rows()) parts.add_up_modulation(gm);
   });

@@ -26,6 +26,14 @@ inline void fetch_next(const Tensor& t, int64_t begin, Ahead& ahead) {
   ahead.add(static_cast<const char*>(t.const_data_ptr()) + first * bytes, count * bytes);
 }
 
+// Where the tile's rows of a tensor [N, width] may be written as whole packs, or else `room`.
+template <class C>
+Rows<C> room_in(const Tensor* t, int64_t begin, int64_t count, Rows<C> room) {
+  const int64_t width = t->size(1);
+  const bool fits = t->scalar_type() == number_type<C>() && count == kTile && width == padded(width);
+  return fits ? Rows<C>{write<C>(*t) + begin * width, width} : Rows<C>{room.data, padded(width)};
+}
+
 template <class C>
 void copy_columns(Rows<C> from, int64_t columns, int64_t count, Rows<C> to, int64_t at) {
   for (int64_t i = 0; i < count; ++i) std::memcpy(to[i] + at, from[i], size_t(columns) * sizeof(C));
@@ -263,6 +271,7 @@ class BackwardTile {
     modulation_.read(begin, count);
     products_.ahead.clear();
     fetch_next(x, begin, products_.ahead), fetch_next(grad, begin, products_.ahead);
+    if (gx) fetch_next(*gx, begin, products_.ahead);  // written faster where it is in the cache
     activate(input, begin, count, kept);
     Rows<C> d = widened(d_[0], net_.out);
     read_rows(grad, begin, count, net_.out, d);
@@ -277,14 +286,15 @@ class BackwardTile {
       }
       gradients.add(layer, d, l ? h_[l - 1] : input, count, sums);
       if (l == 0 && !gx) return;
-      const Rows<C> below = widened(d_[d.data == d_[0].data], layer.in);
+      Rows<C> below = widened(d_[d.data == d_[0].data], layer.in);
+      if (l == 0) below = room_in(gx, begin, count, below);
       products_(d, layer.panels.backward, layer.width, layer.in, nullptr, below);
       d = below;
     }
     for (int64_t i = 0; net_.skips && i < count; ++i) {
       for (int64_t k = 0; k < net_.in; ++k) d[i][k] += gx_[i][k];
     }
-    write_rows(d, begin, count, net_.in, *gx);
+    if (d.data == d_[0].data || d.data == d_[1].data) write_rows(d, begin, count, net_.in, *gx);
   }
 
   static Rows<C> widened(Rows<C> rows, int64_t width) { return {rows.data, padded(width)}; }

@@ -3,7 +3,6 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import camkernels
 from camkernels import testing
@@ -117,70 +116,3 @@ def test_gradients_have_the_same_bits_for_any_number_of_threads(backend):
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
-
-
-LAYOUTS = {
-    "slice": lambda g: torch.cat([g.new_zeros(len(g), 3), g, g], 1)[:, 3 : 3 + g.shape[1]],
-    "every other row": lambda g: g.repeat_interleave(2, 0)[::2],
-    "columns": lambda g: g.t().contiguous().t(),
-    "one row for all": lambda g: g[:1].expand(len(g), -1),
-    "overlapping": lambda g: torch.as_strided(g.contiguous(), g.shape, (1, 1)),
-}
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("width", [1, 5, 32])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_cotangents_may_lie_apart(layout, width, dtype, backend):
-    coordinates = torch.promote_types(dtype, torch.float32)
-    x = rand(300, 2).to(coordinates).requires_grad_()
-    features = (rand(40, width, seed=1) - 0.5).to(dtype).requires_grad_()
-    y = camkernels.radial_basis(
-        x, rand(40, 2, seed=2).to(coordinates), torch.full((40, 1), 9.0, dtype=coordinates), features,
-        (rand(300, 4, seed=3) * 40).int(), shape="isotropic", backend=backend,
-    )  # fmt: skip
-    given = LAYOUTS[layout]((rand(300, width, seed=4) - 0.5).to(dtype))
-
-    def gradients(cotangent):
-        cotangent = cotangent.detach().requires_grad_()
-        first = torch.autograd.grad(y, (x, features), cotangent, create_graph=True)
-        return *first, *torch.autograd.grad(first[0].sum(), (cotangent, x, features))
-
-    for got, wanted in zip(gradients(given), gradients(given.contiguous()), strict=True):
-        assert torch.equal(got, wanted)
-
-
-class BackwardCalls(TorchDispatchMode):
-    """(function, arguments) of the derivative's operator, below autograd."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        if "radial_basis_backward" in str(function):
-            self.seen.append((function, arguments))
-        return function(*arguments, **(keywords or {}))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_only_rows_with_gaps_inside_are_copied(backend):
-    features = rand(9, 5, seed=3).float().requires_grad_()
-    x, centers = rand(50, 2).float(), rand(9, 2, seed=1).float()
-    neighbors = (rand(50, 4, seed=2) * 9).int()
-    y = camkernels.radial_basis(
-        x, centers, torch.full((9, 1), 9.0), features, neighbors, shape="isotropic", backend=backend
-    )
-    g = rand(50, 5, seed=4).float()
-    arrived = {}
-    with BackwardCalls() as calls:
-        for name, layout in LAYOUTS.items():
-            torch.autograd.grad(y, features, layout(g), retain_graph=True)
-            function, (grad, *rest) = calls.seen.pop()
-            arrived[name] = grad.stride()
-    assert arrived.pop("slice") == (13, 1) and arrived.pop("every other row") == (10, 1)
-    assert set(arrived.values()) == {(5, 1)}
-    for name in arrived:
-        with pytest.raises(RuntimeError, match="rows of grad_y"):
-            function(LAYOUTS[name](g), *rest)

@@ -36,6 +36,14 @@ void check_like(const Tensor& t, const Tensor& like, int64_t numel, const char* 
   require(t.scalar_type() == like.scalar_type() && t.numel() == numel, "hash_grid: dtype or size of ", name);
 }
 
+// Of a gradient of the value, whose rows may lie apart, but have no gaps inside.
+void check_rows(const Tensor& grad, const Tensor& x, const Tensor& table, int64_t width) {
+  require(grad.scalar_type() == table.scalar_type() && grad.dim() == 2 && grad.size(0) == x.size(0) &&
+              grad.size(1) == width,
+          "hash_grid: dtype or shape of grad_y");
+  require(grad.is_contiguous() || (grad.stride(1) == 1 && grad.stride(0) >= width), "hash_grid: rows of grad_y");
+}
+
 Tensor forward(Tensor x, Tensor table, OptionalTensor counts, Doubles scales, double shift, Ints layout,
                bool ceil_corner, int64_t outside, int64_t interpolation, int64_t active_levels, bool) {
   const Grid grid =
@@ -91,7 +99,7 @@ std::tuple<Tensor, Tensor> value_and_jacobian_backward(const Grid& grid, const O
                                                        const OptionalTensor& counts, const std::vector<bool>& mask) {
   const int64_t width = grid.channels(), dims = grid.dims;
   check_mask("hash_grid", mask, 2);
-  if (g) check_like(*g, table, x.size(0) * width, "grad");
+  if (g) check_rows(*g, x, table, width);
   if (gj) check_like(*gj, x, x.size(0) * width * dims, "grad_jacobian");
   const Tensor gx = mask[0] ? empty_as(x) : empty(x, {0});
   Tensor gtable;
@@ -108,8 +116,8 @@ std::tuple<Tensor, Tensor> value_and_jacobian_backward(const Grid& grid, const O
     pass.each_chunk([&](const Chunk<S>& chunk) {
       parallel_points(chunk.n, [&](int64_t begin, int64_t end) {
         const bool special = chunk.settle(pass.x(), begin, end);
-        if (g) chunk.read_rows(read<T>(*g), 0, pass.channel(0), begin, end, special);
-        if (gj) chunk.read_rows(read<S>(*gj), int(dims), pass.channel(jacobians), begin, end, special);
+        if (g) chunk.read_rows(read<T>(*g), g->stride(0), 0, pass.channel(0), begin, end, special);
+        if (gj) chunk.read_rows(read<S>(*gj), width * dims, int(dims), pass.channel(jacobians), begin, end, special);
         if (!mask[0]) return;
         chunk.clear(pass.channel(coordinates), dims, begin, end);
         pass.each_piece(read<T>(table), begin, end,
@@ -158,7 +166,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_backward(OptionalTensor ggx, Optiona
       checked_grid(x, table, counts, {scales, shift, layout, ceil_corner, outside, interpolation, active_levels});
   const int64_t width = grid.channels(), dims = grid.dims;
   check_mask("hash_grid", mask, 3);
-  check_like(grad, table, x.size(0) * width, "grad");
+  check_rows(grad, x, table, width);
   if (ggx) check_like(*ggx, x, x.numel(), "ggx");
   if (ggtable) check_like(*ggtable, table, table.numel(), "ggtable");
   const Tensor ggrad = mask[0] ? in_large_pages(empty_as(grad)) : empty(grad, {0});
@@ -187,7 +195,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_backward(OptionalTensor ggx, Optiona
     pass.each_chunk([&](const Chunk<S>& chunk) {
       parallel_points(chunk.n, [&](int64_t begin, int64_t end) {
         const bool special = chunk.settle(pass.x(), begin, end);
-        chunk.read_rows(read<T>(grad), 0, pass.channel(0), begin, end, special);
+        chunk.read_rows(read<T>(grad), grad.stride(0), 0, pass.channel(0), begin, end, special);
         if (ggx) chunk.read_coordinates(read<S>(*ggx), pass.channel(along), begin, end);
         chunk.clear(pass.channel(second), width, begin, end);
         chunk.clear(pass.channel(coordinates), dims, begin, end);

@@ -60,14 +60,16 @@ struct Chunk {
     }
   }
 
-  // Rows of a gradient -> channels of the active levels, 0 where the point must not pass a gradient on.
+  // Rows of a gradient, `stride` numbers from one to the next -> channels of the active levels, 0 where the point must
+  // not pass a gradient on.
   template <class T>
-  [[gnu::noinline]] void read_rows(const T* in, int axes, S* channels, int64_t begin, int64_t end, bool special) const {
-    const int64_t each = std::max(axes, 1), width = grid.channels() * each;
+  [[gnu::noinline]] void read_rows(const T* in, int64_t stride, int axes, S* channels, int64_t begin, int64_t end,
+                                   bool special) const {
+    const int64_t each = std::max(axes, 1);
     const int64_t filled = each * grid.features * grid.active_levels;
     const bool far = (end - begin) * filled * int64_t(sizeof(S)) > kCacheBytes;
     const auto turn = far ? transpose<true, T, S> : transpose<false, T, S>;
-    turn(in + (first + begin) * width, end - begin, filled, width, channels + begin, pitch);
+    turn(in + (first + begin) * stride, end - begin, filled, stride, channels + begin, pitch);
     for (int64_t i = begin; i < end && special; ++i) {
       const bool dead = status[i] & (kZeroPoint | kNanPoint);
       const int64_t kept = dead ? 0 : each * grid.features * active_levels(i);

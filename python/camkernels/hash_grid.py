@@ -47,20 +47,18 @@ def _meta_jacobian(x: Tensor, table: Tensor, level_counts: Tensor | None, *setti
     return y, x.new_empty(*y.shape, x.shape[1])
 
 
-_Y, _J = Argument("y", points=True), Argument("jacobian", points=True)
-
-
-def _declare(prefix: str) -> tuple[Operator, Operator]:
+def _declare(prefix: str, apart: bool) -> tuple[Operator, Operator]:
     """Operators of the value, with two derivatives, and of the Jacobian, with one."""
-    value = Operator(f"{prefix}hash_grid", _TENSORS, _SETTINGS, [_Y], _meta_value)
+    y, jacobian = Argument("y", points=True, apart=apart), Argument("jacobian", points=True)
+    value = Operator(f"{prefix}hash_grid", _TENSORS, _SETTINGS, [y], _meta_value)
     value.differentiate().differentiate()
-    jacobian = Operator(f"{prefix}hash_grid_jacobian", _TENSORS, _SETTINGS, [_Y, _J], _meta_jacobian)
-    jacobian.differentiate()
-    return value, jacobian
+    both = Operator(f"{prefix}hash_grid_jacobian", _TENSORS, _SETTINGS, [y, jacobian], _meta_jacobian)
+    both.differentiate()
+    return value, both
 
 
-_COMPILED = _declare("")  # "cpu" and "cuda": the dispatcher tells them apart
-_TRITON = _declare("triton_")
+_COMPILED = _declare("", apart=True)  # "cpu" and "cuda": the dispatcher tells them apart
+_TRITON = _declare("triton_", apart=False)
 for _name, _module in (("", "hash_grid"), ("_backward", "hash_grid"), ("_backward_backward", "second_order")):
     triton.implement(f"triton_hash_grid{_name}", _module, _name.strip("_") or "value")
 for _name, _module in (("jacobian", "hash_grid"), ("jacobian_backward", "second_order")):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Layers and functions behave as PyTorch's own: autocast, determinism, copies, sizes, layouts, gradient modes."""
+"""Layers and functions behave as PyTorch's own: autocast, determinism, copies, sizes, gradient modes."""
 
 import copy
 import io
@@ -203,25 +203,7 @@ def test_construction_draws_what_it_documents_and_a_call_nothing(layer):
     assert state == (random.getstate(), np.random.get_state()[1].tolist())
 
 
-# ---- sizes and layouts -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("backend", GRID_BACKENDS)
-@pytest.mark.parametrize("leading", [(0,), (3, 0), (0, 2, 0)], ids=str)
-def test_no_points(leading, backend):
-    geometry = grid()
-    table = arguments(0, geometry)[1].requires_grad_()
-    x = torch.empty(*leading, 3, requires_grad=True)
-    y, jacobian = camkernels.hash_grid(x, table, geometry, return_jacobian=True, backend=backend)
-    assert y.shape == (*leading, 6) and jacobian.shape == (*leading, 6, 3)
-    gx, gtable = torch.autograd.grad(jacobian.sum() + y.sum(), (x, table))
-    assert gx.shape == x.shape and gtable.shape == table.shape and not gtable.any()
-    y = camkernels.hash_grid(x, table, geometry, backend=backend)
-    gx, gtable = torch.autograd.grad(y.sum(), (x, table), create_graph=True)
-    second = torch.autograd.grad(
-        gx.sum() + gtable.square().sum(), (x, table), materialize_grads=True, allow_unused=True
-    )
-    assert not gtable.any() and not second[1].any() and second[0].shape == x.shape
+# ---- sizes -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", SIZES)
@@ -235,88 +217,6 @@ def test_every_size_of_batch(dims, features, n):
     )
     for name, wanted in expected.items():
         testing.assert_close(actual[name], wanted, rtol=2e-5, atol=2e-5, name=name)
-
-
-@pytest.mark.parametrize("backend", GRID_BACKENDS)
-@pytest.mark.parametrize("leading", [(), (1,), (2, 3), (1, 1, 6), (2, 1, 3)], ids=str)
-def test_leading_dimensions(leading, backend):
-    geometry = grid()
-    x, table = arguments(6, geometry, torch.float64)
-    x = x[: max(1, torch.Size(leading).numel())]
-    function = function_of("hash_grid", backend)
-    flat = function(x, table, geometry)
-    y, jacobian = function(x.reshape(*leading, 3), table, geometry, return_jacobian=True)
-    assert torch.equal(y, flat.reshape(*leading, 6)) or torch.allclose(y, flat.reshape(*leading, 6), rtol=1e-13)
-    assert jacobian.shape == (*leading, 6, 3)
-    gx, _ = gradients(lambda x, t: function(x, t, geometry), x.reshape(*leading, 3), table)
-    assert torch.equal(gx.reshape(-1, 3), gradients(lambda x, t: function(x, t, geometry), x, table)[0])
-
-
-LAYOUTS = {
-    "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
-    "every second": lambda t: torch.stack([t, t.neg()], 1).flatten(0, 1)[::2],
-    "columns of a wider one": lambda t: torch.cat([t, t], 1)[:, : t.shape[1]],
-    "shifted": lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape),
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("backend", GRID_BACKENDS)
-def test_strided_tensors(backend, layout):
-    geometry = grid()
-    x, table = arguments(40, geometry)
-    function, change = function_of("hash_grid", backend), LAYOUTS[layout]
-    ct = torch.rand(40, 6)
-
-    def run(x, table):
-        return function(x, table, geometry)
-
-    expected = [run(x, table), *gradients(run, x, table, ct)]
-    for a, b, c in (
-        (change(x), table, ct),
-        (x, change(table), ct),
-        (x, table, change(ct)),
-        map(change, (x, table, ct)),
-    ):
-        for found, wanted in zip([run(a, b), *gradients(run, a, b, c)], expected, strict=True):
-            torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("backend", GRID_BACKENDS)
-def test_strided_cotangents_of_second_order_and_of_the_jacobian(backend, layout):
-    geometry, change = grid(), LAYOUTS[layout]
-    leaves = [t.requires_grad_() for t in (*arguments(40, geometry, torch.float64), torch.rand(40, 6).double())]
-    x, table, ct = leaves
-    function = function_of("hash_grid", backend)
-    first = torch.autograd.grad(function(x, table, geometry), (x, table), ct, create_graph=True)
-    outputs = function(x, table, geometry, return_jacobian=True)
-    for results, inputs in ((first, leaves), (outputs, leaves[:2])):
-        ct = [torch.rand_like(t) for t in results]
-        both = ([change(t) for t in ct], ct)
-        found, expected = (torch.autograd.grad(results, inputs, each, retain_graph=True) for each in both)
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("backend", GRID_BACKENDS)
-def test_expanded_tensors(backend):
-    geometry = grid()
-    x, table = arguments(1, geometry, torch.float64)
-
-    def run(x, table):
-        return function_of("hash_grid", backend)(x, table, geometry)
-
-    wide, row = x.expand(20, 3), table[:1].expand(table.shape)
-    for a, b in ((wide, table), (wide, row), (x, row)):
-        for ct in (None, torch.ones(1, 1, dtype=torch.float64).expand(len(a), 6)):
-            found = gradients(run, a, b, ct)
-            for g, wanted in zip(
-                found, gradients(run, a.clone(), b.clone(), torch.ones(len(a), 6).double()), strict=True
-            ):
-                assert torch.equal(g, wanted)
-    leaf = x.clone().requires_grad_()  # the gradient of an expanded input is a sum
-    run(leaf.expand(20, 3), table).sum().backward()
-    torch.testing.assert_close(leaf.grad, 20 * gradients(run, x, table)[0])
 
 
 # ---- gradient modes --------------------------------------------------------------------------------------------------

@@ -230,7 +230,9 @@ CASES: dict[str, tuple[Case, ...]] = {
 }
 # Of an op that is two in a row: beside the registry, whose tests are of each.
 PAIRED: dict[str, tuple[Case, ...]] = {
-    "hash_grid_mlp": _cases("hash_grid_mlp", _hash_grid_mlp.make, _hash_grid_mlp.GRIDS),
+    "hash_grid_mlp": _cases(
+        "hash_grid_mlp", _hash_grid_mlp.make, _hash_grid_mlp.GRIDS, beside=("max_level", "modulation")
+    ),
 }
 # What jumps at a cell face, where either side is right, and who knows the sides.
 SIDED: dict[str, tuple[Any, tuple[str, ...]]] = {

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from camkernels import testing
+from camkernels import _backends, testing
 from camkernels._cases.hash_grid_mlp import draw_network
 from camkernels._cases.modulated_mlp import _Draw
+from conftest import device_of
 
 # By name: what differs from n=50 points (or leading axes), 2 hidden layers of 20 channels, 3 outputs, and what follows.
 SIZES: dict[str, dict[str, Any]] = {
@@ -19,6 +20,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "shared-by-short-rays": {"leading": (60, 5), "modulation": ((60, 1), False)},
     "several-chunks": {"features": 70, "width": 130, "skips": (0, 1), "output_layer": False},
     "widest": {"features": 130, "width": 256, "modulation": ((2, 1), True), "leading": (2, 70), "bias": False},
+    "wider": {"width": 300, "skips": (1,), "modulation": ((2, 1), True), "leading": (2, 35)},
     "deep": {"hidden": 7, "skips": (3,), "modulation": ((50,), False)},
     "no-points": {"leading": (0,), "modulation": ((1,), True)},
 }
@@ -34,6 +36,17 @@ def make_mlp(options: dict[str, Any], dtype: torch.dtype, device: torch.device |
 
 MLPS = [testing.Case("modulated_mlp", name, make_mlp, options) for name, options in SIZES.items()]
 FUSED = list(testing.PAIRED["hash_grid_mlp"])
+
+
+def taken(cases: list[testing.Case], backend: str) -> list[testing.Case]:
+    """Those whose layers are not too wide for a backend."""
+
+    def reason(case: testing.Case) -> str | None:
+        return _backends.can_run(
+            backend, _backends.Call(case.op, device_of(backend), widest=case.options.get("width", 0))
+        )
+
+    return [case for case in cases if reason(case) is None]
 
 
 def agree(

@@ -9,7 +9,7 @@ import torch
 import camkernels
 from camkernels import _backends
 from conftest import DTYPES, backends, definition_of, device_of, function_of
-from mlp_cases import FUSED, MLPS, agree
+from mlp_cases import FUSED, MLPS, agree, taken
 
 BACKENDS = [b for b in backends("hash_grid_mlp") if b != "reference"]
 
@@ -22,9 +22,11 @@ def test_it_is_its_two_ops(case, dtype, backend):
     agree(case, *functions, dtype=dtype, device=device_of(backend), order=2)
 
 
-@pytest.mark.parametrize("backend", [b for b in backends("modulated_mlp") if b != "reference"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", MLPS, ids=str)
+@pytest.mark.parametrize(
+    ("case", "backend"),
+    [pytest.param(c, b, id=f"{c}-{b}") for b in backends("modulated_mlp") if b != "reference" for c in taken(MLPS, b)],
+)
 def test_an_mlp_of_many_points_and_wide_layers(case, dtype, backend):
     functions = function_of("modulated_mlp", backend), definition_of("modulated_mlp")
     agree(case, *functions, dtype=dtype, device=device_of(backend))

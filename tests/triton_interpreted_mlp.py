@@ -12,7 +12,7 @@ import triton_interpreter
 from camkernels import testing
 from camkernels.triton import modulated_mlp as kernels
 from conftest import DTYPES, definition_of, function_of, require
-from mlp_cases import FUSED, MLPS, agree
+from mlp_cases import FUSED, MLPS, agree, taken
 from test_operators import Recorder
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run with TRITON_INTERPRET=1"
@@ -26,7 +26,7 @@ def functions_of(case):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", MLPS + FUSED, ids=lambda case: f"{case.op}-{case}")
+@pytest.mark.parametrize("case", taken(MLPS, "triton") + FUSED, ids=lambda case: f"{case.op}-{case}")
 def test_value_and_gradients(case, dtype):
     agree(case, *functions_of(case), dtype=dtype)
 

@@ -30,7 +30,7 @@ MLP_FACTORS: dict[str, tuple[Any, ...]] = {
     "norm": (None, "point"),
     "hidden": (2, 1, 3),
     "width": (8, 3, 17),
-    "output": ("linear", "sigmoid", "none"),
+    "output": ("linear", "hidden", "none", "sigmoid"),  # hidden: the activation of the hidden layers
     "skips": ("none", "first", "last"),
     "bias": (True, False),
     "omega": ("one", "per_layer"),
@@ -70,8 +70,15 @@ def _named(factors: dict[str, tuple[Any, ...]], legal: Any = lambda options: Tru
 
 @cache
 def mlp_options() -> dict[str, dict[str, Any]]:
+    def legal(options: dict[str, Any]) -> bool:
+        """Whether what the hidden layers have can follow the output layer."""
+        if options.get("output") != "hidden":
+            return True
+        activation, omega = options.get("activation"), options.get("omega")
+        return activation not in ("residual_sine", "mixed") and (activation != "sine" or omega != "per_layer")
+
     first = {name: values[0] for name, values in MLP_FACTORS.items()}
-    return _named(MLP_FACTORS) | {name: first | options for name, options in SPECIAL_MLP.items()}
+    return _named(MLP_FACTORS, legal) | {name: first | options for name, options in SPECIAL_MLP.items()}
 
 
 @cache
@@ -139,7 +146,7 @@ def _mlp(options: dict[str, Any], draw: _Draw, points: str) -> Made:
         if i and "siren" in options:
             bound = (6 / fan_in) ** 0.5 / options["omega"]
         elif options["activation"] == "exponential":
-            bound /= 4  # or rounding, too, would grow like e^e^e
+            bound /= 16 if i == hidden and options["output"] == "hidden" else 4  # or rounding would grow like e^e^e
         inputs[f"weights.{i}"] = draw(out, fan_in, low=-bound, high=bound)
         fan_in = out + features * (i in rest["skips"])
     if options["bias"]:
@@ -164,7 +171,7 @@ def _mlp_options(options: dict[str, Any], draw: _Draw) -> dict[str, Any]:
         "omega": omega,
         "output_layer": output != "none",
     }
-    rest["output_activation"] = "sigmoid" if output == "sigmoid" else None
+    rest["output_activation"] = {"sigmoid": "sigmoid", "hidden": activation}.get(output)
     rest["skips"] = {"none": (), "first": (0,), "last": (hidden - 1,)}[options["skips"]]
     if activation == "residual_sine":
         rest["frequencies"] = torch.logspace(0, 2, options["width"], 2.0, dtype=draw.point_dtype, device=draw.device)
@@ -172,7 +179,7 @@ def _mlp_options(options: dict[str, Any], draw: _Draw) -> dict[str, Any]:
 
 
 def values_before_kinks(inputs: dict[str, Tensor], rest: dict[str, Any]) -> list[Tensor]:
-    """Of a modulated_mlp, what its relu layers take, in float64."""
+    """Of a modulated_mlp, what its relus take, in float64."""
     weights, biases = (
         [t.double() for name, t in inputs.items() if name.startswith(kind)] for kind in ("weights", "biases")
     )
@@ -192,6 +199,11 @@ def values_before_kinks(inputs: dict[str, Tensor], rest: dict[str, Any]) -> list
                 skips=[s for s in rest["skips"] if s < i], frequencies=rest.get("frequencies"),
             )
         )  # fmt: skip
+    if rest["output_activation"] in KINKED:
+        scales = {name: inputs[name].double() for name in ("modulation",) if name in inputs}
+        found.append(
+            modulated_mlp(inputs["x"].double(), weights, biases or None, **scales, **rest | {"output_activation": None})
+        )
     return found
 
 

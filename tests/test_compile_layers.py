@@ -11,6 +11,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import camkernels
+from camkernels._modulation import NORMS
 from conftest import LAYERS, Layer, backends
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
@@ -227,6 +228,25 @@ def test_export_of_a_scale_that_points_share(shape, strict):
     for n in (2, 100):
         x = torch.rand(n, 8).double()
         close(program.module()(x), module(x))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("norm", NORMS, ids=str)
+def test_export_of_modulate(norm, strict):
+    """Of any batch, with a scale of each item and a shift that they share."""
+    shape, scale, shift = {
+        "ray": ((5, 8), (5, 1), (8,)),
+        "frame": ((8, 4, 5), (8, 1, 1), (8, 1, 1)),
+    }.get(norm, ((8,), (1,), (8,)))  # fmt: skip
+    module, beta = camkernels.Modulate(norm, activation="silu"), torch.rand(shift).double()
+
+    def tensors(n):
+        return torch.rand(n, *shape).double(), torch.rand(n, *scale).double(), beta
+
+    program = torch.export.export(module, tensors(9), dynamic_shapes=({0: BATCH}, {0: BATCH}, None), strict=strict)
+    for n in (2, 100):
+        given = tensors(n)
+        close(program.module()(*given), module(*given))
 
 
 @EVERY

@@ -233,19 +233,22 @@ def test_export_of_a_scale_that_points_share(shape, strict):
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("norm", NORMS, ids=str)
 def test_export_of_modulate(norm, strict):
-    """Of any batch, with a scale of each item and a shift that they share."""
-    shape, scale, shift = {
-        "ray": ((5, 8), (5, 1), (8,)),
-        "frame": ((8, 4, 5), (8, 1, 1), (8, 1, 1)),
-    }.get(norm, ((8,), (1,), (8,)))  # fmt: skip
-    module, beta = camkernels.Modulate(norm, activation="silu"), torch.rand(shift).double()
+    """Of any batch, and any number of samples or pixels; with a scale of each item and a shift that they share."""
+    module, samples, height = (
+        camkernels.Modulate(norm, activation="silu"),
+        *map(torch.export.Dim, ("samples", "height")),
+    )
+    frames = norm == "frame"
+    beta = torch.rand(8, *[1] * 2 * frames).double()
 
-    def tensors(n):
-        return torch.rand(n, *shape).double(), torch.rand(n, *scale).double(), beta
+    def tensors(n, m):
+        shape, scale = ((n, 8, m, 5), (n, 8, 1, 1)) if frames else ((n, m, 8), (n, m, 1))
+        return torch.rand(shape).double(), torch.rand(scale).double(), beta
 
-    program = torch.export.export(module, tensors(9), dynamic_shapes=({0: BATCH}, {0: BATCH}, None), strict=strict)
-    for n in (2, 100):
-        given = tensors(n)
+    axes = ({0: BATCH, 2: height}, {0: BATCH}) if frames else ({0: BATCH, 1: samples},) * 2
+    program = torch.export.export(module, tensors(9, 6), dynamic_shapes=(*axes, None), strict=strict)
+    for n, m in ((2, 3), (100, 7)):
+        given = tensors(n, m)
         close(program.module()(*given), module(*given))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from camkernels import _backends, testing
+from camkernels import _backends, reference, testing
 from camkernels._cases.hash_grid_mlp import draw_network
 from camkernels._cases.modulated_mlp import _Draw
 from conftest import device_of
@@ -56,3 +56,16 @@ def agree(
     call = case.make(dtype, device)
     found = [testing.evaluate(f, call, order=order) for f in (function, definition)]
     testing.compare(case, call, *found)
+
+
+def stays_finite_inside(function: Any, dtype: torch.dtype, device: Any = "cpu") -> None:
+    """Hidden values are float32: sums beyond 65504, the range of float16, do not overflow."""
+    weights = [torch.full((4, 4), 300.0, device=device), torch.full((2, 4), 2.0**-12, device=device)]
+    inputs = {"x": torch.full((3, 4), 100.0, device=device)} | {f"weights.{i}": w for i, w in enumerate(weights)}
+    exact = testing.Call({name: t.double() for name, t in inputs.items()}, {"activation": "relu"})
+    call = testing.Call(inputs | {name: inputs[name].to(dtype) for name in ("weights.0", "weights.1")}, exact.options)
+    found, expected = testing.evaluate(function, call), testing.evaluate(reference.modulated_mlp, exact)
+    assert (exact.inputs["x"] @ exact.inputs["weights.0"].t() > 65504).all()
+    for name in ("value", "grad.x"):
+        assert found[name].isfinite().all()
+        torch.testing.assert_close(found[name], expected[name].to(found[name].dtype), rtol=1e-2, atol=0)

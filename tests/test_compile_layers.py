@@ -11,6 +11,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import camkernels
+from camkernels._modulation import NORMS
 from conftest import LAYERS, Layer, backends
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
@@ -227,6 +228,28 @@ def test_export_of_a_scale_that_points_share(shape, strict):
     for n in (2, 100):
         x = torch.rand(n, 8).double()
         close(program.module()(x), module(x))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("norm", NORMS, ids=str)
+def test_export_of_modulate(norm, strict):
+    """Of any batch, and any number of samples or pixels; with a scale of each item and a shift that they share."""
+    module, samples, height = (
+        camkernels.Modulate(norm, activation="silu"),
+        *map(torch.export.Dim, ("samples", "height")),
+    )
+    frames = norm == "frame"
+    beta = torch.rand(8, *[1] * 2 * frames).double()
+
+    def tensors(n, m):
+        shape, scale = ((n, 8, m, 5), (n, 8, 1, 1)) if frames else ((n, m, 8), (n, m, 1))
+        return torch.rand(shape).double(), torch.rand(scale).double(), beta
+
+    axes = ({0: BATCH, 2: height}, {0: BATCH}) if frames else ({0: BATCH, 1: samples},) * 2
+    program = torch.export.export(module, tensors(9, 6), dynamic_shapes=(*axes, None), strict=strict)
+    for n, m in ((2, 3), (100, 7)):
+        given = tensors(n, m)
+        close(program.module()(*given), module(*given))
 
 
 @EVERY

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Derivatives are those of the values: finite differences in float64, for every choice of what requires a gradient."""
 
+from itertools import product
+
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
@@ -167,6 +169,28 @@ def test_second_derivatives_that_are_infinite(dtype, backend):
     for got, wanted in zip(*found.values(), strict=True):
         assert wanted.isinf().any()
         torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("norm", ["point", "ray"])
+@pytest.mark.parametrize("backend", [b for b in backends("modulate") if b != "reference"])
+def test_samples_of_a_ray_are_coupled_by_its_norm_alone(backend, norm):
+    rays, samples, channels = 2, 3, 4
+    generator = torch.Generator().manual_seed(0)
+    shapes = (rays, samples, channels), (rays, samples, 1), (channels,)
+    h, gamma, beta = (
+        torch.rand(s, generator=generator, dtype=torch.float64).to(device_of(backend)) + 0.5 for s in shapes
+    )
+
+    def jacobian(way):
+        options = {"norm": norm, "activation": "tanh", "backend": way}
+        return torch.autograd.functional.jacobian(lambda h: camkernels.modulate(h, gamma, beta, **options), h)
+
+    found = jacobian(backend)
+    torch.testing.assert_close(found, jacobian("reference"), rtol=1e-12, atol=1e-12)
+    for i, j in product(range(rays), range(rays)):
+        for s, t in product(range(samples), range(samples)):
+            coupled = i == j and (s == t or norm == "ray")
+            assert (found[i, s, :, j, t] != 0).all() == found[i, s, :, j, t].any() == coupled
 
 
 # ---- no further ------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 import camkernels
 from camkernels import _backends
 from conftest import DTYPES, backends, definition_of, device_of, function_of
-from mlp_cases import FUSED, MLPS, agree, taken
+from mlp_cases import FUSED, MLPS, agree, stays_finite_inside, taken
 
 BACKENDS = [b for b in backends("hash_grid_mlp") if b != "reference"]
 
@@ -30,6 +30,12 @@ def test_it_is_its_two_ops(case, dtype, backend):
 def test_an_mlp_of_many_points_and_wide_layers(case, dtype, backend):
     functions = function_of("modulated_mlp", backend), definition_of("modulated_mlp")
     agree(case, *functions, dtype=dtype, device=device_of(backend))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", backends("modulated_mlp"))
+def test_sums_beyond_the_range_of_float16_stay_finite_inside(backend, dtype):
+    stays_finite_inside(function_of("modulated_mlp", backend), dtype, device_of(backend))
 
 
 @pytest.mark.parametrize("name", ["width", "return_jacobian"])

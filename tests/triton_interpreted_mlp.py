@@ -12,7 +12,7 @@ import triton_interpreter
 from camkernels import testing
 from camkernels.triton import modulated_mlp as kernels
 from conftest import DTYPES, definition_of, function_of, require
-from mlp_cases import FUSED, MLPS, agree, taken
+from mlp_cases import FUSED, MLPS, agree, stays_finite_inside, taken
 from test_operators import Recorder
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run with TRITON_INTERPRET=1"
@@ -29,6 +29,11 @@ def functions_of(case):
 @pytest.mark.parametrize("case", taken(MLPS, "triton") + FUSED, ids=lambda case: f"{case.op}-{case}")
 def test_value_and_gradients(case, dtype):
     agree(case, *functions_of(case), dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_sums_beyond_the_range_of_float16_stay_finite_inside(dtype):
+    stays_finite_inside(function_of("modulated_mlp", "triton"), dtype)
 
 
 @pytest.mark.parametrize("case", FUSED, ids=str)

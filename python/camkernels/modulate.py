@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,9 +60,9 @@ def _kernels(
     leading, group = h.shape[:-axes], h.shape[-axes:]
     padded = [t.to(dtype).reshape(*[1] * (axes - t.ndim), *t.shape) for t in (gamma, beta)]
     items = [per_group(t, leading, axes) for t in padded]
-    alike = all(t.shape[1:] == group or t.shape[1:].numel() == 1 for t in items)
+    alike = all(t.shape[1:] == group or math.prod(t.shape[1:]) == 1 for t in items)
     if axes == 1 or (alike and (norm == "frame" or frequencies is None)):  # what lies in the group does not tell rows
-        group = (1, group.numel())
+        group = (1, math.prod(group))
         items = [t.flatten(1).unsqueeze(1) for t in items]
     settings = (ACTIVATIONS.index(activation), float(omega), norm is not None, float(eps), norm == "frame")
     return operator(h.reshape(-1, *group), *items, frequencies, settings=settings).reshape(h.shape)

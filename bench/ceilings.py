@@ -27,6 +27,7 @@ from . import ROOT
 from .case import Floor
 
 SOURCE = Path(__file__).with_name("ceilings.cpp")
+HEADERS = sorted((ROOT / "csrc" / "cpu").glob("*.h"))  # the matrix unit's instructions, and what they include
 FLAGS = ["-std=c++20", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", f"-I{ROOT / 'csrc'}"]
 ISA_FLAGS = {"AVX512": ["-mavx512f", "-mfma"], "AVX2": ["-mavx2", "-mfma"]}
 LOOKUP_BYTES = (1 << 16, 1 << 19, 1 << 22, 1 << 26)  # tables of 64 KB, 512 KB, 4 MB (one level of 2^19 pairs), 64 MB
@@ -53,7 +54,8 @@ def load_library() -> tuple[ctypes.CDLL | None, str | None]:
     capability = torch.backends.cpu.get_cpu_capability()  # less than the processor's where the user says so
     command += ISA_FLAGS.get(capability, [])
     command += ["-mavx512bf16"] * (capability == "AVX512" and torch.cpu._is_avx512_bf16_supported())
-    key = hashlib.sha256((" ".join(command) + SOURCE.read_text()).encode()).hexdigest()[:12]
+    text = "".join(path.read_text() for path in (SOURCE, *HEADERS))
+    key = hashlib.sha256((" ".join(command) + text).encode()).hexdigest()[:12]
     target = _cache_folder() / f"ceilings-{key}.so"
     if not target.exists():
         part = target.with_suffix(f".{os.getpid()}")

@@ -294,3 +294,10 @@ def photo(tmp_path: Path) -> Path:
 def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished fit, made once for a file of tests; not to be written to."""
     return fit_once(tmp_path_factory.mktemp("fitted"))
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

@@ -36,13 +36,6 @@ def gradients(function, x, table, ct=None):
     return torch.autograd.grad(y, leaves, torch.ones_like(y) if ct is None else ct)
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 # ---- autocast --------------------------------------------------------------------------------------------------------
 
 

@@ -107,11 +107,12 @@ def test_the_readme_quotes_its_result_file():
                 assert re.search(rf"\b1/{(held[1] - results) / (held[0] - results):.0f}\b", README)
 
 
-def test_the_readme_quotes_the_results_of_the_modulated_mlp():
+@pytest.mark.parametrize("machine", ["zen5-avx512", "xeon-amx"])
+def test_the_readme_quotes_the_results_of_the_modulated_mlp(machine):
     sys.path.insert(0, str(ROOT))
     from bench import gate, report
 
-    name = "bench/results/cpu-zen5-avx512-modulated-mlp.jsonl"
+    name = f"bench/results/cpu-{machine}-modulated-mlp.jsonl"
     assert f"`{name}`" in README
     records = report.load([ROOT / name])
     wanted = {"kind": "time", "regime": gate.REGIME, "variant": "warm"}
@@ -215,7 +216,7 @@ def test_the_benchmarks_documentation_quotes_the_effect_of_modulation():
 
 
 def test_the_benchmarks_documentation_quotes_the_ops_around_the_mlp():
-    found = [r for r in lines_of("cpu-zen5-avx512-modulation.jsonl") if (r["provider"], r["kind"]) == ("cpu", "time")]
+    found = [r for r in lines_of("cpu-xeon-amx-modulation.jsonl") if (r["provider"], r["kind"]) == ("cpu", "time")]
     assert {record["op"] for record in found} == {"coordinate_modulation", "modulate", "hash_grid_mlp"}
     for record in found:
         ratios = " | ".join(f"{record['speedup'][name]['median']:.1f}" for name in ("eager", "compile"))

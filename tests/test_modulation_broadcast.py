@@ -48,6 +48,25 @@ def test_frequencies_belong_to_channels(backend, norm):
     agree(testing.Call(inputs, {"norm": norm, "activation": "residual_sine", "frequencies": frequencies}, "h"), backend)
 
 
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("width", [5, 16, 32])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_second_derivatives_without_that_of_the_cotangent(backend, dtype, width, norm):
+    """A penalty on gradients: its own cotangent is a constant."""
+    shape = (7, 4, 3, width)
+    h, gamma, beta, ct, along = (draw(shape, device_of(backend), dtype, seed) for seed in range(5))
+
+    def of_h(function):
+        x = h.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(function(x, gamma, beta, norm=norm, activation="silu"), x, ct, create_graph=True)
+        return torch.autograd.grad(slope, x, along)[0]
+
+    found, wanted = (of_h(f("modulate")) for f in (lambda op: function_of(op, backend), definition_of))
+    rtol = 1e-12 if dtype == torch.float64 else 1e-4
+    testing.assert_close(found, wanted, rtol=rtol, atol=rtol)
+
+
 def many_groups(device, dtype):
     """Groups in more pieces than one, which end within what shares a gamma; a beta for all."""
     shape = (7, 1000, 64)

@@ -35,17 +35,12 @@ def test_rows_of_whole_packs(numbers, combine, dtype, backend):
 
 @pytest.mark.skipif("cpu" not in backends(OP), reason="there are no CPU kernels")
 @pytest.mark.parametrize("numbers", ROWS)
-def test_the_same_bits_for_two_threads(numbers):
-    call, function, before = (
-        drawn(numbers, "single", torch.float32, "cpu", points=9001),
-        function_of(OP, "cpu"),
-        torch.get_num_threads(),
-    )
+def test_the_same_bits_for_two_threads(numbers, threads):
+    call, function = drawn(numbers, "single", torch.float32, "cpu", points=9001), function_of(OP, "cpu")
     results = []
     for count in (1, 2):
-        torch.set_num_threads(count)
+        threads(count)
         results.append(testing.evaluate(function, call, order=2))
-    torch.set_num_threads(before)
     for name, tensor in results[0].items():
         assert torch.equal(tensor, results[1][name]), name
 

@@ -122,9 +122,7 @@ template <class S>
 class RowBlock {
  public:
   RowBlock(ScalarType stored, int64_t width, int64_t pitch)
-      : width_(width),
-        pitch_(pitch),
-        in_place_(width == pitch && stored == (sizeof(S) == 8 ? ScalarType::Double : ScalarType::Float)) {
+      : width_(width), pitch_(pitch), in_place_(width == pitch && stored == number_type<S>()) {
     if (in_place_) return;
     points_ = std::clamp<int64_t>(kBlockNumbers / pitch / kPointBlock * kPointBlock, kPointBlock, kBlockPoints);
     numbers_.resize(points_ * pitch);

@@ -145,7 +145,7 @@ struct LookupLoops {
 
   // body(block, point, where its numbers begin) for every point whose coordinates are numbers, then finish(block, where
   // those of its points begin), block by block; along: look_along, too. Nodes are found a block ahead, as the processor
-  // would wait for them: the value takes 13 % less time (Sapphire Rapids).
+  // would wait for them: the value takes 13 % less time (a Xeon with AMX).
   template <class Body, class Finish>
   CAMK_HD static void each(const Job& job, bool along, const Body& body, const Finish& finish) {
     Block blocks[2];

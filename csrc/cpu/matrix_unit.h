@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Products of pairs of bfloat16 by the matrix unit of Intel's server processors (AMX), whose registers hold 16 rows of
-// 16 pairs, or of 16 sums in float32. A hundred times as many multiply-adds in a cycle as vdpbf16ps makes there; its
-// layouts of factors are those of cpu/products.h.
+// 16 pairs, or of 16 sums in float32. It makes some 25 times as many multiply-adds as vdpbf16ps, which is half as fast
+// there as those of float32 (bench/ceilings.cpp); its layouts of factors are those of cpu/products.h.
 #pragma once
 #include "cpu/products.h"
 
@@ -18,9 +18,10 @@ inline constexpr int64_t kUnit = 16;  // rows of a register, and pairs or sums i
 
 #if CAMK_MATRIX_UNIT
 
-// Whether there is one and the system lets this process use it, which has to be asked for.
+// Whether there is one beside vectors of bfloat16, and the system lets this process use it, which has to be asked for.
 inline bool has_matrix_unit() {
   static const bool found = [] {
+    if (!multiplies_bfloat16()) return false;
     constexpr unsigned kBfloat16AndTiles = 1u << 22 | 1u << 24;
     constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     unsigned a, b, c, d;

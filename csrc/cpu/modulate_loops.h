@@ -67,7 +67,7 @@ class GroupLoops {
     for (Rows<C>* part : {&h_copy_, &g_copy_, &t_copy_, &w_copy_, &v_, &out_copy_}) {
       *part = {memory_.take(rows_ * pitch_), pitch_};
     }
-    t_ = {t_copy_.data, pitch_}, w_ = w_copy_, out_ = out_copy_;
+    t_ = {t_copy_.data, pitch_};
     frequencies_ = memory_.take(pitch_);
     if (!call.frequencies) return;
     if (call.options.frequency_per_group) {
@@ -172,9 +172,7 @@ class GroupLoops {
   bool norm() const { return call_.options.norm; }
   Pack mean(double sum) const { return Pack(C(sum / double(call_.groups.numbers()))); }
 
-  bool in_place(ScalarType type) const {
-    return width_ == pitch_ && type == (std::is_same_v<C, double> ? ScalarType::Double : ScalarType::Float);
-  }
+  bool in_place(ScalarType type) const { return width_ == pitch_ && type == number_type<C>(); }
   // The rows of the group at hand: those of the tensor, or a copy.
   Rows<const C> take(const Source& from, int64_t group, Rows<C> copy) const {
     if (in_place(from.type)) return {static_cast<const C*>(from.data) + group * rows_ * width_, width_};
@@ -188,7 +186,7 @@ class GroupLoops {
   }
   void place_out(const Target& to, int64_t group) {
     out_ = place(to, group, out_copy_);
-    far_ = in_place(to.type) && goes_far(to, call_.h.numel() * int64_t(sizeof(C)));
+    far_ = in_place(to.type) && goes_far(to, call_.groups.count * call_.groups.numbers() * int64_t(sizeof(C)));
   }
   void put(Rows<C> from, int64_t group, const Target& to) const {
     if (!in_place(to.type)) write_rows(from, group * rows_, rows_, width_, to);
@@ -249,6 +247,7 @@ class GroupLoops {
 
   // Reads a group with its scale, shift and frequency, and normalises it.
   void begin(int64_t group) {
+    w_ = w_copy_, out_ = out_copy_, far_ = false;
     scale_.read(group), shift_.read(group);
     if (of_groups_) std::fill_n(frequencies_, pitch_, of_groups_[group % call_.frequencies->numel()]);
     fill_beyond_width(C(0));

@@ -12,11 +12,6 @@ using TensorList = std::vector<Tensor>;
 using OptionalTensor = std::optional<Tensor>;
 inline constexpr const char* kMlp = "modulated_mlp";
 
-template <class C>
-constexpr ScalarType number_type() {
-  return std::is_same_v<C, double> ? ScalarType::Double : ScalarType::Float;
-}
-
 // Points that pass through all layers together.
 inline constexpr int64_t kTile = 96;
 static_assert(kTile % kBlockRows == 0 && kTile % (2 * kUnit) == 0);
@@ -65,7 +60,6 @@ inline int64_t pairs_of(int64_t numbers) {
 // value(k, j) of a [depth, columns] matrix
 template <class C, class Value>
 Matrix<C> pack(int64_t depth, int64_t columns, bool rounded, Scratch<C>& memory, const Value& value) {
-  const int64_t pairs = pairs_of(depth);
   if (!rounded && columns <= kFew && depth % kPanel == 0) {
     C* made = memory.take(kFew * depth);
     for (int64_t j = 0; j < columns; ++j) {
@@ -73,7 +67,8 @@ Matrix<C> pack(int64_t depth, int64_t columns, bool rounded, Scratch<C>& memory,
     }
     return {.few = made};
   }
-  C* made = memory.take((rounded ? pairs : depth) * padded(columns));
+  const int64_t rows = rounded ? pairs_of(depth) : depth;
+  C* made = memory.take(rows * padded(columns));
   if (!rounded) {
     fill_panels(depth, columns, made, value);
     return {.exact = made};
@@ -82,7 +77,7 @@ Matrix<C> pack(int64_t depth, int64_t columns, bool rounded, Scratch<C>& memory,
   const auto bits = [&](int64_t k, int64_t j) {
     return k < depth ? uint32_t(from_number<BFloat16>(value(k, j)).bits) : 0u;
   };
-  fill_panels(pairs, columns, to, [&](int64_t k, int64_t j) { return bits(2 * k, j) | bits(2 * k + 1, j) << 16; });
+  fill_panels(rows, columns, to, [&](int64_t k, int64_t j) { return bits(2 * k, j) | bits(2 * k + 1, j) << 16; });
   return {.rounded = to};
 }
 
@@ -126,7 +121,7 @@ struct Net {
         hidden(int64_t(weights.size()) - lists.output_layer),
         groups(modulation ? modulation->size(0) : 1),
         values(modulation && modulation->dim() == 4 ? modulation->size(3) : 1),
-        rounds(std::is_same_v<C, float> && lists.bfloat16 && (has_matrix_unit() || multiplies_bfloat16())) {
+        rounds(std::is_same_v<C, float> && lists.bfloat16 && multiplies_bfloat16()) {
     C* waves = nullptr;
     if (frequencies) {
       waves = memory.take(padded(frequencies->numel()));

@@ -68,9 +68,14 @@ class TileProducts {
     if constexpr (std::is_same_v<C, float>) {
       if (b.rounded) {
         round_rows(a, depth);
-        const auto multiply_pairs = unit_ ? unit_multiply : multiply<uint32_t, float>;
-        return multiply_pairs(pairs_, stride_, kTile, b.rounded, pairs_of(depth), columns, bias, c.data, c.stride,
-                              ahead, add);
+#if CAMK_MATRIX_UNIT
+        if (unit_) {
+          return unit_multiply(pairs_, stride_, kTile, b.rounded, pairs_of(depth), columns, bias, c.data, c.stride,
+                               ahead, add);
+        }
+#endif
+        return multiply(pairs_, stride_, kTile, b.rounded, pairs_of(depth), columns, bias, c.data, c.stride, ahead,
+                        add);
       }
     }
 #endif
@@ -93,13 +98,17 @@ class TileProducts {
   static constexpr int64_t kPairs = kTile / 2;
 
   void add_rounded_outer(Rows<C> d, int64_t outs, Rows<C> x, int64_t columns, int64_t count, C* sums) {
-    const int64_t d_stride = padded(outs), x_stride = padded(columns), whole = unit_ ? outs / kUnit * kUnit : 0;
+    const int64_t d_stride = padded(outs), x_stride = padded(columns);
+    int64_t whole = 0;  // rows that fill registers
     pair_rows(d, outs, count, d_pairs_), pair_rows(x, columns, count, x_pairs_);
-    if (whole > 0) {
+#if CAMK_MATRIX_UNIT
+    if (unit_) {
+      whole = outs / kUnit * kUnit;
       transpose(reinterpret_cast<const float*>(d_pairs_), kPairs, whole, d_stride, reinterpret_cast<float*>(pairs_),
                 kPairs);
       unit_add_outer(pairs_, whole, x_pairs_, x_stride, columns, kPairs, outs, sums, ahead);
     }
+#endif
     cpu::add_outer(d_pairs_, d_stride, outs, x_pairs_, x_stride, columns, kPairs, sums, whole);
   }
 

@@ -38,7 +38,7 @@ void fill_panels(int64_t depth, int64_t columns, C* panels, const Value& value) 
 
 // Memory that is read soon, by the next tile. Products fetch it into the second-level cache, some bytes of it for each
 // row of panels that they multiply, as many as last time's rows make it: where requests wait for each other, so do the
-// products. A line for each row takes an MLP 3 to 8 % longer (Granite Rapids).
+// products. A line for each row takes an MLP 3 to 8 % longer (a Xeon with AMX).
 class Ahead {
  public:
   void clear() {
@@ -87,7 +87,7 @@ CAMK_HD void multiply_block(const E* a, int64_t a_stride, const E* const (&b)[Ve
   });
   static_assert(Rows % 3 == 0);
   // Every third row: a pointer to each is what the compiler makes of it, more than there are registers for. 2 to 4 % of
-  // an MLP of 48, 64, 64 and 3 values (Granite Rapids).
+  // an MLP of 48, 64, 64 and 3 values (a Xeon with AMX).
   const E* third[Rows / 3];
   unroll<Rows / 3>([&](auto r) CAMK_INLINED { third[r] = a + 3 * r * a_stride; });
   for (int64_t k = 0; k < depth; ++k, line += step) {

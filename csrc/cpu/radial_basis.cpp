@@ -18,7 +18,7 @@ template <class S>
 class ResultRows {
  public:
   ResultRows(const Tensor& to, const RadialProblem<S>& problem) : problem_(problem), to_(to) {
-    if (problem.width == problem.pitch && to.scalar_type() == kArithmetic<S>) {
+    if (problem.width == problem.pitch && to.scalar_type() == number_type<S>()) {
       own_ = write<S>(to);
     } else {
       scratch_.resize(kPointBlock * problem.pitch);
@@ -90,10 +90,10 @@ class RadialDerivative {
     sums_.shapes = wishes.shapes ? write<S>(results.shapes) : nullptr;
     sums_.phase = wishes.phase;
     if (wishes.features) {
-      own_ = problem.width == problem.pitch && results.features.scalar_type() == kArithmetic<S>;
+      own_ = problem.width == problem.pitch && results.features.scalar_type() == number_type<S>();
       sums_.features = own_ ? write<S>(results.features) : scratch_.take(problem.count * problem.pitch);
     }
-    if (problem.width != problem.pitch || grad.scalar_type() != kArithmetic<S>) {
+    if (problem.width != problem.pitch || grad.scalar_type() != number_type<S>()) {
       grad_rows_ = {scratch_.take(points_ * problem.pitch), problem.pitch};
     }
     // the sum over the pieces of the gradient in the phase depends on how many they are

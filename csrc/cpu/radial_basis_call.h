@@ -11,16 +11,13 @@ namespace camk::cpu {
 
 using launch::OptionalTensor, launch::RadialCall, launch::RadialOptions, launch::RadialResults, launch::RadialWishes;
 
-template <class S>
-inline constexpr auto kArithmetic = std::is_same_v<S, double> ? ScalarType::Double : ScalarType::Float;
-
 // Rows of a tensor in the arithmetic type S, padded to `pitch` numbers: its own where they are that already.
 template <class S>
 class PaddedRows {
  public:
   PaddedRows(const OptionalTensor& from, int64_t count, int64_t width, int64_t pitch) {
     if (!from) return;
-    if (from->scalar_type() == kArithmetic<S> && width == pitch) {
+    if (from->scalar_type() == number_type<S>() && width == pitch) {
       data_ = read<S>(*from);
       return;
     }

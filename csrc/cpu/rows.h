@@ -12,6 +12,11 @@ namespace camk::cpu {
 
 inline constexpr const char* kPackage = "camkernels";  // in errors of what ops share
 
+template <class C>
+constexpr ScalarType number_type() {
+  return std::is_same_v<C, double> ? ScalarType::Double : ScalarType::Float;
+}
+
 // A matrix in scratch memory.
 template <class C>
 struct Rows {

@@ -186,8 +186,9 @@ def modulated_mlp(
     (`torch.set_float32_matmul_precision`, or the two settings below). All add in float32, float64 stays float64.
     GPU, `torch.backends.cuda.matmul.fp32_precision = "tf32"`: "cuda" rounds both factors to the 10 bits behind the
         leading one that TF32 has, "triton" cuts them.
-    CPU with AVX512_BF16 or AMX, `torch.backends.mkldnn.matmul.fp32_precision = "bf16"`: "cpu" rounds both factors of a
-        layer's products, forward and in the gradients of its inputs and weights, to bfloat16; those of biases are exact.
+    CPU with AVX512_BF16, `torch.backends.mkldnn.matmul.fp32_precision = "bf16"`: "cpu" rounds both factors of a layer's
+        products, forward and in the gradients of its inputs and weights, to bfloat16, and multiplies them by the matrix
+        unit where there is AMX, too; gradients of biases are exact.
     Derivatives do as their call did, and an exported program as at its export; torch.compile compiles again where
     `torch.set_float32_matmul_precision`, or the setting for GPUs, has changed. "reference", and "triton" in second
     derivatives, multiply by PyTorch, which asks for its setting at every product.

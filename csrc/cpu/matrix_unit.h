@@ -31,7 +31,7 @@ inline bool has_matrix_unit() {
   return found;
 }
 
-// The unit of this thread, if there is one, set up for whole registers as long as the object lives.
+// The unit of this thread, set up for whole registers as long as the object lives.
 class MatrixUnit {
  public:
   MatrixUnit() {

@@ -201,7 +201,7 @@ def modulated_mlp(
     or bias of a hidden layer those of all points, of the output layer its column; nothing is hidden or clamped.
     Derivatives at values that are not finite differ between backends.
 
-    Raises ValueError for shapes, values and mixed devices, TypeError for dtypes, RuntimeError where `backend` cannot run.
+    Raises ValueError for shapes, values, mixed devices, TypeError for dtypes, RuntimeError where `backend` cannot run.
 
     Source: Lee et al., "Coordinate-Aware Modulation for Neural Fields", ICLR 2024.
 

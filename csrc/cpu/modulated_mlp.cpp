@@ -197,9 +197,9 @@ std::tuple<Tensor, TensorList, TensorList, Tensor> backward(Tensor grad, Tensor 
     const Gradients<C> gradients(net, gm, mask);
     const Parts<C> parts(net, x, mask[1] || mask[2], mask[3]);
     const auto run = [&](BackwardTile<C>& tile, int64_t begin, int64_t count, const PartSums<C>& sums) {
-      tile.run(grad, x, begin, count, fits ? read<C>(kept) : nullptr, gradients, sums, mask[0] ? &gx : nullptr);
+      tile.run(grad, x, begin, count, gradients, sums, mask[0] ? &gx : nullptr);
     };
-    parts.each_tile([&] { return BackwardTile<C>(net, modulation); }, run);
+    parts.each_tile([&] { return BackwardTile<C>(net, modulation, fits ? read<C>(kept) : nullptr); }, run);
     add_up_all(net, parts, gw, gb);
     if (mask[3] && net.shares_rows()) parts.add_up_modulation(gm);
   });

@@ -62,7 +62,7 @@ class TangentTile {
     forward(input, tangent, panels, count);
     if (dy) write_rows(dh_.back(), begin, count, net_.out, *dy);
 
-    Rows<C> d{d_[0].data, padded(net_.out)}, e{e_[0].data, padded(net_.out)};  // gradients of y and dy
+    Rows<C> d = of_width(d_[0], net_.out), e = of_width(e_[0], net_.out);  // gradients of y and dy
     std::memset(d.data, 0, size_t(kTile * d.stride) * sizeof(C));
     read_rows(grad, begin, count, net_.out, e);
     std::memset(gx_.data, 0, size_t(kTile * gx_.stride) * sizeof(C));
@@ -78,7 +78,7 @@ class TangentTile {
       gradients.add(products_, layer, e, l ? dh_[l - 1] : tangent, count, sums, false);
       if (l == 0 && !gx) return;
       const int other = d.data == d_[0].data;
-      const Rows<C> d_below{d_[other].data, padded(layer.in)}, e_below{e_[other].data, padded(layer.in)};
+      const Rows<C> d_below = of_width(d_[other], layer.in), e_below = of_width(e_[other], layer.in);
       back(layer, layer.panels.backward, d, d_below, false);
       if (panels[l].backward) back(layer, panels[l].backward, e, d_below, true);
       back(layer, layer.panels.backward, e, e_below, false);

@@ -7,14 +7,16 @@
 namespace camk::cpu {
 
 // The rows of a tensor [N, width] that belong to a tile: in `room`, with zeros behind the last one, or where they lie
-// if they can stay there. whole_packs: if packs of lanes are read of them, those at a row's end with what is behind it.
+// if they can stay there. columns: if packs of lanes are read of them, down the rows, and at a row's end with what is
+// behind it.
 template <class C>
-Rows<C> tile_of(const Tensor& t, int64_t begin, int64_t count, Rows<C> room, bool whole_packs) {
-  const int64_t width = t.size(1), end = (begin + count - 1) * width + (whole_packs ? padded(width) : width);
-  if (t.scalar_type() == number_type<C>() && count == kTile && end <= t.numel()) {
+Rows<C> tile_of(const Tensor& t, int64_t begin, int64_t count, Rows<C> room, bool columns) {
+  const int64_t width = t.size(1), end = (begin + count - 1) * width + (columns ? padded(width) : width);
+  const bool crowded = columns && width * int64_t(sizeof(C)) % 512 == 0;  // in a cache, see spacing()
+  if (t.scalar_type() == number_type<C>() && count == kTile && end <= t.numel() && !crowded) {
     return {const_cast<C*>(read<C>(t)) + begin * width, width};
   }
-  const Rows<C> to{room.data, padded(width)};
+  const Rows<C> to = of_width(room, width);
   read_rows(t, begin, count, width, to);
   std::memset(to[count], 0, size_t((kTile - count) * to.stride) * sizeof(C));
   return to;
@@ -32,7 +34,7 @@ template <class C>
 Rows<C> room_in(const Tensor* t, int64_t begin, int64_t count, Rows<C> room) {
   const int64_t width = t->size(1);
   const bool fits = t->scalar_type() == number_type<C>() && count == kTile && width == padded(width);
-  return fits ? Rows<C>{write<C>(*t) + begin * width, width} : Rows<C>{room.data, padded(width)};
+  return fits ? Rows<C>{write<C>(*t) + begin * width, width} : of_width(room, width);
 }
 
 template <class C>
@@ -278,7 +280,7 @@ class ForwardTile {
     Rows<C> h = input;
     for (size_t l = 0; l < net_.layers.size(); ++l) {
       const Layer<C>& layer = net_.layers[l];
-      const Rows<C> z{h_[l % 2].data, padded(layer.next)};
+      const Rows<C> z = of_width(h_[l % 2], layer.next);
       products_(h, layer.panels.forward, layer.in, layer.width, layer.panels.bias, z);
       if (kept && layer.kept) {
         write_far(z, layer.padded, count, kept + begin * layer.padded);
@@ -302,43 +304,52 @@ class ForwardTile {
 
 // ---- backward -------------------------------------------------------------------------------------------------------
 
+// A layer's rows: z of its linear map, 1 / deviation, what it gives to the next, f'.
+template <class C>
+struct ActivatedRows {
+  Rows<C> z, h, slope;
+  C* r;
+};
+
 template <class C>
 class BackwardTile {
  public:
-  BackwardTile(const Net<C>& net, const OptionalTensor& modulation)
+  // kept: z of the layers from the forward pass; null: computed again.
+  BackwardTile(const Net<C>& net, const OptionalTensor& modulation, const C* kept)
       : net_(net), modulation_(net, modulation, memory_), products_(net, memory_) {
     for (const Layer<C>& layer : net.layers) {
-      z_.push_back(memory_.rows(layer.width, kTile)), slope_.push_back(memory_.rows(layer.width, kTile));
-      h_.push_back(memory_.rows(layer.next, kTile)), r_.push_back(memory_.take(kTile));
-      change_.push_back(TileModulation<C>::rows_for(layer, memory_));
+      kept_.push_back(kept && layer.kept ? kept : nullptr);
+      if (kept_.back()) kept += net.points * layer.padded;
     }
+    share_rooms();
+    change_ = TileModulation<C>::rows_for(net.layers[0], memory_);
     x_ = memory_.rows(net.in, kTile), gx_ = memory_.rows(net.in, kTile);
     d_[0] = memory_.rows(net.widest(), kTile), d_[1] = memory_.rows(net.widest(), kTile);
   }
 
-  // kept: z of the layers from the forward pass; null: computed again.
-  void run(const Tensor& grad, const Tensor& x, int64_t begin, int64_t count, const C* kept,
-           const Gradients<C>& gradients, const PartSums<C>& sums, const Tensor* gx) {
+  void run(const Tensor& grad, const Tensor& x, int64_t begin, int64_t count, const Gradients<C>& gradients,
+           const PartSums<C>& sums, const Tensor* gx) {
     const Rows<C> input = tile_of(x, begin, count, x_, true);
     modulation_.read(begin, count);
-    products_.ahead.clear();
-    fetch_next(x, begin, products_.ahead), fetch_next(grad, begin, products_.ahead);
-    if (gx) fetch_next(*gx, begin, products_.ahead);  // written faster where it is in the cache
-    activate(input, begin, count, kept);
-    Rows<C> d = widened(d_[0], net_.out);
+    fetch_all_next(grad, x, begin, gx);
+    Rows<C> d = of_width(d_[0], net_.out);
     read_rows(grad, begin, count, net_.out, d);
     if (net_.skips) std::memset(gx_.data, 0, size_t(kTile * gx_.stride) * sizeof(C));
-    for (int64_t l = int64_t(net_.layers.size()) - 1; l >= 0; --l) {
+    const int64_t last = int64_t(net_.layers.size()) - 1;
+    if (!net_.is_plain(net_.layers[last])) activate(last, input, begin, count);
+    for (int64_t l = last; l >= 0; --l) {
       const Layer<C>& layer = net_.layers[l];
       take_skip(layer, d, gx_, count);
       if (!net_.is_plain(layer)) {
-        deactivate_rows(layer, count, seen_[l], slope_[l], modulation_[l], r_[l], d, change_[l],
+        const ActivatedRows<C>& rows = rows_[l];
+        deactivate_rows(layer, count, rows.z, rows.slope, modulation_[l], rows.r, d, change_,
                         gradients.wants_modulation());
-        gradients.add_modulation(l, change_[l], begin, count, sums);
+        gradients.add_modulation(l, change_, begin, count, sums);
       }
-      gradients.add(products_, layer, d, l ? h_[l - 1] : input, count, sums);
+      if (l && !follows(l)) activate(l - 1, input, begin, count);
+      gradients.add(products_, layer, d, l ? rows_[l - 1].h : input, count, sums);
       if (l == 0 && !gx) return;
-      Rows<C> below = widened(d_[d.data == d_[0].data], layer.in);
+      Rows<C> below = of_width(d_[d.data == d_[0].data], layer.in);
       if (l == 0) below = room_in(gx, begin, count, below);
       products_(d, layer.panels.backward, layer.width, layer.in, nullptr, below);
       d = below;
@@ -349,8 +360,6 @@ class BackwardTile {
     if (d.data == d_[0].data || d.data == d_[1].data) write_rows(d, begin, count, net_.in, *gx);
   }
 
-  static Rows<C> widened(Rows<C> rows, int64_t width) { return {rows.data, padded(width)}; }
-
   // The gradient of a layer's output: x's part of it goes to gx, zeros take its place.
   static void take_skip(const Layer<C>& layer, Rows<C> d, Rows<C> gx, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
@@ -360,34 +369,55 @@ class BackwardTile {
   }
 
  private:
-  void activate(Rows<C> input, int64_t begin, int64_t count, const C* kept) {
-    seen_ = z_;
-    Rows<C> h = input;
-    for (size_t l = 0; l < net_.layers.size(); ++l) {
+  // Whether z is computed again, from the rows of the layer before.
+  bool follows(int64_t l) const { return l > 0 && !kept_[l] && !net_.is_plain(net_.layers[l]); }
+
+  // Rows are done with when the layer before is activated, which takes their memory; but for those that follow it.
+  void share_rooms() {
+    std::vector<ActivatedRows<C>> rooms;
+    const auto rows = [&] { return memory_.rows(net_.widest(), kTile); };
+    size_t room = 0;
+    for (int64_t l = 0; l < int64_t(net_.layers.size()); ++l) {
+      room = follows(l) ? room + 1 : 0;
+      if (room == rooms.size()) rooms.push_back({rows(), rows(), rows(), memory_.take(kTile)});
       const Layer<C>& layer = net_.layers[l];
-      if (net_.is_plain(layer)) {
-        return;
-      } else if (kept && layer.kept) {
-        seen_[l] = {const_cast<C*>(kept) + begin * layer.padded, layer.padded};
-        const int64_t left = net_.points - begin - kTile;
-        products_.ahead.add(seen_[l][kTile], std::min(kTile, left) * layer.padded * int64_t(sizeof(C)));
-        kept += net_.points * layer.padded;
-      } else {
-        products_(h, layer.panels.forward, layer.in, layer.width, layer.panels.bias, z_[l]);
-      }
-      h = h_[l];
-      activate_rows<1>(layer, count, seen_[l], modulation_[l], r_[l], h, slope_[l]);
-      if (layer.skip) copy_columns(input, net_.in, count, h, layer.width);
+      const ActivatedRows<C>& in = rooms[room];
+      rows_.push_back({of_width(in.z, layer.width), of_width(in.h, layer.next), of_width(in.slope, layer.width), in.r});
     }
+  }
+
+  void fetch_all_next(const Tensor& grad, const Tensor& x, int64_t begin, const Tensor* gx) {
+    Ahead& ahead = products_.ahead;
+    ahead.clear();
+    fetch_next(x, begin, ahead), fetch_next(grad, begin, ahead);
+    if (gx) fetch_next(*gx, begin, ahead);  // written faster where it is in the cache
+    const int64_t first = begin + kTile, count = std::min(kTile, net_.points - first);
+    for (size_t l = 0; l < kept_.size(); ++l) {
+      const int64_t width = net_.layers[l].padded;
+      if (kept_[l]) ahead.add(kept_[l] + first * width, count * width * int64_t(sizeof(C)));
+    }
+  }
+
+  void activate(int64_t l, Rows<C> input, int64_t begin, int64_t count) {
+    const Layer<C>& layer = net_.layers[l];
+    ActivatedRows<C>& rows = rows_[l];
+    if (follows(l)) activate(l - 1, input, begin, count);
+    if (kept_[l]) {
+      rows.z = {const_cast<C*>(kept_[l]) + begin * layer.padded, layer.padded};
+    } else {
+      products_(l ? rows_[l - 1].h : input, layer.panels.forward, layer.in, layer.width, layer.panels.bias, rows.z);
+    }
+    activate_rows<1>(layer, count, rows.z, modulation_[l], rows.r, rows.h, rows.slope);
+    if (layer.skip) copy_columns(input, net_.in, count, rows.h, layer.width);
   }
 
   const Net<C>& net_;
   Scratch<C> memory_;
   TileModulation<C> modulation_;
   TileProducts<C> products_;
-  std::vector<Rows<C>> z_, seen_, slope_, h_;  // per layer; h_: what it gives to the next
-  std::vector<C*> r_;
-  std::vector<Modulation<C>> change_;
+  std::vector<const C*> kept_;          // per layer: z of all points, or null
+  std::vector<ActivatedRows<C>> rows_;  // per layer
+  Modulation<C> change_;
   Rows<C> x_, gx_, d_[2];
 };
 

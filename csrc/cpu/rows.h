@@ -25,6 +25,20 @@ struct Rows {
   CAMK_HD C* operator[](int64_t row) const { return data + row * stride; }
 };
 
+// How far rows of `width` numbers lie apart in scratch memory: an odd number of the cache's lines, because rows a power
+// of two apart meet in few of its sets.
+template <class C>
+int64_t spacing(int64_t width) {
+  constexpr int64_t kLine = 64 / sizeof(C);
+  return (padded(width) / kLine | 1) * kLine;
+}
+
+// Room for rows of any width up to its own, used for rows of this one.
+template <class C>
+Rows<C> of_width(Rows<C> room, int64_t width) {
+  return {room.data, spacing<C>(width)};
+}
+
 // Zeros, aligned for every load, as long as the object lives.
 template <class C>
 class Scratch {
@@ -37,7 +51,7 @@ class Scratch {
     owned_.emplace_back(made);
     return made;
   }
-  Rows<C> rows(int64_t width, int64_t count) { return {take(count * padded(width)), padded(width)}; }
+  Rows<C> rows(int64_t width, int64_t count) { return {take(count * spacing<C>(width)), spacing<C>(width)}; }
 
  private:
   struct Free {

@@ -102,16 +102,19 @@ class Parts {
 
   // The sum over parts of the numbers from `first` on: width columns of `outs` rows in panels, or one row.
   void add_up(int64_t first, int64_t outs, int64_t width, const Tensor& to) const {
-    std::vector<C> total(outs * padded(width));
+    const int64_t size = outs * padded(width);
+    std::vector<C> total(size);
     for (int64_t p = 0; p < count_; ++p) {
       const C* from = at(p) + first;
-      for (size_t i = 0; i < total.size(); ++i) total[i] += from[i];
+      for (int64_t i = 0; i < size; ++i) total[i] += from[i];
     }
-    std::vector<C> rows(outs * width);
-    for (int64_t o = 0; o < outs; ++o) {
-      for (int64_t k = 0; k < width; ++k) rows[o * width + k] = total[in_panels(outs, o, k)];
-    }
-    write_rows(Rows<C>{rows.data()}, 0, 1, outs * width, to);
+    with_numbers(kMlp, to.scalar_type(), [&]<class T>(Tag<T>) {
+      T* rows = write<T>(to);
+      for (int64_t k = 0; k < width; k += kPanel) {
+        const C* panel = total.data() + in_panels(outs, 0, k);
+        for (int64_t o = 0; o < outs; ++o) convert(panel + o * kPanel, std::min(kPanel, width - k), rows + o * width + k);
+      }
+    });
   }
 
   void add_up_modulation(const Tensor& to) const {

@@ -2,6 +2,7 @@
 // A modulated MLP made ready for its tiles: weights in panels, in the arithmetic type C, and what its tensors look
 // like.
 #pragma once
+#include "cpu/channels.h"
 #include "cpu/matrix_unit.h"
 #include "cpu/modulated_mlp_rows.h"
 #include "cpu/parallel.h"
@@ -14,7 +15,7 @@ inline constexpr const char* kMlp = "modulated_mlp";
 
 // Points that pass through all layers together.
 inline constexpr int64_t kTile = 96;
-static_assert(kTile % kBlockRows == 0 && kTile % (2 * kUnit) == 0);
+static_assert(kTile % (2 * kBlockRows) == 0 && kTile % (2 * kUnit) == 0);
 
 // A matrix in one of three forms: panels of it, its few columns, or panels of pairs of rows rounded to bfloat16.
 template <class C>
@@ -57,28 +58,65 @@ inline int64_t pairs_of(int64_t numbers) {
   return has_matrix_unit() ? round_up(pairs, kUnit) : pairs;
 }
 
-// value(k, j) of a [depth, columns] matrix
-template <class C, class Value>
-Matrix<C> pack(int64_t depth, int64_t columns, bool rounded, Scratch<C>& memory, const Value& value) {
-  if (!rounded && columns <= kFew && depth % kPanel == 0) {
-    C* made = memory.take(kFew * depth);
-    for (int64_t j = 0; j < columns; ++j) {
-      for (int64_t k = 0; k < depth; ++k) made[j * depth + k] = value(k, j);
+// A matrix in memory whose rows, or whose columns, are `stride` numbers apart.
+template <class C>
+struct Dense {
+  const C* data;
+  int64_t stride;
+  bool by_columns;
+  Dense transposed() const { return {data, stride, !by_columns}; }
+
+  // Columns from `first` on: to[k * pitch + j]
+  void copy_columns(int64_t first, int64_t depth, int64_t columns, C* to, int64_t pitch) const {
+    if (by_columns) return transpose(data + first * stride, columns, depth, stride, to, pitch);
+    const C* from = data + first;
+    for (int64_t k = 0; k < depth; ++k, from += stride, to += pitch) convert(from, columns, to);
+  }
+};
+
+template <class C>
+Matrix<C> pack_rounded(Dense<C> from, int64_t depth, int64_t columns, Scratch<C>& memory) {
+  const int64_t pairs = pairs_of(depth);
+  uint32_t* made = reinterpret_cast<uint32_t*>(memory.take(pairs * padded(columns)));
+  const auto bits = [](C number) { return uint32_t(from_number<BFloat16>(number).bits); };
+  for (int64_t first = 0; first < columns; first += kPanel) {
+    std::vector<C> panel(2 * pairs * kPanel);
+    from.copy_columns(first, depth, std::min(kPanel, columns - first), panel.data(), kPanel);
+    uint32_t* to = made + first * pairs;
+    for (const C* row = panel.data(); row < panel.data() + panel.size(); row += 2 * kPanel, to += kPanel) {
+      for (int64_t j = 0; j < kPanel; ++j) to[j] = bits(row[j]) | bits(row[kPanel + j]) << 16;
     }
+  }
+  return {.rounded = made};
+}
+
+template <class C>
+Matrix<C> pack(Dense<C> from, int64_t depth, int64_t columns, bool rounded, Scratch<C>& memory) {
+  if (rounded) return pack_rounded(from, depth, columns, memory);
+  if (columns <= kFew && depth % kPanel == 0) {
+    C* made = memory.take(kFew * depth);
+    from.transposed().copy_columns(0, columns, depth, made, depth);
     return {.few = made};
   }
-  const int64_t rows = rounded ? pairs_of(depth) : depth;
-  C* made = memory.take(rows * padded(columns));
-  if (!rounded) {
-    fill_panels(depth, columns, made, value);
-    return {.exact = made};
+  const int64_t size = depth * padded(columns);
+  C* made = columns % kPanel ? memory.take(size) : memory.take_unset(size);
+  for (int64_t first = 0; first < columns; first += kPanel) {
+    from.copy_columns(first, depth, std::min(kPanel, columns - first), made + first * depth, kPanel);
   }
-  uint32_t* to = reinterpret_cast<uint32_t*>(made);
-  const auto bits = [&](int64_t k, int64_t j) {
-    return k < depth ? uint32_t(from_number<BFloat16>(value(k, j)).bits) : 0u;
-  };
-  fill_panels(rows, columns, to, [&](int64_t k, int64_t j) { return bits(2 * k, j) | bits(2 * k + 1, j) << 16; });
-  return {.rounded = to};
+  return {.exact = made};
+}
+
+// to = w [out, in] - its mean over the rows; to may be w
+template <class C>
+void centre(const C* w, int64_t out, int64_t in, C* to) {
+  std::vector<C> mean(in);
+  for (int64_t o = 0; o < out; ++o) {
+    for (int64_t k = 0; k < in; ++k) mean[k] += w[o * in + k];
+  }
+  for (C& m : mean) m /= C(out);
+  for (int64_t o = 0; o < out; ++o) {
+    for (int64_t k = 0; k < in; ++k) to[o * in + k] = w[o * in + k] - mean[k];
+  }
 }
 
 // Weight [out, in]; centred: W - mean(W) over its rows, which makes the mean of z = W h + b zero. The transpose is of W
@@ -86,12 +124,13 @@ Matrix<C> pack(int64_t depth, int64_t columns, bool rounded, Scratch<C>& memory,
 template <class C>
 void pack_weight(const Tensor& weight, bool centred, bool transposed, bool rounded, Scratch<C>& memory, Panels<C>& to) {
   const int64_t out = weight.size(0), in = weight.size(1);
-  std::vector<C> w(out * in), mean(in);
-  read_rows(weight, 0, 1, out * in, Rows<C>{w.data()});
-  for (int64_t i = 0; centred && i < out * in; ++i) mean[i % in] += w[i] / C(out);
-  to.forward = pack(in, out, rounded, memory, [&](int64_t k, int64_t o) { return w[o * in + k] - mean[k]; });
-  if (!transposed) return;
-  to.backward = pack(out, in, rounded, memory, [&](int64_t o, int64_t k) { return w[o * in + k]; });
+  const C* w = static_cast<const C*>(weight.const_data_ptr());
+  const bool foreign = weight.scalar_type() != number_type<C>();
+  const auto own = foreign || centred ? std::make_unique_for_overwrite<C[]>(out * in) : nullptr;
+  if (foreign) read_rows(weight, 0, 1, out * in, Rows<C>{own.get()}), w = own.get();
+  if (transposed) to.backward = pack<C>({w, in, false}, out, in, rounded, memory);
+  if (centred) centre(w, out, in, own.get()), w = own.get();
+  to.forward = pack<C>({w, in, true}, in, out, rounded, memory);
 }
 
 template <class C>
@@ -112,6 +151,7 @@ struct Net {
   int64_t sums = 0;    // numbers that the gradients of weights and biases take
   bool skips = false;  // whether any layer has one
   bool rounds;         // whether products are of bfloat16
+  int64_t tile_rows;   // that there is room for in a tile
   Scratch<C> memory;
 
   Net(const Tensor& x, const TensorList& weights, const TensorList& biases, const OptionalTensor& modulation,
@@ -121,7 +161,8 @@ struct Net {
         hidden(int64_t(weights.size()) - lists.output_layer),
         groups(modulation ? modulation->size(0) : 1),
         values(modulation && modulation->dim() == 4 ? modulation->size(3) : 1),
-        rounds(std::is_same_v<C, float> && lists.bfloat16 && multiplies_bfloat16()) {
+        rounds(std::is_same_v<C, float> && lists.bfloat16 && multiplies_bfloat16()),
+        tile_rows(whole_rows(points)) {
     C* waves = nullptr;
     if (frequencies) {
       waves = memory.take(padded(frequencies->numel()));
@@ -148,6 +189,11 @@ struct Net {
     choose_kept();
   }
 
+  // Rows that products make of `count` in a tile: whole blocks, or registers, of numbers or of pairs of rows.
+  int64_t whole_rows(int64_t count) const {
+    const int64_t unit = !rounds ? kBlockRows : 2 * (has_matrix_unit() ? kUnit : kBlockRows);
+    return std::min(kTile, round_up(count, unit));
+  }
   // A plain output layer, whose result is the network's; of all others derivatives need z.
   bool is_plain(const Layer<C>& layer) const { return !layer.modulated && layer.activation == math::Activation::kNone; }
   int64_t kept_values() const {

@@ -39,15 +39,15 @@ class TangentTile {
     for (size_t l = 0; l < net.layers.size(); ++l) {
       const Layer<C>& layer = net.layers[l];
       TangentRows<C> t{};
-      for (Rows<C>* rows : {&t.n, &t.dn, &t.dz, &t.slope, &t.bend}) *rows = memory_.rows(layer.width, kTile);
+      for (Rows<C>* rows : {&t.n, &t.dn, &t.dz, &t.slope, &t.bend}) *rows = memory_.rows(layer.width, net.tile_rows);
       t.r = memory_.take(kTile), t.mean_ndz = memory_.take(kTile);
       rows_.push_back(t);
-      h_.push_back(memory_.rows(layer.next, kTile)), dh_.push_back(memory_.rows(layer.next, kTile));
-      change_.push_back(TileModulation<C>::rows_for(layer, memory_));
+      h_.push_back(memory_.rows(layer.next, net.tile_rows)), dh_.push_back(memory_.rows(layer.next, net.tile_rows));
+      change_.push_back(TileModulation<C>::rows_for(layer, net.tile_rows, memory_));
     }
-    for (Rows<C>* rows : {&x_, &dx_, &gx_, &unused_}) *rows = memory_.rows(net.in, kTile);
-    for (Rows<C>& rows : d_) rows = memory_.rows(net.widest(), kTile);
-    for (Rows<C>& rows : e_) rows = memory_.rows(net.widest(), kTile);
+    for (Rows<C>* rows : {&x_, &dx_, &gx_, &unused_}) *rows = memory_.rows(net.in, net.tile_rows);
+    for (Rows<C>& rows : d_) rows = memory_.rows(net.widest(), net.tile_rows);
+    for (Rows<C>& rows : e_) rows = memory_.rows(net.widest(), net.tile_rows);
   }
 
   // panels: of the directions of the weights. Gives dy, and gradients of <grad, dy>.
@@ -57,15 +57,15 @@ class TangentTile {
     const Rows<C> tangent = along_.x ? tile_of(*along_.x, begin, count, dx_, true) : dx_;
     modulation_.read(begin, count);
     direction_.read(begin, count);
-    products_.ahead.clear();
+    products_.start(count);
     fetch_next(grad, begin, products_.ahead), fetch_next(x, begin, products_.ahead);
     forward(input, tangent, panels, count);
     if (dy) write_rows(dh_.back(), begin, count, net_.out, *dy);
 
     Rows<C> d = of_width(d_[0], net_.out), e = of_width(e_[0], net_.out);  // gradients of y and dy
-    std::memset(d.data, 0, size_t(kTile * d.stride) * sizeof(C));
+    std::memset(d.data, 0, size_t(net_.tile_rows * d.stride) * sizeof(C));
     read_rows(grad, begin, count, net_.out, e);
-    std::memset(gx_.data, 0, size_t(kTile * gx_.stride) * sizeof(C));
+    std::memset(gx_.data, 0, size_t(net_.tile_rows * gx_.stride) * sizeof(C));
     for (int64_t l = int64_t(net_.layers.size()) - 1; l >= 0; --l) {
       const Layer<C>& layer = net_.layers[l];
       BackwardTile<C>::take_skip(layer, d, gx_, count);

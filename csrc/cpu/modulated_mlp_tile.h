@@ -1,13 +1,11 @@
 // SPDX-License-Identifier: MIT
 // A tile of points on its way through a modulated MLP and back. One tile object serves one thread.
 #pragma once
-#include "cpu/channels.h"
 #include "cpu/modulated_mlp_net.h"
 
 namespace camk::cpu {
 
-// The rows of a tensor [N, width] that belong to a tile: in `room`, with zeros behind the last one, or where they lie
-// if they can stay there. columns: if packs of lanes are read of them, down the rows, and at a row's end with what is
+// The rows of a tensor [N, width] that belong to a tile: in `room`, or where they lie if they can stay there. columns: if packs of lanes are read of them, down the rows, and at a row's end with what is
 // behind it.
 template <class C>
 Rows<C> tile_of(const Tensor& t, int64_t begin, int64_t count, Rows<C> room, bool columns) {
@@ -18,7 +16,6 @@ Rows<C> tile_of(const Tensor& t, int64_t begin, int64_t count, Rows<C> room, boo
   }
   const Rows<C> to = of_width(room, width);
   read_rows(t, begin, count, width, to);
-  std::memset(to[count], 0, size_t((kTile - count) * to.stride) * sizeof(C));
   return to;
 }
 
@@ -56,15 +53,21 @@ class TileProducts {
  public:
   Ahead ahead;
 
-  TileProducts(const Net<C>& net, Scratch<C>& memory) : stride_(round_up((net.widest() + 1) / 2, kUnit)) {
+  TileProducts(const Net<C>& net, Scratch<C>& memory) : net_(net), stride_(round_up((net.widest() + 1) / 2, kUnit)) {
     if (!net.rounds) return;
     for (uint32_t** pairs : {&pairs_, &d_pairs_, &x_pairs_}) {
-      *pairs = reinterpret_cast<uint32_t*>(memory.take(kTile * stride_));
+      *pairs = reinterpret_cast<uint32_t*>(memory.take(net.tile_rows * stride_));
     }
     if (has_matrix_unit()) unit_.emplace();
   }
 
-  // c = a B + bias, or c += a B
+  // For a tile of `count` points.
+  void start(int64_t count) {
+    rows_ = net_.whole_rows(count);
+    ahead.clear();
+  }
+
+  // c = a B + bias, or c += a B, for all rows that start() made whole.
   void operator()(Rows<C> a, Matrix<C> b, int64_t depth, int64_t columns, const C* bias, Rows<C> c, bool add = false) {
 #if defined(__AVX512F__)
     if constexpr (std::is_same_v<C, float>) {
@@ -72,17 +75,17 @@ class TileProducts {
         round_rows(a, depth);
 #if CAMK_MATRIX_UNIT
         if (unit_) {
-          return unit_multiply(pairs_, stride_, kTile, b.rounded, pairs_of(depth), columns, bias, c.data, c.stride,
+          return unit_multiply(pairs_, stride_, rows_, b.rounded, pairs_of(depth), columns, bias, c.data, c.stride,
                                ahead, add);
         }
 #endif
-        return multiply(pairs_, stride_, kTile, b.rounded, pairs_of(depth), columns, bias, c.data, c.stride, ahead,
+        return multiply(pairs_, stride_, rows_, b.rounded, pairs_of(depth), columns, bias, c.data, c.stride, ahead,
                         add);
       }
     }
 #endif
-    if (b.few) return multiply_few(a.data, a.stride, kTile, b.few, depth, columns, bias, c.data, c.stride, add);
-    multiply(a.data, a.stride, kTile, b.exact, depth, columns, bias, c.data, c.stride, ahead, add);
+    if (b.few) return multiply_few(a.data, a.stride, rows_, b.few, depth, columns, bias, c.data, c.stride, add);
+    multiply(a.data, a.stride, rows_, b.exact, depth, columns, bias, c.data, c.stride, ahead, add);
   }
 
   // sums += d^T x over `count` points, sums [outs, columns] in panels.
@@ -97,27 +100,25 @@ class TileProducts {
 
  private:
 #if defined(__AVX512F__)
-  static constexpr int64_t kPairs = kTile / 2;
-
   void add_rounded_outer(Rows<C> d, int64_t outs, Rows<C> x, int64_t columns, int64_t count, C* sums) {
-    const int64_t d_stride = padded(outs), x_stride = padded(columns);
+    const int64_t pairs = rows_ / 2, d_stride = padded(outs), x_stride = padded(columns);
     int64_t whole = 0;  // rows that fill registers
     pair_rows(d, outs, count, d_pairs_), pair_rows(x, columns, count, x_pairs_);
 #if CAMK_MATRIX_UNIT
     if (unit_) {
       whole = outs / kUnit * kUnit;
-      transpose(reinterpret_cast<const float*>(d_pairs_), kPairs, whole, d_stride, reinterpret_cast<float*>(pairs_),
-                kPairs);
-      unit_add_outer(pairs_, whole, x_pairs_, x_stride, columns, kPairs, outs, sums, ahead);
+      transpose(reinterpret_cast<const float*>(d_pairs_), pairs, whole, d_stride, reinterpret_cast<float*>(pairs_),
+                pairs);
+      unit_add_outer(pairs_, whole, x_pairs_, x_stride, columns, pairs, outs, sums, ahead);
     }
 #endif
-    cpu::add_outer(d_pairs_, d_stride, outs, x_pairs_, x_stride, columns, kPairs, sums, whole);
+    cpu::add_outer(d_pairs_, d_stride, outs, x_pairs_, x_stride, columns, pairs, sums, whole);
   }
 
-  // Each two rows rounded, side by side, [kPairs, padded(columns)]; zeros behind the last of `count`.
-  static void pair_rows(Rows<C> rows, int64_t columns, int64_t count, uint32_t* to) {
+  // Each two rows rounded, side by side, [pairs, padded(columns)]; zeros behind the last of `count`.
+  void pair_rows(Rows<C> rows, int64_t columns, int64_t count, uint32_t* to) {
     const int64_t end = padded(columns);
-    for (int64_t i = 0; i < kTile; i += 2, to += end) {
+    for (int64_t i = 0; i < rows_; i += 2, to += end) {
       for (int64_t k = 0; k < end; k += kLanes) {
         const auto some = [&](int64_t row)
                               CAMK_INLINED { return load_first(rows[row] + k, row < count ? columns - k : 0); };
@@ -127,7 +128,7 @@ class TileProducts {
   }
 
   void round_rows(Rows<C> a, int64_t depth) {
-    for (int64_t i = 0; i < kTile; ++i) {
+    for (int64_t i = 0; i < rows_; ++i) {
       for (int64_t k = 0; k < depth; k += 2 * kLanes) {
         const auto some = [&](int64_t first) CAMK_INLINED { return load_first(a[i] + first, depth - first); };
         to_bfloat16(some(k), some(k + kLanes)).store(pairs_ + i * stride_ + k / 2);
@@ -136,8 +137,9 @@ class TileProducts {
   }
 #endif
 
+  const Net<C>& net_;
   std::optional<MatrixUnit> unit_;
-  int64_t stride_;
+  int64_t stride_, rows_ = 0;
   uint32_t *pairs_ = nullptr, *d_pairs_, *x_pairs_;  // of a row; of two rows
 };
 
@@ -152,7 +154,7 @@ class TileModulation {
     const Modulation<C> neutral{{memory.take(2), 0}, 1};
     *neutral.scale(0) = scale;
     for (const Layer<C>& layer : net.layers) {
-      room_.push_back(layer.modulated ? rows_for(layer, memory) : neutral);
+      room_.push_back(layer.modulated ? rows_for(layer, net.tile_rows, memory) : neutral);
       if (!layer.per_channel) *room_.back().scale(0) = scale;
       made_.push_back(room_.back());
       made_.back().rows.stride = 0;
@@ -184,9 +186,9 @@ class TileModulation {
   }
   const Modulation<C>& operator[](size_t layer) const { return made_[layer]; }
 
-  static Modulation<C> rows_for(const Layer<C>& layer, Scratch<C>& memory) {
+  static Modulation<C> rows_for(const Layer<C>& layer, int64_t rows, Scratch<C>& memory) {
     const int64_t values = layer.per_channel ? layer.padded : 1;
-    return {{memory.take(kTile * 2 * values), 2 * values}, values};
+    return {{memory.take(rows * 2 * values), 2 * values}, values};
   }
 
  private:
@@ -266,8 +268,8 @@ class ForwardTile {
  public:
   ForwardTile(const Net<C>& net, const OptionalTensor& modulation)
       : net_(net), modulation_(net, modulation, memory_), products_(net, memory_) {
-    x_ = memory_.rows(net.in, kTile);
-    h_[0] = memory_.rows(net.widest(), kTile), h_[1] = memory_.rows(net.widest(), kTile);
+    x_ = memory_.rows(net.in, net.tile_rows);
+    h_[0] = memory_.rows(net.widest(), net.tile_rows), h_[1] = memory_.rows(net.widest(), net.tile_rows);
     r_ = memory_.take(kTile);
   }
 
@@ -275,7 +277,7 @@ class ForwardTile {
   void run(const Tensor& x, int64_t begin, int64_t count, const Tensor& y, C* kept) {
     const Rows<C> input = tile_of(x, begin, count, x_, false);
     modulation_.read(begin, count);
-    products_.ahead.clear();
+    products_.start(count);
     fetch_next(x, begin, products_.ahead);
     Rows<C> h = input;
     for (size_t l = 0; l < net_.layers.size(); ++l) {
@@ -322,19 +324,20 @@ class BackwardTile {
       if (kept_.back()) kept += net.points * layer.padded;
     }
     share_rooms();
-    change_ = TileModulation<C>::rows_for(net.layers[0], memory_);
-    x_ = memory_.rows(net.in, kTile), gx_ = memory_.rows(net.in, kTile);
-    d_[0] = memory_.rows(net.widest(), kTile), d_[1] = memory_.rows(net.widest(), kTile);
+    change_ = TileModulation<C>::rows_for(net.layers[0], net.tile_rows, memory_);
+    x_ = memory_.rows(net.in, net.tile_rows), gx_ = memory_.rows(net.in, net.tile_rows);
+    d_[0] = memory_.rows(net.widest(), net.tile_rows), d_[1] = memory_.rows(net.widest(), net.tile_rows);
   }
 
   void run(const Tensor& grad, const Tensor& x, int64_t begin, int64_t count, const Gradients<C>& gradients,
            const PartSums<C>& sums, const Tensor* gx) {
     const Rows<C> input = tile_of(x, begin, count, x_, true);
     modulation_.read(begin, count);
+    products_.start(count);
     fetch_all_next(grad, x, begin, gx);
     Rows<C> d = of_width(d_[0], net_.out);
     read_rows(grad, begin, count, net_.out, d);
-    if (net_.skips) std::memset(gx_.data, 0, size_t(kTile * gx_.stride) * sizeof(C));
+    if (net_.skips) std::memset(gx_.data, 0, size_t(net_.tile_rows * gx_.stride) * sizeof(C));
     const int64_t last = int64_t(net_.layers.size()) - 1;
     if (!net_.is_plain(net_.layers[last])) activate(last, input, begin, count);
     for (int64_t l = last; l >= 0; --l) {
@@ -375,7 +378,7 @@ class BackwardTile {
   // Rows are done with when the layer before is activated, which takes their memory; but for those that follow it.
   void share_rooms() {
     std::vector<ActivatedRows<C>> rooms;
-    const auto rows = [&] { return memory_.rows(net_.widest(), kTile); };
+    const auto rows = [&] { return memory_.rows(net_.widest(), net_.tile_rows); };
     size_t room = 0;
     for (int64_t l = 0; l < int64_t(net_.layers.size()); ++l) {
       room = follows(l) ? room + 1 : 0;
@@ -388,7 +391,6 @@ class BackwardTile {
 
   void fetch_all_next(const Tensor& grad, const Tensor& x, int64_t begin, const Tensor* gx) {
     Ahead& ahead = products_.ahead;
-    ahead.clear();
     fetch_next(x, begin, ahead), fetch_next(grad, begin, ahead);
     if (gx) fetch_next(*gx, begin, ahead);  // written faster where it is in the cache
     const int64_t first = begin + kTile, count = std::min(kTile, net_.points - first);

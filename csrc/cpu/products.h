@@ -26,16 +26,6 @@ inline int64_t padded(int64_t columns) { return (columns + kPanel - 1) / kPanel 
 // Where column j of row k lies in panels of `depth` rows.
 inline int64_t in_panels(int64_t depth, int64_t k, int64_t j) { return (j / kPanel * depth + k) * kPanel + j % kPanel; }
 
-// value(k, j) of a [depth, columns] matrix into panels, zeros behind the last column.
-template <class C, class Value>
-void fill_panels(int64_t depth, int64_t columns, C* panels, const Value& value) {
-  for (int64_t first = 0; first < padded(columns); first += kPanel) {
-    for (int64_t k = 0; k < depth; ++k) {
-      for (int64_t j = first; j < first + kPanel; ++j) *panels++ = j < columns ? value(k, j) : C(0);
-    }
-  }
-}
-
 // Memory that is read soon, by the next tile. Products fetch it into the second-level cache, some bytes of it for each
 // row of panels that they multiply, as many as last time's rows make it: where requests wait for each other, so do the
 // products. A line for each row takes an MLP 3 to 8 % longer (a Xeon with AMX).

@@ -39,21 +39,23 @@ Rows<C> of_width(Rows<C> room, int64_t width) {
   return {room.data, spacing<C>(width)};
 }
 
-// Zeros, aligned for every load, as long as the object lives.
+// Memory for numbers, aligned for every load, as long as the object lives.
 template <class C>
 class Scratch {
  public:
-  C* take(int64_t count) {
-    const size_t bytes = size_t(padded(std::max<int64_t>(count, 1))) * sizeof(C);
-    C* made = static_cast<C*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
-    require(made, kPackage, ": no memory for ", bytes, " bytes");
-    std::memset(made, 0, bytes);
+  // Whole packs of zeros.
+  C* take(int64_t count) { return static_cast<C*>(std::memset(take_unset(count), 0, bytes_of(count))); }
+  C* take_unset(int64_t count) {
+    C* made = static_cast<C*>(std::aligned_alloc(64, bytes_of(count)));
+    require(made, kPackage, ": no memory for ", bytes_of(count), " bytes");
     owned_.emplace_back(made);
     return made;
   }
   Rows<C> rows(int64_t width, int64_t count) { return {take(count * spacing<C>(width)), spacing<C>(width)}; }
 
  private:
+  static size_t bytes_of(int64_t count) { return size_t(padded(std::max<int64_t>(count, 1))) * sizeof(C); }
+
   struct Free {
     void operator()(C* p) const { std::free(p); }
   };
@@ -63,7 +65,8 @@ class Scratch {
 template <class To, class From>
 CAMK_HD void convert(const From* from, int64_t count, To* to) {
   if constexpr (std::is_same_v<To, From>) {
-    if (count >= kPanel) return void(std::memcpy(to, from, size_t(count) * sizeof(To)));
+    if (count == kPanel) return void(std::memcpy(to, from, kPanel * sizeof(To)));
+    if (count > kPanel) return void(std::memcpy(to, from, size_t(count) * sizeof(To)));
     for (int64_t i = 0; i < count; ++i) {
       to[i] = from[i];
       asm("");  // not a call of memcpy, which takes longer than a few numbers

@@ -112,7 +112,7 @@ class Operator:
         if torch.compiler.is_compiling():
             results = self.run(self.lengths(tensors), settings, self.flat(tensors))
         else:
-            results = _Call.apply(self, self.lengths(tensors), settings, *self.flat(tensors))
+            results = _apply(self, self.lengths(tensors), settings, self.flat(tensors))
         if not self.kept:
             return results
         found = results[: -len(self.kept)]
@@ -309,7 +309,7 @@ _Call.forward.__signature__ = inspect.signature(_Call.forward)  # type: ignore[a
 
 
 def _apply(op: Operator, lengths: tuple, settings: tuple, flat: Flat) -> Any:
-    """A derivative's call, which is differentiable itself where anybody may ask for that."""
+    """A call, differentiable where anybody may ask for that."""
     asked = torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
     return (_Call.apply if asked else _Call.forward)(op, lengths, settings, *flat)
 

@@ -58,9 +58,9 @@ def check_shape(op: str, name: str, tensor: Tensor, expected: Sequence[int | str
 
 def check_same_device(op: str, **tensors: Tensor | None) -> None:
     """ValueError unless all tensors are on one device; nothing is moved silently."""
-    given = {name: t.device for name, t in tensors.items() if t is not None}
-    if len(set(given.values())) > 1:
-        places = ", ".join(f"{name} on {device}" for name, device in given.items())
+    given = [(name, t.device) for name, t in tensors.items() if t is not None]
+    if any(device != given[0][1] for _, device in given):
+        places = ", ".join(f"{name} on {device}" for name, device in given)
         raise ValueError(f"{op}: all tensors must be on one device, got {places}; move them with .to(device)")
 
 

@@ -73,7 +73,8 @@ TOLERANCES: dict[torch.dtype, dict[str, tuple[float, float]]] = {
     },
     # Positions agree to the bit (fused multiply-add), so an ulp (6e-8) counts once per factor and per term: up to 7
     # factors and 2^7 terms for a value; derivatives cancel and are scaled by the resolution, which spread() carries;
-    # sums over points come in any order (atomics, threads), the same entry up to some hundred times.
+    # sums over points come in any order (atomics, threads), the same entry up to some hundred times. Longer sums, as of
+    # wide layers, err as the root of their length.
     torch.float32: {
         "value": (2e-6, 2e-6),
         "jacobian": (5e-6, 5e-6),

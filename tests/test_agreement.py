@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Every backend computes what the definition says: values, gradients, second order and Jacobians, in every dtype."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -20,6 +22,7 @@ from conftest import (
     reason_against,
     some,
 )
+from mlp_cases import make_mlp
 
 GOLDENS = testing.golden_names("hashgrid_")
 
@@ -257,3 +260,25 @@ def test_layers_of_few_columns(backend, width, few):
     found = testing.evaluate(functions[0], single, order=1)
     for name, tensor in found.items():
         testing.assert_close(tensor.double(), expected[name], rtol=1e-4, atol=1e-5, name=name)
+
+
+@pytest.mark.parametrize("channels", [False, True], ids=["scalar", "channels"])
+@pytest.mark.parametrize("backend", [b for b in backends("modulated_mlp") if b != "reference"])
+def test_wide_layers_in_float32_err_as_the_root_of_their_width(backend, channels):
+    """Several draws side by side: in one, the two sums over all points that are a shared scale and shift may cancel."""
+    width, longest = (1024, 2**10) if backend == "cpu" else (256, 700)
+    options = {"width": width, "features": 700, "hidden": 1, "leading": (70,), "output_layer": False, "norm": None}
+    case = testing.Case("modulated_mlp", "wide", make_mlp, options | {"modulation": ((1,), channels)})
+    found: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for seed in range(4):
+        call = case.make(torch.float32, device_of(backend), seed)
+        exact = replace(call, inputs={name: t.double() for name, t in call.inputs.items()})
+        actual = testing.evaluate(function_of(case.op, backend), call, order=2, seed=seed)
+        expected = testing.evaluate(definition_of(case.op), exact, order=2, seed=seed, rounded=torch.float32)
+        for name, wanted in expected.items():
+            found.setdefault(name, []).append((actual[name].double(), wanted))
+    for name, pairs in found.items():
+        quantity = "grad.parameters" if name.startswith("grad") else name.partition(".")[0]
+        rtol, atol = (t * (longest / 2**7) ** 0.5 for t in testing.tolerance(torch.float32, quantity))
+        got, wanted = (torch.stack(side) for side in zip(*pairs, strict=True))
+        testing.assert_close(got, wanted, rtol=rtol, atol=atol, name=name)

@@ -46,7 +46,7 @@ struct Sorted {
   std::vector<int32_t> cells, points;
 
   template <class S>
-  Sorted(const S* x, int64_t n, const std::vector<Axis>& axes) : cells(n), points(n) {
+  Sorted(const S* x, int64_t n, const std::vector<Axis>& axes) : cells(n) {
     int64_t count = 1;
     for (const Axis& axis : axes) count *= axis.count;
     const auto dims = int64_t(axes.size());
@@ -57,10 +57,9 @@ struct Sorted {
         cells[k] = cell;
       }
     });
-    std::vector<int32_t> next(count + 1, 0);  // the place of each cell's next point
-    for (int32_t c : cells) ++next[c + 1];
-    std::partial_sum(next.begin(), next.end(), next.begin());
-    for (int64_t k = 0; k < n; ++k) points[next[cells[k]]++] = int32_t(k);
+    Binned order;
+    order.sort(n, count, [&](int64_t k) { return cells[k]; });
+    points = std::move(order.sorted);
   }
 };
 

@@ -69,7 +69,7 @@ CAMK_HD bool any_nonzero(Doubles x) { return any_lane((Bits)(x.v != Doubles(0.).
 
 // A number for each lane, which the compiler would make lane by lane of a loop.
 template <auto kOf>
-CAMK_HD Bits lane_numbers() {
+CAMK_HD Bits lane_constants() {
   alignas(64) static constexpr auto kNumbers = [] {
     std::array<int32_t, kLanes> numbers{};
     for (int k = 0; k < kLanes; ++k) numbers[k] = kOf(k);
@@ -81,7 +81,7 @@ CAMK_HD Bits lane_numbers() {
 // bits[kOf(k)] in lane k.
 template <auto kOf>
 CAMK_HD Bits permuted(Bits bits) {
-  return __builtin_shuffle(bits, lane_numbers<kOf>());
+  return __builtin_shuffle(bits, lane_constants<kOf>());
 }
 
 // Lanes in rows of F: all lanes of a row of which one is set.
@@ -96,7 +96,7 @@ CAMK_HD Bits of_rows(Bits bits) {
 // All bits of the first N lanes.
 template <int N>
 CAMK_HD Bits first_lanes() {
-  return lane_numbers<[](int k) { return k < N ? -1 : 0; }>();
+  return lane_constants<[](int k) { return k < N ? -1 : 0; }>();
 }
 
 // The first N lanes from memory, 0 in the others. Written in parts and read as a whole they would wait.
@@ -127,8 +127,8 @@ CAMK_HD Vec<Floats, 2> pairs_of_rows(const float* base, Bits index) {
     Floats::Raw pairs;
     for (int k = 0; k < kLanes; ++k) pairs[k] = base[2 * index[k / 2] + k % 2];
 #endif
-    return {{Floats(__builtin_shuffle(pairs, lane_numbers<[](int k) { return k / F * 2; }>())),
-             Floats(__builtin_shuffle(pairs, lane_numbers<[](int k) { return k / F * 2 + 1; }>()))}};
+    return {{Floats(__builtin_shuffle(pairs, lane_constants<[](int k) { return k / F * 2; }>())),
+             Floats(__builtin_shuffle(pairs, lane_constants<[](int k) { return k / F * 2 + 1; }>()))}};
   }
 }
 

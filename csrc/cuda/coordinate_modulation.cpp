@@ -3,6 +3,7 @@
 #include <cuda_runtime_api.h>
 
 #include "cuda/coordinate_modulation.h"
+#include "cuda/repeatable.h"
 #include "cuda/stream.h"
 #include "launch/coordinate_modulation.h"
 #include "torch/seam.h"
@@ -104,14 +105,12 @@ struct Call {
  private:
   template <class S, class Pass>
   void sum_repeatably(LookupJob<S> job, const Pass& pass) const {
-    const int64_t count = job.layout.numbers();
-    const Tensor largest = zeros(coords, {1}, ScalarType::Long), fixed = zeros(coords, {count}, ScalarType::Long);
-    job.largest = reinterpret_cast<uint64_t*>(write<int64_t>(largest)), job.fixed = write<int64_t>(fixed);
+    const RepeatableSum repeatable(coords, job.layout.numbers());
+    job.fixed = repeatable.fixed(), job.largest = repeatable.largest();
     pass(Sums::kLargest, job);
     pass(Sums::kFixed, job);
     constexpr Storage kind = sizeof(S) == 8 ? Storage::kDouble : Storage::kFloat;
-    const int64_t terms = points() << measured.dims;
-    check(launch_finish_fixed(job.fixed, job.largest, job.sums, kind, count, terms, stream.get()));
+    check(repeatable.finish(job.sums, kind, points() << measured.dims, stream.get()));
   }
 
   NodeGrids checked(const launch::LookupOptions& options) const {

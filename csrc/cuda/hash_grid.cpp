@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include "cuda/hash_grid.h"
+#include "cuda/repeatable.h"
 #include "cuda/stream.h"
 #include "launch/hash_grid.h"
 #include "torch/seam.h"
@@ -123,26 +124,23 @@ Tensor table_gradient(const Call& call, bool wanted, bool anything, bool determi
   const bool direct = kind == Storage::kFloat || kind == Storage::kDouble;
   const ScalarType sum_type = kind == Storage::kDouble ? ScalarType::Double : ScalarType::Float;
   const Tensor sums = zeros(table, table.sizes(), sum_type);
-  const auto pass = [&](Sums way, const Tensor* fixed, const Tensor* largest) {
+  const auto pass = [&](Sums way, const RepeatableSum* repeatable) {
     call.each_launch([&](auto job) {
       tell(job);
       job.sums = sums.mutable_data_ptr();
-      if (fixed) job.fixed = write<int64_t>(*fixed);
-      if (largest) job.largest = reinterpret_cast<uint64_t*>(write<int64_t>(*largest));
+      if (repeatable) job.fixed = repeatable->fixed(), job.largest = repeatable->largest();
       call.check(launch_table(job, way, call.stream.get()));
     });
   };
   if (anything && call.points() > 0) {
     if (deterministic) {
-      const Tensor largest = zeros(table, {1}, ScalarType::Long);
-      const Tensor fixed = zeros(table, table.sizes(), ScalarType::Long);
-      pass(Sums::kLargest, nullptr, &largest);
-      pass(Sums::kFixed, &fixed, &largest);
-      const auto* bits = reinterpret_cast<const uint64_t*>(read<int64_t>(largest));
-      call.check(launch_finish_fixed(read<int64_t>(fixed), bits, sums.mutable_data_ptr(), kind, sums.numel(),
-                                     call.points() << call.grid.dims, call.stream.get()));
+      const RepeatableSum repeatable(table, sums.numel());
+      pass(Sums::kLargest, &repeatable);
+      pass(Sums::kFixed, &repeatable);
+      const int64_t terms = call.points() << call.grid.dims;
+      call.check(repeatable.finish(sums.mutable_data_ptr(), kind, terms, call.stream.get()));
     } else {
-      pass(Sums::kFast, nullptr, nullptr);
+      pass(Sums::kFast, nullptr);
     }
   }
   if (direct) return sums;

@@ -5,6 +5,7 @@
 #include <cuda_runtime_api.h>
 
 #include "cuda/radial_basis.h"
+#include "cuda/repeatable.h"
 #include "cuda/stream.h"
 
 namespace camk::cuda {
@@ -65,16 +66,16 @@ class KernelGradient {
     if (!wanted) return;
     where.sums = write<S>(sums_);
     if (!deterministic) return;
-    fixed_ = zeros(like, {sums_.numel()}, ScalarType::Long), largest_ = zeros(like, {1}, ScalarType::Long);
-    where.fixed = write<int64_t>(*fixed_), where.largest = reinterpret_cast<uint64_t*>(write<int64_t>(*largest_));
+    repeatable_.emplace(like, sums_.numel());
+    where.fixed = repeatable_->fixed(), where.largest = repeatable_->largest();
   }
 
   // empty(0) where it is not wanted.
   Tensor finish(int64_t terms, cudaStream_t stream) const {
     if (!wanted_) return sums_;
-    if (fixed_) {
+    if (repeatable_) {
       constexpr Storage kind = sizeof(S) == 8 ? Storage::kDouble : Storage::kFloat;
-      check(launch_finish_fixed(where.fixed, where.largest, where.sums, kind, sums_.numel(), terms, stream));
+      check(repeatable_->finish(where.sums, kind, terms, stream));
     }
     if (type_ == kArithmetic) return sums_;
     const Tensor rounded = empty(sums_, {sums_.size(0), sums_.size(1)}, type_);
@@ -88,7 +89,7 @@ class KernelGradient {
   bool wanted_;
   ScalarType type_;
   Tensor sums_;
-  OptionalTensor fixed_, largest_;
+  std::optional<RepeatableSum> repeatable_;
 };
 
 // Repeatable sums take two passes; what does not need sums is found in the first.

@@ -23,7 +23,8 @@ from .hash_grid import COLUMNS, UNROLLED_CORNERS, _cell, _entry, _extent, _settl
 from .modulated_mlp import THROUGH_MEMORY, Gradients, Shape, per_row, plan_of, run_value, value_shape
 from .modulated_mlp_gradients import differentiate, leave_x_gradient, x_places
 from .modulated_mlp_memory import evaluate_in_memory
-from .modulated_mlp_rows import evaluate, feature_places, padded, points_of
+from .modulated_mlp_plan import padded
+from .modulated_mlp_rows import evaluate, feature_places, points_of
 
 STEP = 4  # levels at a time: more do not fit into registers
 GRID_SETTINGS = len(hash_grid.Settings._fields)  # the first ones of the operators

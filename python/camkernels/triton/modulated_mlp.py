@@ -20,7 +20,8 @@ from torch import Tensor
 from .._modulation import compute_dtype
 from .modulated_mlp_gradients import differentiate, x_gradient
 from .modulated_mlp_memory import evaluate_in_memory
-from .modulated_mlp_rows import Plan, evaluate, padded, points_of, x_columns
+from .modulated_mlp_plan import Plan, padded
+from .modulated_mlp_rows import evaluate, points_of, x_columns
 from .modulated_mlp_sums import sums_kernel
 
 NUMBERS = {torch.float32: tl.float32, torch.float64: tl.float64}

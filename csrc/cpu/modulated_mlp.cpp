@@ -112,7 +112,8 @@ class Parts {
       T* rows = write<T>(to);
       for (int64_t k = 0; k < width; k += kPanel) {
         const C* panel = total.data() + in_panels(outs, 0, k);
-        for (int64_t o = 0; o < outs; ++o) convert(panel + o * kPanel, std::min(kPanel, width - k), rows + o * width + k);
+        for (int64_t o = 0; o < outs; ++o)
+          convert(panel + o * kPanel, std::min(kPanel, width - k), rows + o * width + k);
       }
     });
   }

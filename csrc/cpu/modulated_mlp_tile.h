@@ -5,8 +5,8 @@
 
 namespace camk::cpu {
 
-// The rows of a tensor [N, width] that belong to a tile: in `room`, or where they lie if they can stay there. columns: if packs of lanes are read of them, down the rows, and at a row's end with what is
-// behind it.
+// The rows of a tensor [N, width] that belong to a tile: in `room`, or where they lie if they can stay there. columns:
+// if packs of lanes are read of them, down the rows, and at a row's end with what is behind it.
 template <class C>
 Rows<C> tile_of(const Tensor& t, int64_t begin, int64_t count, Rows<C> room, bool columns) {
   const int64_t width = t.size(1), end = (begin + count - 1) * width + (columns ? padded(width) : width);

@@ -145,11 +145,12 @@ def test_the_readme_quotes_the_results_of_the_modulated_mlp(machine):
         assert f"1/{eager / ours[0]:.1f} of eager's" in README and f"1/{eager / ours[1]:.0f}" in README
 
 
-def test_the_readme_quotes_the_results_of_the_radial_basis():
+@pytest.mark.parametrize("machine", ["zen5-avx512", "xeon-amx"])
+def test_the_readme_quotes_the_results_of_the_radial_basis(machine):
     sys.path.insert(0, str(ROOT))
     from bench import gate, report
 
-    name = "bench/results/cpu-zen5-avx512-radial-basis.jsonl"
+    name = f"bench/results/cpu-{machine}-radial-basis.jsonl"
     assert f"`{name}`" in README
     records = report.load([ROOT / name])
     titles = ("2-D, 4 of 20,000, 32 features", "3-D, 8 of 100,000, 32 features", "2-D, 10 of 100,000, 64 features")
@@ -166,11 +167,12 @@ def test_the_readme_quotes_the_results_of_the_radial_basis():
         assert f"| {' | '.join(cells)} | 1/{held[1] / held[0]:.0f} |" in README
 
 
-def test_the_readme_quotes_the_results_of_training_steps():
+@pytest.mark.parametrize("machine", ["zen5-avx512", "xeon-amx"])
+def test_the_readme_quotes_the_results_of_training_steps(machine):
     sys.path.insert(0, str(ROOT))
     from bench import step, timing
 
-    name = "bench/results/cpu-zen5-avx512-steps.jsonl"
+    name = f"bench/results/cpu-{machine}-steps.jsonl"
     assert f"`{name}`" in README
     lines = (ROOT / name).read_text().splitlines()
     records = {(record["model"], record["regime"]): record for record in map(json.loads, lines)}

@@ -116,3 +116,20 @@ def test_gradients_have_the_same_bits_for_any_number_of_threads(backend):
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+@pytest.mark.parametrize("kernels", [100, 1 << 14])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_result_too_large_for_the_caches_has_the_bits_of_its_parts(kernels, backend):
+    """In the points' own order and, with many kernels, in another one."""
+    points, features = 1 << 16, 64
+    x = rand(points, 2).float()
+    x[::97] = torch.nan
+    neighbors = (rand(points, 2, seed=1) * kernels).int()
+    rest = [rand(kernels, *size, seed=2).float() for size in ((2,), (4,), (features,))]
+    options = {"frequencies": rand(features, seed=3).float(), "backend": backend}
+    parts = [
+        camkernels.radial_basis(a, *rest, b, **options) for a, b in zip(x.chunk(4), neighbors.chunk(4), strict=True)
+    ]
+    whole = camkernels.radial_basis(x, *rest, neighbors, **options)
+    torch.testing.assert_close(whole, torch.cat(parts), rtol=0, atol=0, equal_nan=True)

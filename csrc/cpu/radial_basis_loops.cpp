@@ -67,7 +67,6 @@ struct RadialLoops {
   void weigh(Pairs& pairs, int64_t begin, int64_t end) const {
     for (int64_t i = begin; i < end; i += kWidth) {
       prefetch_points(i + kPointsAhead);
-      prefetch_kernels(i + kKernelsAhead);
       const int64_t block = (i - pairs.begin) / kWidth, at = block * problem.per_point;
       int32_t* kernels = pairs.kernels.data() + at * kWidth;
       const BlockRows rows = rows_of_block(i);
@@ -75,6 +74,7 @@ struct RadialLoops {
       name_kernels(rows, std::min<int64_t>(kWidth, end - i), x, kernels);
       C total(0);
       for (int64_t j = 0; j < problem.per_point; ++j) {
+        prefetch_kernels(i + kKernelsAhead, j);
         pairs.u[at + j] = kernel(x, kernels + j * kWidth).value;
         total = total + pairs.u[at + j];
       }
@@ -190,18 +190,18 @@ struct RadialLoops {
   CAMK_HD static void prefetch_lines(const T* from, int64_t count) {
     for (int64_t k = 0; k < count; k += int64_t(64 / sizeof(T))) __builtin_prefetch(from + k);
   }
-  CAMK_HD void prefetch_kernels(int64_t i) const {
+  // Of a block of points the kernels number j: a few at a time, as only so many lines may be on their way (4 neighbours
+  // of 20 000, a Xeon with AMX: 39 against 42 ns per point).
+  CAMK_HD void prefetch_kernels(int64_t i, int64_t j) const {
     if (!problem.neighbors) return;
     const S *centers = problem.centers.value, *shapes = problem.shapes.value;
-    const int64_t per_point = problem.per_point, width = problem.shape_width;
+    const int64_t width = problem.shape_width;
     for (int64_t end = std::min(i + kWidth, problem.points); i < end; ++i) {
-      const int32_t* kernels = problem.kernels_of(problem.point_at(i));
-      for (int64_t j = 0; j < per_point; ++j) {
-        const S* shape = shapes + kernels[j] * width;
-        __builtin_prefetch(centers + int64_t(kernels[j]) * D);
-        __builtin_prefetch(shape);
-        if (width > 4) __builtin_prefetch(shape + width - 1);
-      }
+      const int64_t kernel = problem.kernels_of(problem.point_at(i))[j];
+      const S* shape = shapes + kernel * width;
+      __builtin_prefetch(centers + kernel * D);
+      __builtin_prefetch(shape);
+      if (width > 4) __builtin_prefetch(shape + width - 1);
     }
   }
 

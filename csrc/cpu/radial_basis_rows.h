@@ -54,13 +54,13 @@ class RadialRows {
   explicit RadialRows(const RadialProblem<S>& problem) : problem_(problem) {}
 
   // The rows of the values of points from begin, the first of a block, to end, or in second order of the gradients in
-  // the cotangents of them. row(point): where.
+  // the cotangents of them. row(point): where; far: past the caches.
   template <class Row>
-  void values(const Pairs& pairs, int64_t begin, int64_t end, const Row& row) const {
+  void values(const Pairs& pairs, int64_t begin, int64_t end, const Row& row, bool far) const {
     for (int64_t i = begin; i < end; i += kWidth) {
       const int64_t last = std::min(i + kWidth, end);
       with_waves(pairs.within[(i - pairs.begin) / kWidth],
-                 [&](int64_t c, const auto& waves) CAMK_INLINED { values(pairs, i, last, c, waves, row); });
+                 [&](int64_t c, const auto& waves) CAMK_INLINED { values(pairs, i, last, c, waves, row, far); });
       for (int64_t k = i; k < last; ++k) {
         if (pairs.has_value(k, problem_.per_point)) continue;
         std::fill(row(k), row(k) + problem_.pitch, std::numeric_limits<S>::quiet_NaN());
@@ -130,7 +130,7 @@ class RadialRows {
   // Of a block of points, the features of some packs from c on.
   template <class Wave, int kPacks, class Row>
   CAMK_HD void values(const Pairs& pairs, int64_t begin, int64_t end, int64_t c, const Vec<Wave, kPacks>& waves,
-                      const Row& row) const {
+                      const Row& row, bool far) const {
     const int64_t pitch = problem_.pitch, per_point = problem_.per_point;
     const int64_t at = (begin - pairs.begin) / kWidth * per_point;
     const int32_t* kernels = pairs.kernels.data() + at * kWidth;
@@ -148,7 +148,8 @@ class RadialRows {
         });
       }
       S* to = row(begin + l) + c;
-      unroll<kPacks>([&](int i) CAMK_INLINED { sum[i].store(to + i * kWidth); });
+      unroll<kPacks>([&](int i)
+                         CAMK_INLINED { far ? sum[i].store_far(to + i * kWidth) : sum[i].store(to + i * kWidth); });
     }
   }
 

@@ -75,7 +75,7 @@ NETWORKS = {
 }
 GATE = ("wide", "narrow", "wide-cam", "narrow-cam")
 NODES = 32  # of a grid, along each of its two axes
-SIZES = (14, 17, 20)
+SIZES = (10, 14, 17, 20)
 # The derivative of relu jumps: where rounding takes one unit in a million to the other side, a gradient differs by its
 # root, a thousandth. In half precision plain PyTorch rounds the values of every layer, camkernels those of the last.
 TOLERANCES = {

@@ -32,7 +32,7 @@ def find(network: str, dtype: str = "float32", size: int = 14) -> Case:
 def test_cases_cover_what_is_promised():
     found = {case.name for case in cases.all_cases() if case.op == "modulated_mlp"}
     names = ("wide", "narrow", "instant-ngp", "nerf", "siren", "film", "wide-cam", "narrow-cam")
-    assert found == {f"modulated_mlp/{n}/{dtype}/n{s}" for n in names for dtype in DTYPES for s in (14, 17, 20)}
+    assert found == {f"modulated_mlp/{n}/{dtype}/n{s}" for n in names for dtype in DTYPES for s in (10, 14, 17, 20)}
 
 
 @pytest.mark.parametrize("network", NETWORKS)

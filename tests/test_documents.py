@@ -217,6 +217,15 @@ def test_the_benchmarks_documentation_quotes_the_effect_of_modulation():
         assert cam_effect.row(record) in TEXTS["bench/README.md"]
 
 
+def test_the_benchmarks_documentation_quotes_small_batches():
+    found = [r for r in lines_of("cpu-xeon-amx-small.jsonl") if (r["provider"], r["kind"]) == ("cpu", "time")]
+    assert len(found) == 4
+    for record in found:
+        network, ratio = record["facts"]["network"], record["speedup"]["eager"]["median"]
+        row = f"| `{network}` {record['pass']} | {ratio:.1f} | {record['ns_per_point']['median']:.0f} |"
+        assert row in TEXTS["bench/README.md"]
+
+
 def test_the_benchmarks_documentation_quotes_the_ops_around_the_mlp():
     found = [r for r in lines_of("cpu-xeon-amx-modulation.jsonl") if (r["provider"], r["kind"]) == ("cpu", "time")]
     assert {record["op"] for record in found} == {"coordinate_modulation", "modulate", "hash_grid_mlp"}

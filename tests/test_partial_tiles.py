@@ -12,16 +12,21 @@ from camkernels import testing
 from conftest import backends
 
 pytestmark = pytest.mark.skipif("cpu" not in backends("modulated_mlp"), reason="there are no CPU kernels")
-WIDTHS = {"few columns": (48, 64, 3), "odd": (7, 33, 20), "skip": (32, 40, 5)}
+NETWORKS = {  # widths, skips
+    "few columns": ((48, 64, 64, 3), ()),
+    "odd": ((7, 33, 33, 20), ()),
+    "skip": ((32, 40, 40, 5), (1,)),
+    "uneven": ((32, 64, 33, 64, 5, 20), (0, 2)),
+}
 
 
-def per_point(points: int, widths: tuple[int, int, int], skips: tuple[int, ...]) -> list[Tensor]:
+def per_point(points: int, widths: tuple[int, ...], skips: tuple[int, ...]) -> list[Tensor]:
     """Value, gradients in x and modulation, and their second derivatives in x."""
     torch.manual_seed(0)
-    n, width, out = widths
-    weights = [torch.randn(width, n), torch.randn(width, width), torch.randn(out, width + n * len(skips))]
-    weights = [(w / w.shape[1] ** 0.5).requires_grad_() for w in weights]
-    x, modulation, ct = (torch.randn(200, *shape)[:points].clone() for shape in [(n,), (2, 2), (out,)])
+    n, *hidden, out = widths
+    given = [n, *(width + n * (i in skips) for i, width in enumerate(hidden))]
+    weights = [torch.randn(o, i).div(i**0.5).requires_grad_() for o, i in zip((*hidden, out), given, strict=True)]
+    x, modulation, ct = (torch.randn(200, *shape)[:points].clone() for shape in [(n,), (len(hidden), 2), (out,)])
     x.requires_grad_(), modulation.requires_grad_()
     y = camkernels.modulated_mlp(
         x, weights, modulation=modulation, norm="point", activation="tanh", skips=skips, backend="cpu"
@@ -33,10 +38,13 @@ def per_point(points: int, widths: tuple[int, int, int], skips: tuple[int, ...])
 
 @pytest.mark.parametrize("rounded", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("points", [1, 11, 13, 31, 33, 95, 97, 109])
-@pytest.mark.parametrize("widths", WIDTHS)
-def test_a_tile_that_is_not_full(widths: str, points: int, rounded: bool) -> None:
+@pytest.mark.parametrize("recompute", ["0", "1"])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_tile_that_is_not_full(
+    network: str, recompute: str, points: int, rounded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CAMKERNELS_RECOMPUTE", recompute)
     with testing.bfloat16(rounded):
-        skips = (1,) if widths == "skip" else ()
-        some, every = (per_point(n, WIDTHS[widths], skips) for n in (points, 200))
+        some, every = (per_point(n, *NETWORKS[network]) for n in (points, 200))
     for found, wanted in zip(some, every, strict=True):
         assert torch.equal(found, wanted[:points])

@@ -110,10 +110,10 @@ Matrix<C> pack(Dense<C> from, int64_t depth, int64_t columns, bool rounded, Scra
 template <class C>
 void centre(const C* w, int64_t out, int64_t in, C* to) {
   std::vector<C> mean(in);
+  const C share = C(1) / C(out);
   for (int64_t o = 0; o < out; ++o) {
-    for (int64_t k = 0; k < in; ++k) mean[k] += w[o * in + k];
+    for (int64_t k = 0; k < in; ++k) mean[k] += share * w[o * in + k];
   }
-  for (C& m : mean) m /= C(out);
   for (int64_t o = 0; o < out; ++o) {
     for (int64_t k = 0; k < in; ++k) to[o * in + k] = w[o * in + k] - mean[k];
   }
@@ -151,7 +151,7 @@ struct Net {
   int64_t sums = 0;    // numbers that the gradients of weights and biases take
   bool skips = false;  // whether any layer has one
   bool rounds;         // whether products are of bfloat16
-  int64_t tile_rows;   // that there is room for in a tile
+  int64_t tile_rows;   // that a tile has room for
   Scratch<C> memory;
 
   Net(const Tensor& x, const TensorList& weights, const TensorList& biases, const OptionalTensor& modulation,

@@ -61,7 +61,8 @@ class TileProducts {
     if (has_matrix_unit()) unit_.emplace();
   }
 
-  // For a tile of `count` points.
+  // For a tile of `count` points. Rows behind them, up to a whole block, hold what was there before; their products are
+  // made and nobody reads them.
   void start(int64_t count) {
     rows_ = net_.whole_rows(count);
     ahead.clear();
@@ -375,10 +376,13 @@ class BackwardTile {
   // Whether z is computed again, from the rows of the layer before.
   bool follows(int64_t l) const { return l > 0 && !kept_[l] && !net_.is_plain(net_.layers[l]); }
 
-  // Rows are done with when the layer before is activated, which takes their memory; but for those that follow it.
+  // A layer's rows are done with when the one before it is activated, so both may take the same memory; layers that
+  // follow each other are needed together and have a room each.
   void share_rooms() {
     std::vector<ActivatedRows<C>> rooms;
-    const auto rows = [&] { return memory_.rows(net_.widest(), net_.tile_rows); };
+    int64_t widest = 0;
+    for (const Layer<C>& layer : net_.layers) widest = std::max({widest, layer.padded, layer.next});
+    const auto rows = [&] { return memory_.rows(widest, net_.tile_rows); };
     size_t room = 0;
     for (int64_t l = 0; l < int64_t(net_.layers.size()); ++l) {
       room = follows(l) ? room + 1 : 0;

@@ -33,7 +33,7 @@ int64_t spacing(int64_t width) {
   return (padded(width) / kLine | 1) * kLine;
 }
 
-// Room for rows of any width up to its own, used for rows of this one.
+// Room for rows of any width up to its own, used for rows of `width`.
 template <class C>
 Rows<C> of_width(Rows<C> room, int64_t width) {
   return {room.data, spacing<C>(width)};

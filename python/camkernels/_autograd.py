@@ -108,7 +108,7 @@ class Operator:
     # ---- calling ---------------------------------------------------------------------------------------------------
 
     def __call__(self, *tensors: Any, settings: tuple) -> Any:
-        """Differentiable call; a "Tensor[]" argument is a list."""
+        """A call, differentiable where anybody may ask for that; a "Tensor[]" argument is a list."""
         if torch.compiler.is_compiling():
             results = self.run(self.lengths(tensors), settings, self.flat(tensors))
         else:

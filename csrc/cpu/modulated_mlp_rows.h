@@ -128,6 +128,37 @@ void activate_rows(RowLayer<C> layer, int64_t count, Rows<C> z, const Modulation
   if constexpr (Order > 0) clear_padding(layer, count, slope);
 }
 
+// Activations of an instruction or two, for which rows in registers pay. Returns whether it is one of them.
+template <class Body>
+bool with_light_activation(math::Activation activation, const Body& body) {
+  using enum math::Activation;
+  switch (activation) {
+    case kNone: return body(Constant<int(kNone)>{}), true;
+    case kRelu: return body(Constant<int(kRelu)>{}), true;
+    case kLeakyRelu: return body(Constant<int(kLeakyRelu)>{}), true;
+    default: return false;
+  }
+}
+
+// y of a row z in registers.
+template <bool PerChannel, int I, int Packs, class C>
+CAMK_HD void activate_row(const RowLayer<C>& layer, Constant<I> activation, C share, const Lanes<C> (&z)[Packs],
+                          const C* scale, const C* shift, C* y) {
+  using Pack = Lanes<C>;
+  C r = 1;
+  if (layer.norm) {
+    Pack squares[2] = {Pack(C(0)), Pack(C(0))};  // as in deviations()
+    unroll<Packs>([&](auto p) CAMK_INLINED { squares[p % 2] = multiply_add(z[p], z[p], squares[p % 2]); });
+    r = math::inverse_deviation(sum_of_lanes(squares[0] + squares[1]) * share, layer.eps);
+  }
+  unroll<Packs>([&](auto p) CAMK_INLINED {
+    const int64_t o = p * lanes_of<Pack>;
+    const Pack factor = columns_of<PerChannel>(scale, o) * Pack(r);
+    const Pack s = multiply_add(z[p], factor, columns_of<PerChannel>(shift, o));
+    math::activate<0>(activation, s, Pack(layer.omega)).value.store(y + o);
+  });
+}
+
 // d: gradient of y -> of z, where there is no norm and nobody asks for the gradients of scale and shift: no sums over
 // a row.
 template <class C>

@@ -89,6 +89,20 @@ class TileProducts {
     multiply(a.data, a.stride, rows_, b.exact, depth, columns, bias, c.data, c.stride, ahead, add);
   }
 
+  // finish(row, packs) for the first `count` rows of a B + bias while they are in registers. Returns whether they fit
+  // there; if not, nothing is done.
+  template <class Finish>
+  bool by_rows(Rows<C> a, Matrix<C> b, int64_t depth, int64_t columns, const C* bias, int64_t count,
+               const Finish& finish) {
+    if (!b.exact) return false;
+    return with_row_packs<C>(depth, columns, [&](auto packs) {
+      const auto present = [&](int64_t row, auto& sums) CAMK_INLINED {
+        if (row < count) finish(row, sums);
+      };
+      multiply_rows<decltype(packs)::value>(a.data, a.stride, rows_, b.exact, depth, bias, present, ahead);
+    });
+  }
+
   // sums += d^T x over `count` points, sums [outs, columns] in panels.
   void add_outer(Rows<C> d, int64_t outs, Rows<C> x, int64_t columns, int64_t count, C* sums) {
 #if defined(__AVX512F__)
@@ -284,12 +298,13 @@ class ForwardTile {
     for (size_t l = 0; l < net_.layers.size(); ++l) {
       const Layer<C>& layer = net_.layers[l];
       const Rows<C> z = of_width(h_[l % 2], layer.next);
-      products_(h, layer.panels.forward, layer.in, layer.width, layer.panels.bias, z);
-      if (kept && layer.kept) {
-        write_far(z, layer.padded, count, kept + begin * layer.padded);
-        kept += net_.points * layer.padded;
+      C* to = kept && layer.kept ? kept + begin * layer.padded : nullptr;
+      if (to) kept += net_.points * layer.padded;
+      if (!activate_in_registers(layer, h, modulation_[l], count, z, to)) {
+        products_(h, layer.panels.forward, layer.in, layer.width, layer.panels.bias, z);
+        if (to) write_far(z, layer.padded, count, to);
+        if (!net_.is_plain(layer)) activate_rows<0>(layer, count, z, modulation_[l], r_, z, Rows<C>{});
       }
-      if (!net_.is_plain(layer)) activate_rows<0>(layer, count, z, modulation_[l], r_, z, Rows<C>{});
       h = z;
       if (layer.skip) copy_columns(input, net_.in, count, h, layer.width);
     }
@@ -297,6 +312,27 @@ class ForwardTile {
   }
 
  private:
+  // y of a layer's input h, and z to `kept`, if it is not null. Returns false where rows do not fit into registers or
+  // the activation is more than an instruction or two.
+  bool activate_in_registers(const Layer<C>& layer, Rows<C> h, const Modulation<C>& modulation, int64_t count,
+                             Rows<C> y, C* kept) {
+    if (net_.is_plain(layer)) return false;
+    bool done = false;
+    with_light_activation(layer.activation, [&](auto activation) {
+      with_form(layer.per_channel, [&](auto per_channel) {
+        const C share = C(1) / C(layer.width);
+        const auto finish = [&](int64_t row, const auto& z) CAMK_INLINED {
+          if (kept) {
+            for (int p = 0; p < int(std::size(z)); ++p) z[p].store_far(kept + row * layer.padded + p * lanes_of<Lanes<C>>);
+          }
+          activate_row<decltype(per_channel)::value>(layer, activation, share, z, modulation.scale(row), modulation.shift(row), y[row]);
+        };
+        done = products_.by_rows(h, layer.panels.forward, layer.in, layer.width, layer.panels.bias, count, finish);
+      });
+    });
+    return done;
+  }
+
   const Net<C>& net_;
   Scratch<C> memory_;
   TileModulation<C> modulation_;

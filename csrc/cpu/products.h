@@ -13,9 +13,11 @@ namespace camk::cpu {
 inline constexpr int64_t kPanel = 16;
 #if defined(__AVX512F__)
 inline constexpr int kBlockRows = 12;  // 24 sums in 32 registers
+inline constexpr int kRowVectors = 4;  // of a row that is in registers as a whole
 inline constexpr int kOuterRows = 8;   // divides the usual widths: no narrower blocks at the end
 #else
 inline constexpr int kBlockRows = 6;  // 12 sums in 16 registers
+inline constexpr int kRowVectors = 2;
 inline constexpr int kOuterRows = 4;
 #endif
 inline constexpr int kBlockVectors = 2;
@@ -62,19 +64,11 @@ class Ahead {
   int64_t bytes_ = 0, rows_ = 0, rows_before_ = 0;
 };
 
+// sum += a B for a block: `depth` numbers of Rows rows and a pack of columns of each of the panels b.
 template <int Rows, int Vectors, class E, class C>
-CAMK_HD void multiply_block(const E* a, int64_t a_stride, const E* const (&b)[Vectors], int64_t depth, const C* start,
-                            C* c, int64_t c_stride, bool add, Ahead& ahead) {
+CAMK_HD void add_products(const E* a, int64_t a_stride, const E* const (&b)[Vectors], int64_t depth,
+                          C (&sum)[Rows][Vectors], Ahead& ahead) {
   auto [line, step] = ahead.take(depth);
-  using Pack = Lanes<C>;
-  constexpr int kWidth = lanes_of<Pack>;
-  Pack sum[Rows][Vectors];
-  unroll<Rows>([&](auto r) CAMK_INLINED {
-    unroll<Vectors>([&](auto v) CAMK_INLINED {
-      const C* from = add ? c + r * c_stride : start;
-      sum[r][v] = from ? Pack::load(from + v * kWidth) : Pack(C(0));
-    });
-  });
   static_assert(Rows % 3 == 0);
   // Every third row: a pointer to each is what the compiler makes of it, more than there are registers for. 2 to 4 % of
   // an MLP of 48, 64, 64 and 3 values (a Xeon with AMX).
@@ -90,6 +84,21 @@ CAMK_HD void multiply_block(const E* a, int64_t a_stride, const E* const (&b)[Ve
       unroll<Vectors>([&](auto v) CAMK_INLINED { sum[r][v] = multiply_add(scalar, x[v], sum[r][v]); });
     });
   }
+}
+
+template <int Rows, int Vectors, class E, class C>
+CAMK_HD void multiply_block(const E* a, int64_t a_stride, const E* const (&b)[Vectors], int64_t depth, const C* start,
+                            C* c, int64_t c_stride, bool add, Ahead& ahead) {
+  using Pack = Lanes<C>;
+  constexpr int kWidth = lanes_of<Pack>;
+  Pack sum[Rows][Vectors];
+  unroll<Rows>([&](auto r) CAMK_INLINED {
+    unroll<Vectors>([&](auto v) CAMK_INLINED {
+      const C* from = add ? c + r * c_stride : start;
+      sum[r][v] = from ? Pack::load(from + v * kWidth) : Pack(C(0));
+    });
+  });
+  add_products(a, a_stride, b, depth, sum, ahead);
   unroll<Rows>([&](auto r) CAMK_INLINED {
     unroll<Vectors>([&](auto v) CAMK_INLINED { sum[r][v].store(c + r * c_stride + v * kWidth); });
   });
@@ -124,6 +133,39 @@ void multiply(const E* a, int64_t a_stride, int64_t rows, const E* panels, int64
     for (; j < end; j += kWidth) {
       multiply_columns<1>(a, a_stride, rows, panels, depth, k0, j, bias, c, c_stride, add, ahead);
     }
+  }
+}
+
+// Blocks of whole rows: body(Constant<packs of a row>), if registers hold the rows of a block and a first-level cache
+// half of B, as above. Returns whether.
+template <class C, class Body>
+bool with_row_packs(int64_t depth, int64_t columns, const Body& body) {
+  const int64_t packs = padded(columns) / lanes_of<Lanes<C>>;
+  if (packs > kRowVectors || packs * depth > kBlockVectors * kDepth) return false;
+  unroll<kRowVectors>([&](auto i) {
+    if (packs == i + 1) body(Constant<decltype(i)::value + 1>{});
+  });
+  return true;
+}
+
+// finish(row, packs) for each row of a B + bias, while it is in registers: nobody waits for memory between the product
+// and what is done to it, and the next block's product runs beside that.
+template <int Vectors, class C, class Finish>
+void multiply_rows(const C* a, int64_t a_stride, int64_t rows, const C* panels, int64_t depth, const C* bias,
+                   const Finish& finish, Ahead& ahead) {
+  using Pack = Lanes<C>;
+  constexpr int kRows = Vectors > kBlockVectors ? kBlockRows / 2 : kBlockRows;
+  const C* b[Vectors];
+  for (int v = 0; v < Vectors; ++v) b[v] = panels + in_panels(depth, 0, v * lanes_of<Pack>);
+  for (int64_t first = 0; first < rows; first += kRows) {
+    Pack sum[kRows][Vectors];
+    unroll<kRows>([&](auto r) CAMK_INLINED {
+      unroll<Vectors>([&](auto v) CAMK_INLINED {
+        sum[r][v] = bias ? Pack::load(bias + v * lanes_of<Pack>) : Pack(C(0));
+      });
+    });
+    add_products(a + first * a_stride, a_stride, b, depth, sum, ahead);
+    unroll<kRows>([&](auto r) CAMK_INLINED { finish(first + r, sum[r]); });
   }
 }
 

@@ -49,10 +49,26 @@ void with_form(bool per_channel, const Body& body) {
   per_channel ? body(Constant<1>{}) : body(Constant<0>{});
 }
 
+// A row of a tile in memory, as products.h has it in registers.
+template <class C>
+struct MemoryRow {
+  C* at;
+  CAMK_HD Lanes<C> load(int64_t column) const { return Lanes<C>::load(at + column); }
+  CAMK_HD void store(int64_t column, Lanes<C> pack) const { pack.store(at + column); }
+};
+
 // body(column) for every pack of columns.
 template <class C, class Body>
 CAMK_HD void each_pack(const RowLayer<C>& layer, const Body& body) {
   for (int64_t o = 0; o < layer.padded; o += lanes_of<Lanes<C>>) body(o);
+}
+template <class C, class Body>
+CAMK_HD void each_pack(const RowLayer<C>& layer, const MemoryRow<C>&, const Body& body) {
+  each_pack(layer, body);
+}
+template <class C, class Pack, int Packs, class Body>
+CAMK_HD void each_pack(const RowLayer<C>&, const RegisterRow<Pack, Packs>& row, const Body& body) {
+  row.each_column(body);
 }
 
 // Rows whose sums are taken together, a lane for each.
@@ -133,61 +149,54 @@ template <class Body>
 bool with_light_activation(math::Activation activation, const Body& body) {
   using enum math::Activation;
   switch (activation) {
-    case kNone: return body(Constant<int(kNone)>{}), true;
-    case kRelu: return body(Constant<int(kRelu)>{}), true;
-    case kLeakyRelu: return body(Constant<int(kLeakyRelu)>{}), true;
-    default: return false;
+    case kRelu:
+      return body(Constant<int(kRelu)>{}), true;
+    case kLeakyRelu:
+      return body(Constant<int(kLeakyRelu)>{}), true;
+    default:
+      return false;
   }
 }
 
 // y of a row z in registers.
-template <bool PerChannel, int I, int Packs, class C>
-CAMK_HD void activate_row(const RowLayer<C>& layer, Constant<I> activation, C share, const Lanes<C> (&z)[Packs],
-                          const C* scale, const C* shift, C* y) {
+template <bool PerChannel, int I, class C, class Row>
+CAMK_HD void activate_row(RowLayer<C> layer, Constant<I> activation, C share, Row z, const C* scale, const C* shift,
+                          C* y) {
   using Pack = Lanes<C>;
   C r = 1;
   if (layer.norm) {
-    Pack squares[2] = {Pack(C(0)), Pack(C(0))};  // as in deviations()
-    unroll<Packs>([&](auto p) CAMK_INLINED { squares[p % 2] = multiply_add(z[p], z[p], squares[p % 2]); });
+    Pack squares[2] = {Pack(C(0)), Pack(C(0))};  // added up as deviations() does
+    z.each_column([&](int64_t o) CAMK_INLINED {
+      Pack& sum = squares[o / lanes_of<Pack> % 2];
+      sum = multiply_add(z.load(o), z.load(o), sum);
+    });
     r = math::inverse_deviation(sum_of_lanes(squares[0] + squares[1]) * share, layer.eps);
   }
-  unroll<Packs>([&](auto p) CAMK_INLINED {
-    const int64_t o = p * lanes_of<Pack>;
+  z.each_column([&](int64_t o) CAMK_INLINED {
     const Pack factor = columns_of<PerChannel>(scale, o) * Pack(r);
-    const Pack s = multiply_add(z[p], factor, columns_of<PerChannel>(shift, o));
+    const Pack s = multiply_add(z.load(o), factor, columns_of<PerChannel>(shift, o));
     math::activate<0>(activation, s, Pack(layer.omega)).value.store(y + o);
   });
 }
 
-// d: gradient of y -> of z, where there is no norm and nobody asks for the gradients of scale and shift: no sums over
-// a row.
-template <class C>
-void deactivate_plain_rows(RowLayer<C> layer, int64_t count, Rows<C> slope, const Modulation<C>& modulation,
-                           Rows<C> d) {
+// d: gradient of y -> of z, for a row; to_scale, to_shift: gradients of scale and shift, if they are wanted. Its packs
+// add up w per channel, else g, which is w / scale; and n times that. Without a norm, and where nobody asks for those
+// gradients, there are no sums over a row.
+template <bool PerChannel, class C, class Row>
+CAMK_HD void deactivate_row(RowLayer<C> layer, C share, const C* z, const C* slope, C r, const C* scale, Row d,
+                            C* to_scale, C* to_shift, bool wants_change) {
   using Pack = Lanes<C>;
-  with_form(layer.per_channel, [&](auto per_channel) {
-    for (int64_t i = 0; i < count; ++i) {
-      const C *scale = modulation.scale(i), *by = slope[i];
-      C* of = d[i];
-      each_pack(layer, [=](int64_t o) CAMK_INLINED {
-        const Pack factor = columns_of<decltype(per_channel)::value>(scale, o);
-        math::modulate_gradients(factor, Pack(C(0)), Pack::load(of + o), Pack::load(by + o)).n.store(of + o);
-      });
-    }
-  });
-}
-
-// d: gradient of y -> of z, for a row; to_scale, to_shift: gradients of scale and shift. Its packs add up w per
-// channel, else g, which is w / scale; and n times that.
-template <bool PerChannel, class C>
-CAMK_HD void deactivate_row(RowLayer<C> layer, C share, const C* z, const C* slope, C r, const C* scale, C* d,
-                            C* to_scale, C* to_shift) {
-  using Pack = Lanes<C>;
+  if (!layer.norm && !wants_change) {
+    return each_pack(layer, d, [=](int64_t o) CAMK_INLINED {
+      const Pack factor = columns_of<PerChannel>(scale, o);
+      d.store(o, math::modulate_gradients(factor, Pack(C(0)), d.load(o), Pack::load(slope + o)).n);
+    });
+  }
   Pack sum(C(0)), sum_n(C(0));
-  each_pack(layer, [&](int64_t o) CAMK_INLINED {
+  each_pack(layer, d, [&](int64_t o) CAMK_INLINED {
     const Pack n = Pack::load(z + o) * Pack(r), factor = columns_of<PerChannel>(scale, o);
-    const auto of = math::modulate_gradients(factor, n, Pack::load(d + o), Pack::load(slope + o));
-    of.n.store(d + o);
+    const auto of = math::modulate_gradients(factor, n, d.load(o), Pack::load(slope + o));
+    d.store(o, of.n);
     if constexpr (PerChannel) of.scale.store(to_scale + o), of.shift.store(to_shift + o);
     const Pack added = PerChannel ? of.n : of.shift;
     sum = sum + added, sum_n = multiply_add(n, added, sum_n);
@@ -197,23 +206,40 @@ CAMK_HD void deactivate_row(RowLayer<C> layer, C share, const C* z, const C* slo
   if (!layer.norm) return;
   const C part = PerChannel ? share : share * *scale;
   const Pack mean(total * part), mean_n(total_n * part);
-  each_pack(layer, [=](int64_t o) CAMK_INLINED {
+  each_pack(layer, d, [=](int64_t o) CAMK_INLINED {
     const Pack n = Pack::load(z + o) * Pack(r);
-    math::norm_jacobian(Pack::load(d + o), n, Pack(r), mean, mean_n).store(d + o);
+    d.store(o, math::norm_jacobian(d.load(o), n, Pack(r), mean, mean_n));
   });
 }
 
-// d: gradient of y -> of z; change: of scale and shift, if they are wanted.
+// What a tile knows of a layer's rows on the way back: z, f', 1 / deviation, and where gradients of scale and shift go,
+// if they are wanted.
 template <class C>
-void deactivate_rows(RowLayer<C> layer, int64_t count, Rows<C> z, Rows<C> slope, Modulation<C> modulation, const C* r,
-                     Rows<C> d, Modulation<C> change, bool wants_change) {
-  if (!layer.norm && !wants_change) return deactivate_plain_rows(layer, count, slope, modulation, d);
+struct LayerRows {
+  Rows<C> z, slope;
+  const C* r;
+  Modulation<C> modulation, change;
+  bool wants_change;
+};
+
+// body(deactivate): deactivate(row, d) makes of d, gradient of a row y, that of z. Everything is a copy, as above.
+template <class C, class Body>
+void with_deactivation(RowLayer<C> layer, LayerRows<C> rows, const Body& body) {
   const C share = C(1) / C(layer.width);
-  with_form(layer.per_channel, [=](auto per_channel) {  // copies, as above
-    for (int64_t i = 0; i < count; ++i) {
-      deactivate_row<decltype(per_channel)::value>(layer, share, z[i], slope[i], r[i], modulation.scale(i), d[i],
-                                                   change.scale(i), change.shift(i));
-    }
+  with_form(layer.per_channel, [=](auto per_channel) {
+    body([=](int64_t i, auto d) CAMK_INLINED {
+      deactivate_row<decltype(per_channel)::value>(layer, share, rows.z[i], rows.slope[i], rows.r[i],
+                                                   rows.modulation.scale(i), d, rows.change.scale(i),
+                                                   rows.change.shift(i), rows.wants_change);
+    });
+  });
+}
+
+// d: gradient of y -> of z.
+template <class C>
+void deactivate_rows(const RowLayer<C>& layer, int64_t count, const LayerRows<C>& rows, Rows<C> d) {
+  with_deactivation(layer, rows, [=](const auto& deactivate) {
+    for (int64_t i = 0; i < count; ++i) deactivate(i, MemoryRow<C>{d[i]});
   });
 }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // A tile of points on its way through a modulated MLP and back. One tile object serves one thread.
 #pragma once
-#include "cpu/modulated_mlp_net.h"
+#include "cpu/modulated_mlp_products.h"
 
 namespace camk::cpu {
 
@@ -46,117 +46,6 @@ void write_far(Rows<C> from, int64_t columns, int64_t count, C* to) {
     for (int64_t o = 0; o < columns; o += lanes_of<Lanes<C>>) Lanes<C>::load(from[i] + o).store_far(to + o);
   }
 }
-
-// Products of a tile's rows with the matrices of layers and with other rows, and what is fetched while they run.
-template <class C>
-class TileProducts {
- public:
-  Ahead ahead;
-
-  TileProducts(const Net<C>& net, Scratch<C>& memory) : net_(net), stride_(round_up((net.widest() + 1) / 2, kUnit)) {
-    if (!net.rounds) return;
-    for (uint32_t** pairs : {&pairs_, &d_pairs_, &x_pairs_}) {
-      *pairs = reinterpret_cast<uint32_t*>(memory.take(net.tile_rows * stride_));
-    }
-    if (has_matrix_unit()) unit_.emplace();
-  }
-
-  // For a tile of `count` points. Rows behind them, up to a whole block, hold what was there before; their products are
-  // made and nobody reads them.
-  void start(int64_t count) {
-    rows_ = net_.whole_rows(count);
-    ahead.clear();
-  }
-
-  // c = a B + bias, or c += a B, for all rows that start() made whole.
-  void operator()(Rows<C> a, Matrix<C> b, int64_t depth, int64_t columns, const C* bias, Rows<C> c, bool add = false) {
-#if defined(__AVX512F__)
-    if constexpr (std::is_same_v<C, float>) {
-      if (b.rounded) {
-        round_rows(a, depth);
-#if CAMK_MATRIX_UNIT
-        if (unit_) {
-          return unit_multiply(pairs_, stride_, rows_, b.rounded, pairs_of(depth), columns, bias, c.data, c.stride,
-                               ahead, add);
-        }
-#endif
-        return multiply(pairs_, stride_, rows_, b.rounded, pairs_of(depth), columns, bias, c.data, c.stride, ahead,
-                        add);
-      }
-    }
-#endif
-    if (b.few) return multiply_few(a.data, a.stride, rows_, b.few, depth, columns, bias, c.data, c.stride, add);
-    multiply(a.data, a.stride, rows_, b.exact, depth, columns, bias, c.data, c.stride, ahead, add);
-  }
-
-  // finish(row, packs) for the first `count` rows of a B + bias while they are in registers. Returns whether they fit
-  // there; if not, nothing is done.
-  template <class Finish>
-  bool by_rows(Rows<C> a, Matrix<C> b, int64_t depth, int64_t columns, const C* bias, int64_t count,
-               const Finish& finish) {
-    if (!b.exact) return false;
-    return with_row_packs<C>(depth, columns, [&](auto packs) {
-      const auto present = [&](int64_t row, auto& sums) CAMK_INLINED {
-        if (row < count) finish(row, sums);
-      };
-      multiply_rows<decltype(packs)::value>(a.data, a.stride, rows_, b.exact, depth, bias, present, ahead);
-    });
-  }
-
-  // sums += d^T x over `count` points, sums [outs, columns] in panels.
-  void add_outer(Rows<C> d, int64_t outs, Rows<C> x, int64_t columns, int64_t count, C* sums) {
-#if defined(__AVX512F__)
-    if constexpr (std::is_same_v<C, float>) {
-      if (pairs_) return add_rounded_outer(d, outs, x, columns, count, sums);
-    }
-#endif
-    cpu::add_outer(d.data, d.stride, outs, x.data, x.stride, columns, count, sums);
-  }
-
- private:
-#if defined(__AVX512F__)
-  void add_rounded_outer(Rows<C> d, int64_t outs, Rows<C> x, int64_t columns, int64_t count, C* sums) {
-    const int64_t pairs = rows_ / 2, d_stride = padded(outs), x_stride = padded(columns);
-    int64_t whole = 0;  // rows that fill registers
-    pair_rows(d, outs, count, d_pairs_), pair_rows(x, columns, count, x_pairs_);
-#if CAMK_MATRIX_UNIT
-    if (unit_) {
-      whole = outs / kUnit * kUnit;
-      transpose(reinterpret_cast<const float*>(d_pairs_), pairs, whole, d_stride, reinterpret_cast<float*>(pairs_),
-                pairs);
-      unit_add_outer(pairs_, whole, x_pairs_, x_stride, columns, pairs, outs, sums, ahead);
-    }
-#endif
-    cpu::add_outer(d_pairs_, d_stride, outs, x_pairs_, x_stride, columns, pairs, sums, whole);
-  }
-
-  // Each two rows rounded, side by side, [pairs, padded(columns)]; zeros behind the last of `count`.
-  void pair_rows(Rows<C> rows, int64_t columns, int64_t count, uint32_t* to) {
-    const int64_t end = padded(columns);
-    for (int64_t i = 0; i < rows_; i += 2, to += end) {
-      for (int64_t k = 0; k < end; k += kLanes) {
-        const auto some = [&](int64_t row)
-                              CAMK_INLINED { return load_first(rows[row] + k, row < count ? columns - k : 0); };
-        to_bfloat16_pairs(some(i), some(i + 1)).store(to + k);
-      }
-    }
-  }
-
-  void round_rows(Rows<C> a, int64_t depth) {
-    for (int64_t i = 0; i < rows_; ++i) {
-      for (int64_t k = 0; k < depth; k += 2 * kLanes) {
-        const auto some = [&](int64_t first) CAMK_INLINED { return load_first(a[i] + first, depth - first); };
-        to_bfloat16(some(k), some(k + kLanes)).store(pairs_ + i * stride_ + k / 2);
-      }
-    }
-  }
-#endif
-
-  const Net<C>& net_;
-  std::optional<MatrixUnit> unit_;
-  int64_t stride_, rows_ = 0;
-  uint32_t *pairs_ = nullptr, *d_pairs_, *x_pairs_;  // of a row; of two rows
-};
 
 // Scale and shift of every layer for the points of a tile: where they lie if they can stay there, or a copy. Where
 // there is no tensor: 1 and 0, or 0 and 0.
@@ -316,16 +205,15 @@ class ForwardTile {
   // the activation is more than an instruction or two.
   bool activate_in_registers(const Layer<C>& layer, Rows<C> h, const Modulation<C>& modulation, int64_t count,
                              Rows<C> y, C* kept) {
-    if (net_.is_plain(layer)) return false;
     bool done = false;
     with_light_activation(layer.activation, [&](auto activation) {
       with_form(layer.per_channel, [&](auto per_channel) {
-        const C share = C(1) / C(layer.width);
-        const auto finish = [&](int64_t row, const auto& z) CAMK_INLINED {
-          if (kept) {
-            for (int p = 0; p < int(std::size(z)); ++p) z[p].store_far(kept + row * layer.padded + p * lanes_of<Lanes<C>>);
-          }
-          activate_row<decltype(per_channel)::value>(layer, activation, share, z, modulation.scale(row), modulation.shift(row), y[row]);
+        const auto finish = [=, layer = RowLayer<C>(layer), share = C(1) / C(layer.width)](int64_t i,
+                                                                                           auto z) CAMK_INLINED {
+          const auto far = [=](int64_t o) CAMK_INLINED { z.load(o).store_far(kept + i * layer.padded + o); };
+          if (kept) z.each_column(far);
+          activate_row<decltype(per_channel)::value>(layer, activation, share, z, modulation.scale(i),
+                                                     modulation.shift(i), y[i]);
         };
         done = products_.by_rows(h, layer.panels.forward, layer.in, layer.width, layer.panels.bias, count, finish);
       });
@@ -377,13 +265,12 @@ class BackwardTile {
     if (net_.skips) std::memset(gx_.data, 0, size_t(net_.tile_rows * gx_.stride) * sizeof(C));
     const int64_t last = int64_t(net_.layers.size()) - 1;
     if (!net_.is_plain(net_.layers[last])) activate(last, input, begin, count);
+    bool deactivated = false;
     for (int64_t l = last; l >= 0; --l) {
       const Layer<C>& layer = net_.layers[l];
       take_skip(layer, d, gx_, count);
       if (!net_.is_plain(layer)) {
-        const ActivatedRows<C>& rows = rows_[l];
-        deactivate_rows(layer, count, rows.z, rows.slope, modulation_[l], rows.r, d, change_,
-                        gradients.wants_modulation());
+        if (!deactivated) deactivate_rows<C>(layer, count, layer_rows(l, gradients), d);
         gradients.add_modulation(l, change_, begin, count, sums);
       }
       if (l && !follows(l)) activate(l - 1, input, begin, count);
@@ -391,7 +278,8 @@ class BackwardTile {
       if (l == 0 && !gx) return;
       Rows<C> below = of_width(d_[d.data == d_[0].data], layer.in);
       if (l == 0) below = room_in(gx, begin, count, below);
-      products_(d, layer.panels.backward, layer.width, layer.in, nullptr, below);
+      deactivated = l && deactivate_in_registers(l, d, count, gradients, below);
+      if (!deactivated) products_(d, layer.panels.backward, layer.width, layer.in, nullptr, below);
       d = below;
     }
     for (int64_t i = 0; net_.skips && i < count; ++i) {
@@ -438,6 +326,26 @@ class BackwardTile {
       const int64_t width = net_.layers[l].padded;
       if (kept_[l]) ahead.add(kept_[l] + first * width, count * width * int64_t(sizeof(C)));
     }
+  }
+
+  LayerRows<C> layer_rows(int64_t l, const Gradients<C>& gradients) const {
+    return {rows_[l].z, rows_[l].slope, rows_[l].r, modulation_[l], change_, gradients.wants_modulation()};
+  }
+
+  // The gradient d of layer l's z -> that of the layer before it. Returns false, and does nothing, where rows do not
+  // fit into registers or do not fill them, or x comes in between.
+  bool deactivate_in_registers(int64_t l, Rows<C> d, int64_t count, const Gradients<C>& gradients, Rows<C> below) {
+    const Layer<C>&layer = net_.layers[l], &before = net_.layers[l - 1];
+    if (before.skip || net_.is_plain(before) || before.width < before.padded) return false;
+    bool done = false;
+    with_deactivation<C>(before, layer_rows(l - 1, gradients), [&](const auto& deactivate) {
+      const auto finish = [=](int64_t i, auto row) CAMK_INLINED {
+        deactivate(i, row);
+        row.each_column([=](int64_t o) CAMK_INLINED { row.load(o).store(below[i] + o); });
+      };
+      done = products_.by_rows(d, layer.panels.backward, layer.width, layer.in, nullptr, count, finish);
+    });
+    return done;
   }
 
   void activate(int64_t l, Rows<C> input, int64_t begin, int64_t count) {

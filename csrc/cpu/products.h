@@ -140,15 +140,30 @@ void multiply(const E* a, int64_t a_stride, int64_t rows, const E* panels, int64
 // half of B, as above. Returns whether.
 template <class C, class Body>
 bool with_row_packs(int64_t depth, int64_t columns, const Body& body) {
+  constexpr int kPacks = kPanel / lanes_of<Lanes<C>>;  // of a panel
   const int64_t packs = padded(columns) / lanes_of<Lanes<C>>;
   if (packs > kRowVectors || packs * depth > kBlockVectors * kDepth) return false;
-  unroll<kRowVectors>([&](auto i) {
-    if (packs == i + 1) body(Constant<decltype(i)::value + 1>{});
+  unroll<kRowVectors / kPacks>([&](auto i) {
+    constexpr int kSome = (decltype(i)::value + 1) * kPacks;
+    if (packs == kSome) body(Constant<kSome>{});
   });
   return true;
 }
 
-// finish(row, packs) for each row of a B + bias, while it is in registers: nobody waits for memory between the product
+// A row in registers.
+template <class Pack, int Packs>
+struct RegisterRow {
+  Pack (&packs)[Packs];
+
+  CAMK_HD Pack load(int64_t column) const { return packs[column / lanes_of<Pack>]; }
+  CAMK_HD void store(int64_t column, Pack pack) const { packs[column / lanes_of<Pack>] = pack; }
+  template <class Body>
+  CAMK_HD void each_column(const Body& body) const {
+    unroll<Packs>([&](auto p) CAMK_INLINED { body(p * lanes_of<Pack>); });
+  }
+};
+
+// finish(number, row) for each row of a B + bias, while it is in registers: nobody waits for memory between the product
 // and what is done to it, and the next block's product runs beside that.
 template <int Vectors, class C, class Finish>
 void multiply_rows(const C* a, int64_t a_stride, int64_t rows, const C* panels, int64_t depth, const C* bias,
@@ -160,12 +175,11 @@ void multiply_rows(const C* a, int64_t a_stride, int64_t rows, const C* panels, 
   for (int64_t first = 0; first < rows; first += kRows) {
     Pack sum[kRows][Vectors];
     unroll<kRows>([&](auto r) CAMK_INLINED {
-      unroll<Vectors>([&](auto v) CAMK_INLINED {
-        sum[r][v] = bias ? Pack::load(bias + v * lanes_of<Pack>) : Pack(C(0));
-      });
+      unroll<Vectors>([&](auto v)
+                          CAMK_INLINED { sum[r][v] = bias ? Pack::load(bias + v * lanes_of<Pack>) : Pack(C(0)); });
     });
     add_products(a + first * a_stride, a_stride, b, depth, sum, ahead);
-    unroll<kRows>([&](auto r) CAMK_INLINED { finish(first + r, sum[r]); });
+    unroll<kRows>([&](auto r) CAMK_INLINED { finish(first + r, RegisterRow{sum[r]}); });
   }
 }
 

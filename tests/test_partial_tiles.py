@@ -12,15 +12,16 @@ from camkernels import testing
 from conftest import backends
 
 pytestmark = pytest.mark.skipif("cpu" not in backends("modulated_mlp"), reason="there are no CPU kernels")
-NETWORKS = {  # widths, skips
-    "few columns": ((48, 64, 64, 3), ()),
-    "odd": ((7, 33, 33, 20), ()),
-    "skip": ((32, 40, 40, 5), (1,)),
-    "uneven": ((32, 64, 33, 64, 5, 20), (0, 2)),
+NETWORKS = {  # widths, skips, activation
+    "few columns": ((48, 64, 64, 3), (), "tanh"),
+    "in registers": ((48, 64, 16, 32, 3), (), "relu"),
+    "odd": ((7, 33, 33, 20), (), "tanh"),
+    "skip": ((32, 40, 40, 5), (1,), "tanh"),
+    "uneven": ((32, 64, 33, 64, 5, 20), (0, 2), "tanh"),
 }
 
 
-def per_point(points: int, widths: tuple[int, ...], skips: tuple[int, ...]) -> list[Tensor]:
+def per_point(points: int, widths: tuple[int, ...], skips: tuple[int, ...], activation: str) -> list[Tensor]:
     """Value, gradients in x and modulation, and their second derivatives in x."""
     torch.manual_seed(0)
     n, *hidden, out = widths
@@ -29,7 +30,7 @@ def per_point(points: int, widths: tuple[int, ...], skips: tuple[int, ...]) -> l
     x, modulation, ct = (torch.randn(200, *shape)[:points].clone() for shape in [(n,), (len(hidden), 2), (out,)])
     x.requires_grad_(), modulation.requires_grad_()
     y = camkernels.modulated_mlp(
-        x, weights, modulation=modulation, norm="point", activation="tanh", skips=skips, backend="cpu"
+        x, weights, modulation=modulation, norm="point", activation=activation, skips=skips, backend="cpu"
     )
     gradients = torch.autograd.grad(y, [x, modulation], ct, create_graph=True)
     (second,) = torch.autograd.grad(gradients[0].square().sum(), x)

@@ -117,6 +117,15 @@ void clear_padding(const RowLayer<C>& layer, int64_t count, Rows<C> rows) {
   }
 }
 
+// f(scale n + shift) of a pack of columns, n = r z.
+template <int Order, bool PerChannel, int I, class C>
+CAMK_HD math::Jet<Lanes<C>> activate_pack(const RowLayer<C>& layer, Constant<I> activation, Lanes<C> z, Lanes<C> r,
+                                          const C* scale, const C* shift, int64_t column) {
+  const Lanes<C> factor = columns_of<PerChannel>(scale, column) * r;
+  const Lanes<C> s = multiply_add(z, factor, columns_of<PerChannel>(shift, column));
+  return math::activate<Order>(activation, s, rate_of<I>(layer, column));
+}
+
 // y = f(scale n + shift), n = r z, where y may be z; Order 1: also slope = f'. Under a norm z has mean 0. Layer and
 // pointers are copies: what is stored might be any that are read through a reference.
 template <int Order, class C>
@@ -132,9 +141,8 @@ void activate_rows(RowLayer<C> layer, int64_t count, Rows<C> z, const Modulation
         C *to = y[i], *to_slope = slope[i];
         const Pack deviation(r[i]);
         each_pack(layer, [=](int64_t o) CAMK_INLINED {
-          const Pack factor = columns_of<kChannels>(scale, o) * deviation;
-          const Pack s = multiply_add(Pack::load(from + o), factor, columns_of<kChannels>(shift, o));
-          const auto f = math::activate<Order>(activation, s, rate_of<decltype(activation)::value>(layer, o));
+          const auto f =
+              activate_pack<Order, kChannels>(layer, activation, Pack::load(from + o), deviation, scale, shift, o);
           f.value.store(to + o);
           if constexpr (Order > 0) f.first.store(to_slope + o);
         });
@@ -173,9 +181,7 @@ CAMK_HD void activate_row(RowLayer<C> layer, Constant<I> activation, C share, Ro
     r = math::inverse_deviation(sum_of_lanes(squares[0] + squares[1]) * share, layer.eps);
   }
   z.each_column([&](int64_t o) CAMK_INLINED {
-    const Pack factor = columns_of<PerChannel>(scale, o) * Pack(r);
-    const Pack s = multiply_add(z.load(o), factor, columns_of<PerChannel>(shift, o));
-    math::activate<0>(activation, s, Pack(layer.omega)).value.store(y + o);
+    activate_pack<0, PerChannel>(layer, activation, z.load(o), Pack(r), scale, shift, o).value.store(y + o);
   });
 }
 

@@ -13,6 +13,7 @@ from camkernels._cases.modulated_mlp import _Draw
 from conftest import device_of
 
 # By name: what differs from n=50 points (or leading axes), 2 hidden layers of 20 channels, 3 outputs, and what follows.
+# Whole packs: rows that the CPU's kernels work on in registers.
 SIZES: dict[str, dict[str, Any]] = {
     "several-tiles": {"leading": (300,)},
     "shared-by-all": {"leading": (300,), "modulation": ((1,), True)},
@@ -21,6 +22,10 @@ SIZES: dict[str, dict[str, Any]] = {
     "several-chunks": {"features": 70, "width": 130, "skips": (0, 1), "output_layer": False},
     "widest": {"features": 130, "width": 256, "modulation": ((2, 1), True), "leading": (2, 70), "bias": False},
     "wider": {"width": 300, "skips": (1,), "modulation": ((2, 1), True), "leading": (2, 35)},
+    "whole-packs": {"features": 16, "width": 32, "modulation": ((50,), False)},
+    "whole-packs-per-channel": {"features": 16, "width": 16, "hidden": 3, "modulation": ((50,), True)},
+    "whole-packs-plain": {"features": 16, "width": 64, "norm": None},
+    "whole-packs-skip": {"features": 16, "width": 16, "hidden": 3, "skips": (0,), "modulation": ((50,), False)},
     "deep": {"hidden": 7, "skips": (3,), "modulation": ((50,), False)},
     "no-points": {"leading": (0,), "modulation": ((1,), True)},
 }

@@ -26,6 +26,7 @@ struct RowLayer {
   const C* frequencies;  // [padded], of a residual sine
   bool norm, per_channel;
   C eps;
+  C share() const { return C(1) / C(width); }  // of a column in a mean
 };
 
 // The scale or shift of the columns from `column` on.
@@ -63,12 +64,32 @@ CAMK_HD void each_pack(const RowLayer<C>& layer, const Body& body) {
   for (int64_t o = 0; o < layer.padded; o += lanes_of<Lanes<C>>) body(o);
 }
 template <class C, class Body>
-CAMK_HD void each_pack(const RowLayer<C>& layer, const MemoryRow<C>&, const Body& body) {
+CAMK_HD void each_pack(const RowLayer<C>& layer, MemoryRow<C>, const Body& body) {
   each_pack(layer, body);
 }
 template <class C, class Pack, int Packs, class Body>
-CAMK_HD void each_pack(const RowLayer<C>&, const RegisterRow<Pack, Packs>& row, const Body& body) {
+CAMK_HD void each_pack(const RowLayer<C>&, RegisterRow<Pack, Packs> row, const Body& body) {
   row.each_column(body);
+}
+
+// The squares of a row's packs, those in even places and the others in two chains of additions.
+template <class C>
+CAMK_HD Lanes<C> sum_of_squares(const RowLayer<C>& layer, MemoryRow<C> row) {
+  constexpr int64_t kWidth = lanes_of<Lanes<C>>;
+  Lanes<C> even(C(0)), odd(C(0));
+  int64_t o = 0;
+  for (; o + 2 * kWidth <= layer.padded; o += 2 * kWidth) {
+    const Lanes<C> a = row.load(o), b = row.load(o + kWidth);
+    even = multiply_add(a, a, even), odd = multiply_add(b, b, odd);
+  }
+  if (o < layer.padded) even = multiply_add(row.load(o), row.load(o), even);
+  return even + odd;
+}
+template <class C, class Pack, int Packs>
+CAMK_HD Pack sum_of_squares(const RowLayer<C>&, RegisterRow<Pack, Packs> row) {
+  Pack sums[2] = {Pack(C(0)), Pack(C(0))};
+  unroll<Packs>([&](auto p) CAMK_INLINED { sums[p % 2] = multiply_add(row.packs[p], row.packs[p], sums[p % 2]); });
+  return sums[0] + sums[1];
 }
 
 // Rows whose sums are taken together, a lane for each.
@@ -92,18 +113,8 @@ void deviations(const RowLayer<C>& layer, int64_t count, Rows<C> z, C* r) {
   each_block<C>(count, [&](int64_t first, int64_t rows) CAMK_INLINED {
     Pack squares[kRowBlock<C>];
     for (int64_t i = rows; i < kRowBlock<C>; ++i) squares[i] = Pack(C(0));
-    for (int64_t i = 0; i < rows; ++i) {
-      const C* row = z[first + i];
-      Pack even(C(0)), odd(C(0));  // two chains of additions
-      int64_t o = 0;
-      for (; o + 2 * lanes_of<Pack> <= layer.padded; o += 2 * lanes_of<Pack>) {
-        const Pack a = Pack::load(row + o), b = Pack::load(row + o + lanes_of<Pack>);
-        even = multiply_add(a, a, even), odd = multiply_add(b, b, odd);
-      }
-      if (o < layer.padded) even = multiply_add(Pack::load(row + o), Pack::load(row + o), even);
-      squares[i] = even + odd;
-    }
-    const Pack mean = sums_of_lanes(squares) * Pack(C(1) / C(layer.width));
+    for (int64_t i = 0; i < rows; ++i) squares[i] = sum_of_squares(layer, MemoryRow<C>{z[first + i]});
+    const Pack mean = sums_of_lanes(squares) * Pack(layer.share());
     math::inverse_deviation(mean, Pack(layer.eps)).store(r + first);
   });
 }
@@ -152,7 +163,8 @@ void activate_rows(RowLayer<C> layer, int64_t count, Rows<C> z, const Modulation
   if constexpr (Order > 0) clear_padding(layer, count, slope);
 }
 
-// Activations of an instruction or two, for which rows in registers pay. Returns whether it is one of them.
+// Activations of an instruction or two: the others take so long that rows in registers gain nothing by it. Returns
+// whether it is one of them.
 template <class Body>
 bool with_light_activation(math::Activation activation, const Body& body) {
   using enum math::Activation;
@@ -166,22 +178,13 @@ bool with_light_activation(math::Activation activation, const Body& body) {
   }
 }
 
-// y of a row z in registers.
-template <bool PerChannel, int I, class C, class Row>
-CAMK_HD void activate_row(RowLayer<C> layer, Constant<I> activation, C share, Row z, const C* scale, const C* shift,
-                          C* y) {
-  using Pack = Lanes<C>;
-  C r = 1;
-  if (layer.norm) {
-    Pack squares[2] = {Pack(C(0)), Pack(C(0))};  // added up as deviations() does
-    z.each_column([&](int64_t o) CAMK_INLINED {
-      Pack& sum = squares[o / lanes_of<Pack> % 2];
-      sum = multiply_add(z.load(o), z.load(o), sum);
-    });
-    r = math::inverse_deviation(sum_of_lanes(squares[0] + squares[1]) * share, layer.eps);
-  }
+// y of a row z in registers. share: the layer's, of which a row needs no division of its own.
+template <bool PerChannel, int I, class C, class Pack, int Packs>
+CAMK_HD void activate_row(RowLayer<C> layer, Constant<I> activation, C share, RegisterRow<Pack, Packs> z,
+                          const C* scale, const C* shift, C* y) {
+  const Pack r(layer.norm ? math::inverse_deviation(sum_of_lanes(sum_of_squares(layer, z)) * share, layer.eps) : C(1));
   z.each_column([&](int64_t o) CAMK_INLINED {
-    activate_pack<0, PerChannel>(layer, activation, z.load(o), Pack(r), scale, shift, o).value.store(y + o);
+    activate_pack<0, PerChannel>(layer, activation, z.load(o), r, scale, shift, o).value.store(y + o);
   });
 }
 
@@ -218,34 +221,24 @@ CAMK_HD void deactivate_row(RowLayer<C> layer, C share, const C* z, const C* slo
   });
 }
 
-// What a tile knows of a layer's rows on the way back: z, f', 1 / deviation, and where gradients of scale and shift go,
-// if they are wanted.
+// A layer's rows: z of its linear map, 1 / deviation, what it gives to the next, f'.
 template <class C>
-struct LayerRows {
-  Rows<C> z, slope;
-  const C* r;
-  Modulation<C> modulation, change;
-  bool wants_change;
+struct ActivatedRows {
+  Rows<C> z, h, slope;
+  C* r;
 };
 
-// body(deactivate): deactivate(row, d) makes of d, gradient of a row y, that of z. Everything is a copy, as above.
+// body(deactivate): deactivate(row, d) makes of d, gradient of a row's y, that of z. change: where gradients of scale
+// and shift go, if they are wanted. Everything is a copy, as in activate_rows.
 template <class C, class Body>
-void with_deactivation(RowLayer<C> layer, LayerRows<C> rows, const Body& body) {
-  const C share = C(1) / C(layer.width);
-  with_form(layer.per_channel, [=](auto per_channel) {
+void with_deactivation(RowLayer<C> layer, ActivatedRows<C> rows, Modulation<C> modulation, Modulation<C> change,
+                       bool wants_change, const Body& body) {
+  with_form(layer.per_channel, [=, share = layer.share()](auto per_channel) {
     body([=](int64_t i, auto d) CAMK_INLINED {
       deactivate_row<decltype(per_channel)::value>(layer, share, rows.z[i], rows.slope[i], rows.r[i],
-                                                   rows.modulation.scale(i), d, rows.change.scale(i),
-                                                   rows.change.shift(i), rows.wants_change);
+                                                   modulation.scale(i), d, change.scale(i), change.shift(i),
+                                                   wants_change);
     });
-  });
-}
-
-// d: gradient of y -> of z.
-template <class C>
-void deactivate_rows(const RowLayer<C>& layer, int64_t count, const LayerRows<C>& rows, Rows<C> d) {
-  with_deactivation(layer, rows, [=](const auto& deactivate) {
-    for (int64_t i = 0; i < count; ++i) deactivate(i, MemoryRow<C>{d[i]});
   });
 }
 

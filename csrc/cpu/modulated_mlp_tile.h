@@ -208,8 +208,7 @@ class ForwardTile {
     bool done = false;
     with_light_activation(layer.activation, [&](auto activation) {
       with_form(layer.per_channel, [&](auto per_channel) {
-        const auto finish = [=, layer = RowLayer<C>(layer), share = C(1) / C(layer.width)](int64_t i,
-                                                                                           auto z) CAMK_INLINED {
+        const auto finish = [=, layer = RowLayer<C>(layer), share = layer.share()](int64_t i, auto z) CAMK_INLINED {
           const auto far = [=](int64_t o) CAMK_INLINED { z.load(o).store_far(kept + i * layer.padded + o); };
           if (kept) z.each_column(far);
           activate_row<decltype(per_channel)::value>(layer, activation, share, z, modulation.scale(i),
@@ -230,13 +229,6 @@ class ForwardTile {
 };
 
 // ---- backward -------------------------------------------------------------------------------------------------------
-
-// A layer's rows: z of its linear map, 1 / deviation, what it gives to the next, f'.
-template <class C>
-struct ActivatedRows {
-  Rows<C> z, h, slope;
-  C* r;
-};
 
 template <class C>
 class BackwardTile {
@@ -270,7 +262,7 @@ class BackwardTile {
       const Layer<C>& layer = net_.layers[l];
       take_skip(layer, d, gx_, count);
       if (!net_.is_plain(layer)) {
-        if (!deactivated) deactivate_rows<C>(layer, count, layer_rows(l, gradients), d);
+        if (!deactivated) deactivate(l, d, count, gradients);
         gradients.add_modulation(l, change_, begin, count, sums);
       }
       if (l && !follows(l)) activate(l - 1, input, begin, count);
@@ -328,17 +320,26 @@ class BackwardTile {
     }
   }
 
-  LayerRows<C> layer_rows(int64_t l, const Gradients<C>& gradients) const {
-    return {rows_[l].z, rows_[l].slope, rows_[l].r, modulation_[l], change_, gradients.wants_modulation()};
+  template <class Body>
+  void with_deactivation(int64_t l, const Gradients<C>& gradients, const Body& body) const {
+    cpu::with_deactivation<C>(net_.layers[l], rows_[l], modulation_[l], change_, gradients.wants_modulation(), body);
   }
 
-  // The gradient d of layer l's z -> that of the layer before it. Returns false, and does nothing, where rows do not
-  // fit into registers or do not fill them, or x comes in between.
+  // d: gradient of layer l's y -> of its z.
+  void deactivate(int64_t l, Rows<C> d, int64_t count, const Gradients<C>& gradients) const {
+    with_deactivation(l, gradients, [=](const auto& deactivate) {
+      for (int64_t i = 0; i < count; ++i) deactivate(i, MemoryRow<C>{d[i]});
+    });
+  }
+
+  // The gradient d of layer l's z -> that of the layer before it. Returns false, and does nothing, where x comes in
+  // between, or rows do not fit into registers, or do not fill them: behind the last column an infinite gradient leaves
+  // NaN, which take_skip() clears in memory.
   bool deactivate_in_registers(int64_t l, Rows<C> d, int64_t count, const Gradients<C>& gradients, Rows<C> below) {
     const Layer<C>&layer = net_.layers[l], &before = net_.layers[l - 1];
-    if (before.skip || net_.is_plain(before) || before.width < before.padded) return false;
+    if (before.skip || before.width < before.padded) return false;
     bool done = false;
-    with_deactivation<C>(before, layer_rows(l - 1, gradients), [&](const auto& deactivate) {
+    with_deactivation(l - 1, gradients, [&](const auto& deactivate) {
       const auto finish = [=](int64_t i, auto row) CAMK_INLINED {
         deactivate(i, row);
         row.each_column([=](int64_t o) CAMK_INLINED { row.load(o).store(below[i] + o); });

@@ -126,7 +126,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--regimes", type=lambda text: text.split(","), help="allocator (both; on a GPU tuned)")
     add("--picture", type=Path, default=PHOTO, help="default: the photograph of the demonstration")
     add("--batch", type=int, default=DEFAULT_BATCH, help=f"pixels a step ({DEFAULT_BATCH})")
-    add("--rounds", type=int, default=15, help="of steps of both (15)")
+    add("--rounds", type=int, default=15, help=f"of {IN_A_ROW} steps of each (15)")
     add("--seconds", type=float, default=30.0, help="time for the rounds of a model in one regime (30)")
     add("--threads", type=int, default=1, help="1 is timed in CPU time, more in wall time")
     add("--device", choices=("cpu", "cuda"), default="cpu")

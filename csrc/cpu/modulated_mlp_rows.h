@@ -72,24 +72,15 @@ CAMK_HD void each_pack(const RowLayer<C>&, RegisterRow<Pack, Packs> row, const B
   row.each_column(body);
 }
 
-// The squares of a row's packs, those in even places and the others in two chains of additions.
-template <class C>
-CAMK_HD Lanes<C> sum_of_squares(const RowLayer<C>& layer, MemoryRow<C> row) {
-  constexpr int64_t kWidth = lanes_of<Lanes<C>>;
-  Lanes<C> even(C(0)), odd(C(0));
-  int64_t o = 0;
-  for (; o + 2 * kWidth <= layer.padded; o += 2 * kWidth) {
-    const Lanes<C> a = row.load(o), b = row.load(o + kWidth);
-    even = multiply_add(a, a, even), odd = multiply_add(b, b, odd);
-  }
-  if (o < layer.padded) even = multiply_add(row.load(o), row.load(o), even);
-  return even + odd;
-}
-template <class C, class Pack, int Packs>
-CAMK_HD Pack sum_of_squares(const RowLayer<C>&, RegisterRow<Pack, Packs> row) {
-  Pack sums[2] = {Pack(C(0)), Pack(C(0))};
-  unroll<Packs>([&](auto p) CAMK_INLINED { sums[p % 2] = multiply_add(row.packs[p], row.packs[p], sums[p % 2]); });
-  return sums[0] + sums[1];
+// The squares of a row's packs, added up in two chains that take turns.
+template <class C, class Row>
+CAMK_HD Lanes<C> sum_of_squares(const RowLayer<C>& layer, Row row) {
+  Lanes<C> sum(C(0)), other(C(0));
+  each_pack(layer, row, [&](int64_t o) CAMK_INLINED {
+    const Lanes<C> z = row.load(o), more = multiply_add(z, z, sum);
+    sum = other, other = more;
+  });
+  return sum + other;
 }
 
 // Rows whose sums are taken together, a lane for each.
@@ -163,19 +154,13 @@ void activate_rows(RowLayer<C> layer, int64_t count, Rows<C> z, const Modulation
   if constexpr (Order > 0) clear_padding(layer, count, slope);
 }
 
-// Activations of an instruction or two: the others take so long that rows in registers gain nothing by it. Returns
-// whether it is one of them.
+// body(Constant<activation>) for those of an instruction or two; nothing for the others, whose code would be long where
+// it is written out for every register of a block.
 template <class Body>
-bool with_light_activation(math::Activation activation, const Body& body) {
+void with_light_activation(math::Activation activation, const Body& body) {
   using enum math::Activation;
-  switch (activation) {
-    case kRelu:
-      return body(Constant<int(kRelu)>{}), true;
-    case kLeakyRelu:
-      return body(Constant<int(kLeakyRelu)>{}), true;
-    default:
-      return false;
-  }
+  if (activation == kRelu) body(Constant<int(kRelu)>{});
+  if (activation == kLeakyRelu) body(Constant<int(kLeakyRelu)>{});
 }
 
 // y of a row z in registers. share: the layer's, of which a row needs no division of its own.
@@ -218,27 +203,6 @@ CAMK_HD void deactivate_row(RowLayer<C> layer, C share, const C* z, const C* slo
   each_pack(layer, d, [=](int64_t o) CAMK_INLINED {
     const Pack n = Pack::load(z + o) * Pack(r);
     d.store(o, math::norm_jacobian(d.load(o), n, Pack(r), mean, mean_n));
-  });
-}
-
-// A layer's rows: z of its linear map, 1 / deviation, what it gives to the next, f'.
-template <class C>
-struct ActivatedRows {
-  Rows<C> z, h, slope;
-  C* r;
-};
-
-// body(deactivate): deactivate(row, d) makes of d, gradient of a row's y, that of z. change: where gradients of scale
-// and shift go, if they are wanted. Everything is a copy, as in activate_rows.
-template <class C, class Body>
-void with_deactivation(RowLayer<C> layer, ActivatedRows<C> rows, Modulation<C> modulation, Modulation<C> change,
-                       bool wants_change, const Body& body) {
-  with_form(layer.per_channel, [=, share = layer.share()](auto per_channel) {
-    body([=](int64_t i, auto d) CAMK_INLINED {
-      deactivate_row<decltype(per_channel)::value>(layer, share, rows.z[i], rows.slope[i], rows.r[i],
-                                                   modulation.scale(i), d, change.scale(i), change.shift(i),
-                                                   wants_change);
-    });
   });
 }
 

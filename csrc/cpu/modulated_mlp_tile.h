@@ -230,6 +230,13 @@ class ForwardTile {
 
 // ---- backward -------------------------------------------------------------------------------------------------------
 
+// A layer's rows: z of its linear map, 1 / deviation, what it gives to the next, f'.
+template <class C>
+struct ActivatedRows {
+  Rows<C> z, h, slope;
+  C* r;
+};
+
 template <class C>
 class BackwardTile {
  public:
@@ -320,9 +327,18 @@ class BackwardTile {
     }
   }
 
+  // body(deactivate): deactivate(row, d) makes of d, gradient of a row of layer l's y, that of its z, and of scale and
+  // shift. Everything is a copy, as in activate_rows.
   template <class Body>
   void with_deactivation(int64_t l, const Gradients<C>& gradients, const Body& body) const {
-    cpu::with_deactivation<C>(net_.layers[l], rows_[l], modulation_[l], change_, gradients.wants_modulation(), body);
+    with_form(net_.layers[l].per_channel, [&](auto per_channel) {
+      body([layer = RowLayer<C>(net_.layers[l]), share = net_.layers[l].share(), rows = rows_[l],
+            modulation = modulation_[l], change = change_,
+            wanted = gradients.wants_modulation()](int64_t i, auto d) CAMK_INLINED {
+        deactivate_row<decltype(per_channel)::value>(layer, share, rows.z[i], rows.slope[i], rows.r[i],
+                                                     modulation.scale(i), d, change.scale(i), change.shift(i), wanted);
+      });
+    });
   }
 
   // d: gradient of layer l's y -> of its z.
